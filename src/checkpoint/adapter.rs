@@ -1,0 +1,342 @@
+//! PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`, to and from a model's adapters.
+//!
+//! Where a family's files fuse modules (GPT-NeoX's `query_key_value`), PEFT knows only the fused one. Adapters on parts
+//! of it are written as the equal fused adapter: the A's below one another, the B's block-diagonal over rows and ranks,
+//! the rank summed and alpha scaled with it. A fused adapter loads as the same A for every part and its rows of B.
+
+use super::safe::Shards;
+use super::write::{Staging, TensorInfo, safetensors};
+use super::{Checkpoint, Dtype};
+use crate::error::{Error, Result};
+use crate::model::Gpt;
+use crate::model::families::{Family, Piece};
+use crate::model::linear::Part;
+use crate::model::lora::LoraConfig;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::Path;
+
+/// Settings file of an adapter folder.
+pub const CONFIG: &str = "adapter_config.json";
+/// Tensors of an adapter folder.
+pub const TENSORS: &str = "adapter_model.safetensors";
+/// What stands before a module's name in a PEFT file.
+const PREFIX: &str = "base_model.model.";
+
+/// One module of the file with its adapter.
+struct Module {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    r: usize,
+    inputs: usize,
+    alpha: f64,
+}
+
+/// Rows of the file's tensor that a part is, and the file's module.
+fn place(family: &Family, gpt: &Gpt, part: &str) -> (String, Option<Vec<Range<usize>>>) {
+    let Piece { tensor, rows } = (family.locate)(&gpt.config, &format!("{part}.weight")).swap_remove(0);
+    (tensor.trim_end_matches(".weight").to_owned(), rows)
+}
+
+/// The modules of the file that have adapters.
+fn modules(family: &Family, gpt: &Gpt) -> BTreeMap<String, Module> {
+    let mut groups: BTreeMap<String, Vec<(&Part, usize, Option<Vec<Range<usize>>>)>> = BTreeMap::new();
+    let mut file_rows: HashMap<String, usize> = HashMap::new();
+    for linear in gpt.linears() {
+        for part in &linear.parts {
+            let (module, rows) = place(family, gpt, &part.name);
+            *file_rows.entry(module.clone()).or_default() += part.rows.len();
+            if part.lora.is_some() {
+                groups.entry(module).or_default().push((part, linear.inputs(), rows));
+            }
+        }
+    }
+    groups.into_iter().map(|(module, parts)| (module.clone(), fuse(gpt, &parts, file_rows[&module]))).collect()
+}
+
+fn fuse(gpt: &Gpt, parts: &[(&Part, usize, Option<Vec<Range<usize>>>)], file_rows: usize) -> Module {
+    let r: usize = parts.iter().filter_map(|p| p.0.lora.as_ref()).map(|l| l.config.r).sum();
+    let mut module = Module { a: Vec::new(), b: vec![0.0; file_rows * r], r, inputs: parts[0].1, alpha: 0.0 };
+    let mut rank = 0;
+    for (part, _, rows) in parts {
+        let Some(lora) = &part.lora else { continue };
+        module.a.extend_from_slice(&gpt.parameters[lora.a.clone()]);
+        let all = 0..file_rows;
+        let rows = rows.as_deref().unwrap_or(std::slice::from_ref(&all));
+        let b = gpt.parameters[lora.b.clone()].chunks_exact(lora.config.r);
+        for (row, b) in rows.iter().cloned().flatten().zip(b) {
+            module.b[row * r + rank..][..lora.config.r].copy_from_slice(b);
+        }
+        rank += lora.config.r;
+        // All parts of a fused module share alpha and r, so the fused scale is theirs: alpha' / r' = alpha / r.
+        module.alpha = lora.config.alpha * r as f64 / lora.config.r as f64;
+    }
+    module
+}
+
+/// Writes the adapters of `gpt` into `staging` as PEFT has them; `base` is what PEFT loads the base model from.
+///
+/// # Errors
+/// When the disk is full.
+pub fn save(staging: &Staging, family: &Family, gpt: &Gpt, base: &str) -> Result<()> {
+    let modules = modules(family, gpt);
+    let first = gpt.linears().flat_map(|l| &l.parts).find_map(|p| p.lora.as_ref());
+    let usual = first.map_or(LoraConfig { r: 0, alpha: 0.0, rslora: false, dropout: 0.0 }, |l| l.config);
+    let suffix = |module: &str| module.rsplit('.').next().unwrap_or(module).to_owned();
+    let (mut targets, mut ranks, mut alphas) = (Vec::new(), Map::new(), Map::new());
+    for (name, module) in &modules {
+        if !targets.contains(&suffix(name)) {
+            targets.push(suffix(name));
+        }
+        if module.r != usual.r {
+            ranks.insert(suffix(name), json!(module.r));
+            alphas.insert(suffix(name), json!(module.alpha));
+        }
+    }
+    targets.sort_unstable();
+    let alpha = if usual.alpha.fract() == 0.0 { json!(usual.alpha as i64) } else { json!(usual.alpha) };
+    let config = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": null,
+        "inference_mode": true, "r": usual.r, "lora_alpha": alpha, "lora_dropout": usual.dropout,
+        "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": usual.rslora,
+        "bias": "none", "fan_in_fan_out": false, "init_lora_weights": true, "modules_to_save": null,
+        "layers_to_transform": null, "layers_pattern": null, "use_dora": false,
+    });
+    staging.write(CONFIG, serde_json::to_string_pretty(&config).expect("a JSON value is text").as_bytes())?;
+    let mut infos = Vec::new();
+    let mut contents: Vec<&[f32]> = Vec::new();
+    for (name, module) in &modules {
+        let outputs = module.b.len() / module.r;
+        let shapes = [("lora_A", vec![module.r, module.inputs], &module.a), ("lora_B", vec![outputs, module.r], &module.b)];
+        for (side, shape, values) in shapes {
+            infos.push(TensorInfo { name: format!("{PREFIX}{name}.{side}.weight"), dtype: Dtype::F32, shape });
+            contents.push(values);
+        }
+    }
+    safetensors(&staging.dir().join(TENSORS), &infos, |i| Ok(Dtype::F32.encode(contents[i])))
+}
+
+/// An adapter_config.json, as far as it matters for the numbers.
+struct PeftConfig {
+    alpha: f64,
+    dropout: f64,
+    rslora: bool,
+    alphas: Vec<(regex::Regex, f64)>,
+}
+
+impl PeftConfig {
+    fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let again = "save the adapter again, or choose another one";
+        let json: Value = serde_json::from_str(&text).map_err(|e| Error::invalid(path, format!("not JSON: {e}"), again))?;
+        if json.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+            let found = json.get("peft_type").unwrap_or(&Value::Null);
+            return Err(Error::unsupported(format!("`peft_type` {found} (`{}`)", path.display()), "only LORA adapters are read"));
+        }
+        Self::refuse(path, &json)?;
+        let number = |key: &str, default: Option<f64>| {
+            let value = json.get(key).and_then(Value::as_f64).or(default).filter(|v| v.is_finite());
+            value.ok_or_else(|| Error::invalid(path, format!("`{key}` is not a number"), again))
+        };
+        let mut alphas = Vec::new();
+        for (pattern, alpha) in json.get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
+            // PEFT's rule: the key is a pattern for the end of the module's name.
+            let regex = regex::Regex::new(&format!(r"^(.*\.)?({})$", pattern.trim_start_matches('^')));
+            match (regex, alpha.as_f64()) {
+                (Ok(regex), Some(alpha)) => alphas.push((regex, alpha)),
+                _ => return Err(Error::invalid(path, format!("`alpha_pattern` has a bad entry `{pattern}`"), again)),
+            }
+        }
+        Ok(Self {
+            alpha: number("lora_alpha", None)?,
+            dropout: number("lora_dropout", Some(0.0))?,
+            rslora: json.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            alphas,
+        })
+    }
+
+    /// What an adapter may ask for that would change its numbers here.
+    fn refuse(path: &Path, json: &Value) -> Result<()> {
+        let neutral = |key: &str, value: &Value| match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            Value::String(text) => key == "bias" && text == "none",
+            _ => false,
+        };
+        let keys = [
+            "use_dora", "modules_to_save", "bias", "fan_in_fan_out", "layer_replication", "lora_bias", "use_qalora",
+            "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora", "kasa_config",
+            "arrow_config", "monteclora_config", "velora_config",
+        ];
+        for key in keys {
+            if let Some(value) = json.get(key).filter(|v| !neutral(key, v)) {
+                let what = format!("`{key}`: {value} (`{}`)", path.display());
+                return Err(Error::unsupported(what, "merge that adapter with PEFT and use the merged model"));
+            }
+        }
+        Ok(())
+    }
+
+    fn of(&self, module: &str, r: usize) -> LoraConfig {
+        let alpha = self.alphas.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(self.alpha, |p| p.1);
+        LoraConfig { r, alpha, rslora: self.rslora, dropout: self.dropout }
+    }
+}
+
+/// Attaches the adapters of the PEFT folder `dir` to `gpt`.
+///
+/// # Errors
+/// When the folder is broken, asks for what is not implemented, or does not fit the model: all misfits are listed.
+pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
+    let config = PeftConfig::read(&dir.join(CONFIG))?;
+    let path = dir.join(TENSORS);
+    if !path.is_file() {
+        let hint = "an adapter folder holds adapter_config.json and adapter_model.safetensors".to_owned();
+        return Err(Error::Missing { what: "adapter tensors".to_owned(), path, hint });
+    }
+    let shards = Shards::of(vec![path.clone()])?;
+    let mut problems = Vec::new();
+    let mut found: HashMap<String, [Option<String>; 2]> = HashMap::new();
+    for name in shards.names() {
+        match module_of(name) {
+            Some((module, side)) => found.entry(module).or_default()[side] = Some(name.to_owned()),
+            None => problems.push(format!("`{name}` is no LoRA matrix of a linear module")),
+        }
+    }
+    let mut parts: HashMap<String, (String, LoraConfig)> = HashMap::new();
+    for linear in gpt.linears() {
+        for part in &linear.parts {
+            let (module, rows) = place(family, gpt, &part.name);
+            let Some(names) = found.get(&module) else { continue };
+            match fits(&shards, names, &module, linear.inputs(), part.rows.len(), rows.as_deref()) {
+                Ok(r) => {
+                    parts.insert(part.name.clone(), (module.clone(), config.of(&module, r)));
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+    }
+    let placed: Vec<&String> = parts.values().map(|p| &p.0).collect();
+    for module in found.keys().filter(|m| !placed.contains(m)) {
+        if problems.iter().all(|p| !p.contains(module.as_str())) {
+            problems.push(format!("`{module}` is no module of this model"));
+        }
+    }
+    if !problems.is_empty() || parts.is_empty() {
+        problems.sort_unstable();
+        problems.truncate(8);
+        let what = format!("the adapter `{}` does not fit the model", dir.display());
+        return Err(Error::Mismatch { what, problems, hint: "use it with the base model it was trained on".to_owned() });
+    }
+    gpt.attach(|name| parts.get(name).map(|p| p.1));
+    copy_parameters(gpt, family, &shards, &found)
+}
+
+/// (module, 0 for A or 1 for B) of a tensor's name.
+fn module_of(name: &str) -> Option<(String, usize)> {
+    let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+    let name = name.strip_suffix(".default").unwrap_or(name);
+    ["lora_A", "lora_B"].iter().enumerate().find_map(|(side, end)| {
+        Some((name.strip_suffix(end)?.strip_suffix('.')?.to_owned(), side))
+    })
+}
+
+/// The rank of a module's matrices, if they fit a part.
+fn fits(
+    shards: &Shards,
+    names: &[Option<String>; 2],
+    module: &str,
+    inputs: usize,
+    outputs: usize,
+    rows: Option<&[Range<usize>]>,
+) -> std::result::Result<usize, String> {
+    let [Some(a), Some(b)] = names else { return Err(format!("`{module}` has only one of lora_A and lora_B")) };
+    let (a, b) = (shards.get(a).map_err(|e| e.to_string())?, shards.get(b).map_err(|e| e.to_string())?);
+    let r = *a.shape.first().unwrap_or(&0);
+    let b_fits = match rows {
+        None => b.shape == [outputs, r],
+        Some(rows) => b.shape.len() == 2 && b.shape[1] == r && rows.iter().all(|range| range.end <= b.shape[0]),
+    };
+    if r == 0 || a.shape != [r, inputs] || !b_fits {
+        return Err(format!("`{module}` has A {:?} and B {:?} for a module of {inputs} inputs and {outputs} outputs", a.shape, b.shape));
+    }
+    Ok(r)
+}
+
+fn copy_parameters(gpt: &mut Gpt, family: &Family, shards: &Shards, found: &HashMap<String, [Option<String>; 2]>) -> Result<()> {
+    let mut parameters = std::mem::take(&mut gpt.parameters);
+    for part in gpt.linears().flat_map(|l| &l.parts) {
+        let Some(lora) = &part.lora else { continue };
+        let (module, rows) = place(family, gpt, &part.name);
+        if let Some([Some(a), Some(b)]) = found.get(&module) {
+            parameters[lora.a.clone()].copy_from_slice(&shards.get(a)?.to_f32());
+            let b = shards.get(b)?.to_f32();
+            let all = 0..part.rows.len();
+            let rows = rows.as_deref().unwrap_or(std::slice::from_ref(&all));
+            let r = lora.config.r;
+            let values = rows.iter().cloned().flatten().flat_map(|row| b[row * r..][..r].iter());
+            parameters[lora.b.clone()].iter_mut().zip(values).for_each(|(p, v)| *p = *v);
+        }
+    }
+    gpt.parameters = parameters;
+    Ok(())
+}
+
+/// Whether `dir` is an adapter folder.
+#[must_use]
+pub fn is_adapter(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file()
+}
+
+/// The base that an adapter folder names: its `base_model_name_or_path`.
+///
+/// # Errors
+/// When the file is broken or names none.
+pub fn base_of(dir: &Path) -> Result<String> {
+    let path = dir.join(CONFIG);
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let json: Value = serde_json::from_str(&text)
+        .map_err(|e| Error::invalid(&path, format!("not JSON: {e}"), "save the adapter again"))?;
+    json.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
+        Error::invalid(&path, "no `base_model_name_or_path`", "name the base with --pretrained_checkpoint_dir")
+    })
+}
+
+/// Deltas of the adapters by tensor of the file: (rows of the tensor, `s B A` row-major).
+#[must_use]
+pub fn deltas(checkpoint: &Checkpoint, gpt: &Gpt) -> HashMap<String, Vec<Delta>> {
+    let mut deltas: HashMap<String, Vec<Delta>> = HashMap::new();
+    for linear in gpt.linears() {
+        for part in &linear.parts {
+            if let Some(lora) = &part.lora {
+                let Piece { tensor, rows } = checkpoint.locate(&format!("{}.weight", part.name)).swap_remove(0);
+                let delta = Delta { lora: lora.clone(), inputs: linear.inputs(), outputs: part.rows.len(), rows };
+                deltas.entry(tensor).or_default().push(delta);
+            }
+        }
+    }
+    deltas
+}
+
+/// An adapter's update of some rows of a tensor of the file.
+#[derive(Debug, Clone)]
+pub struct Delta {
+    lora: crate::model::lora::Lora,
+    inputs: usize,
+    outputs: usize,
+    rows: Option<Vec<Range<usize>>>,
+}
+
+impl Delta {
+    /// Adds `s B A` to the tensor's elements.
+    pub fn add_to(&self, parameters: &[f32], weight: &mut [f32]) {
+        let delta = crate::model::linear::Linear::delta_weight(&self.lora, parameters, self.inputs);
+        let all = 0..self.outputs;
+        let rows = self.rows.as_deref().unwrap_or(std::slice::from_ref(&all));
+        for (row, delta) in rows.iter().cloned().flatten().zip(delta.chunks_exact(self.inputs)) {
+            weight[row * self.inputs..][..self.inputs].iter_mut().zip(delta).for_each(|(w, d)| *w += d);
+        }
+    }
+}

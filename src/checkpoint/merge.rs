@@ -1,0 +1,93 @@
+//! Merging an adapter into its base: a Hugging Face folder, written one tensor at a time in the base's dtypes with the
+//! sum taken in f32.
+
+use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::{Checkpoint, Dtype, adapter};
+use crate::error::{Error, Result};
+use crate::model::Gpt;
+use serde_json::Value;
+use std::path::Path;
+
+/// Writes the base of `checkpoint` with the adapters of `gpt` merged into `staging`; `progress` is told of each tensor.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn merge(checkpoint: &Checkpoint, gpt: &Gpt, staging: &Staging, progress: &mut dyn FnMut(&str)) -> Result<()> {
+    let deltas = adapter::deltas(checkpoint, gpt);
+    // A tied head has no tensor of its own; an adapter on it unties it.
+    let head = checkpoint.locate("lm_head.weight").swap_remove(0).tensor;
+    let untied = checkpoint.config.tie_embeddings && deltas.contains_key(&head);
+    let embedding = checkpoint.locate("model.embed_tokens.weight").swap_remove(0).tensor;
+    for (path, mut names) in checkpoint.files() {
+        if checkpoint.config.tie_embeddings {
+            names.retain(|n| *n != head);
+        }
+        let mut sources: Vec<(String, String)> = names.iter().map(|n| (n.clone(), n.clone())).collect();
+        if untied && names.contains(&embedding) {
+            sources.push((head.clone(), embedding.clone()));
+        }
+        let mut infos = Vec::new();
+        for (name, source) in &sources {
+            let raw = checkpoint.raw(source)?;
+            infos.push(TensorInfo { name: name.clone(), dtype: raw.dtype, shape: raw.shape });
+        }
+        let file = path.file_name().unwrap_or(path.as_os_str());
+        safetensors(&staging.dir().join(file), &infos, |index| {
+            let (name, source) = &sources[index];
+            progress(name);
+            let raw = checkpoint.raw(source)?;
+            let Some(deltas) = deltas.get(name) else { return Ok(raw.bytes.into_owned()) };
+            let mut weight = raw.to_f32();
+            deltas.iter().for_each(|d| d.add_to(&gpt.parameters, &mut weight));
+            check_finite(&weight, raw.dtype, name)?;
+            Ok(raw.dtype.encode(&weight))
+        })?;
+    }
+    staging.copy(&checkpoint.dir, COMPANIONS)?;
+    staging.copy(&checkpoint.dir, &["model.safetensors.index.json"])?;
+    if untied { untie(staging, &head, &embedding) } else { Ok(()) }
+}
+
+fn check_finite(weight: &[f32], dtype: Dtype, name: &str) -> Result<()> {
+    let limit = if dtype == Dtype::F16 { 65504.0 } else { f32::MAX };
+    if weight.iter().all(|w| w.abs() <= limit) {
+        return Ok(());
+    }
+    let message = format!("merging makes `{name}` too large for {}", dtype.name());
+    Err(Error::refused(message, "the adapter diverged in training; train again with a smaller learning rate"))
+}
+
+/// config.json and the index of a model whose head is now its own.
+fn untie(staging: &Staging, head: &str, embedding: &str) -> Result<()> {
+    let edit = |name: &str, change: &dyn Fn(&mut Value)| -> Result<()> {
+        let path = staging.dir().join(name);
+        if !path.is_file() {
+            return Ok(());
+        }
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::invalid(&path, e.to_string(), ""))?;
+        change(&mut json);
+        staging.write(name, format!("{json:#}").as_bytes())
+    };
+    edit("config.json", &|json| json["tie_word_embeddings"] = Value::Bool(false))?;
+    edit("model.safetensors.index.json", &|json| {
+        let file = json["weight_map"][embedding].clone();
+        json["weight_map"][head] = file;
+    })
+}
+
+/// Refuses a folder that is already a whole model where an adapter is wanted.
+///
+/// # Errors
+/// When `dir` is no adapter folder.
+pub fn require_adapter(dir: &Path) -> Result<()> {
+    if adapter::is_adapter(dir) {
+        return Ok(());
+    }
+    if dir.join("config.json").is_file() {
+        let message = format!("`{}` is a whole model, with nothing to merge: it is a base model or was merged before", dir.display());
+        return Err(Error::refused(message, "use it with `litgpt generate --checkpoint_dir` as it is"));
+    }
+    let hint = "give the folder that finetuning wrote, as out/lora/final".to_owned();
+    Err(Error::Missing { what: "adapter".to_owned(), path: dir.join(adapter::CONFIG), hint })
+}

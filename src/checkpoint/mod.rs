@@ -1,0 +1,208 @@
+//! Checkpoint folders as Hugging Face has them, read in place: config.json, tokenizer files, safetensors with or
+//! without an index. Adapters are in `adapter`, merging in `merge`, writing in `write`, the Hub in `hub`.
+
+pub mod adapter;
+pub mod hub;
+pub mod merge;
+mod safe;
+pub mod write;
+
+pub use safe::{Dtype, Raw};
+
+use crate::error::{Error, Result};
+use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
+use crate::model::{Config, Source};
+use crate::ops::weight::Data;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safe::Shards;
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+const AGAIN: &str = "download the checkpoint again; what is complete is kept";
+
+/// An open checkpoint folder.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its architecture.
+    pub config: Config,
+    /// Its family.
+    pub family: &'static Family,
+    shards: Shards,
+}
+
+/// Tensors of a file that say nothing about the weights.
+fn ignorable(name: &str, config: &Config) -> bool {
+    let suffixes =
+        ["rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.masked_bias", "position_ids"];
+    suffixes.iter().any(|s| name.ends_with(s)) || config.tie_embeddings && name.ends_with("lm_head.weight")
+}
+
+impl Checkpoint {
+    /// Opens the folder at `dir` and checks every tensor's presence and shape.
+    ///
+    /// # Errors
+    /// When a file is missing or broken, the architecture is unknown, or tensors are missing, unknown or of another
+    /// shape; all of them are listed.
+    pub fn open(dir: &Path) -> Result<Self> {
+        if !dir.is_dir() {
+            let hint = "`litgpt download REPO` fetches a model; `--checkpoint_dir` takes its folder".to_owned();
+            return Err(Error::Missing { what: "checkpoint folder".to_owned(), path: dir.to_owned(), hint });
+        }
+        let hf = HfConfig::read(&dir.join("config.json"))?;
+        let family = by_config(&hf)?;
+        let config = (family.config)(&hf)?;
+        let shards = Shards::open(dir)?;
+        let checkpoint = Self { dir: dir.to_owned(), config, family, shards };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    /// Where our tensor `name` stands.
+    #[must_use]
+    pub fn locate(&self, name: &str) -> Vec<Piece> {
+        (self.family.locate)(&self.config, name)
+    }
+
+    fn check(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut used = HashSet::new();
+        for slot in slots(&self.config) {
+            let pieces = self.locate(&slot.name);
+            let mut elements = 0;
+            for piece in &pieces {
+                used.insert(piece.tensor.clone());
+                match self.shards.get(&piece.tensor) {
+                    Ok(raw) => match self.piece_elements(piece, &raw, &slot) {
+                        Ok(n) => elements += n,
+                        Err(problem) => problems.push(problem),
+                    },
+                    Err(_) => problems.push(format!("tensor `{}` is missing", piece.tensor)),
+                }
+            }
+            if elements != slot.rows * slot.cols && problems.is_empty() {
+                let shape = if slot.vector { format!("({})", slot.cols) } else { format!("({}, {})", slot.rows, slot.cols) };
+                let names: Vec<&str> = pieces.iter().map(|p| p.tensor.as_str()).collect();
+                problems.push(format!("tensor `{}` does not give {shape}, as config.json wants", names.join("`, `")));
+            }
+        }
+        for name in self.shards.names().filter(|n| !used.contains(*n) && !ignorable(n, &self.config)) {
+            problems.push(format!("tensor `{name}` has no place in the architecture of config.json"));
+        }
+        self.report(problems)
+    }
+
+    fn report(&self, mut problems: Vec<String>) -> Result<()> {
+        if problems.is_empty() {
+            return Ok(());
+        }
+        problems.dedup();
+        let more = problems.len().saturating_sub(6);
+        problems.truncate(6);
+        if more > 0 {
+            problems.push(format!("and {more} more"));
+        }
+        let what = format!("`{}` does not hold what its config.json describes", self.dir.display());
+        Err(Error::Mismatch { what, problems, hint: AGAIN.to_owned() })
+    }
+
+    /// Elements that a piece gives, if its tensor has the shape for it.
+    fn piece_elements(&self, piece: &Piece, raw: &Raw<'_>, slot: &Slot) -> std::result::Result<usize, String> {
+        let wrong = || format!("tensor `{}` has the shape {:?}, which config.json does not give", piece.tensor, raw.shape);
+        let dims = if slot.vector { 1 } else { 2 };
+        if raw.shape.len() != dims || (!slot.vector && raw.shape[1] != slot.cols) {
+            return Err(wrong());
+        }
+        let width = if slot.vector { 1 } else { slot.cols };
+        match &piece.rows {
+            None => Ok(raw.shape[0] * width),
+            Some(rows) if rows.iter().all(|r| r.end <= raw.shape[0]) => {
+                Ok(rows.iter().map(|r| r.len() * width).sum())
+            }
+            Some(_) => Err(wrong()),
+        }
+    }
+
+    /// The tensor `name` of the files.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn raw(&self, name: &str) -> Result<Raw<'_>> {
+        self.shards.get(name)
+    }
+
+    /// The files that hold the tensors, with the names of each in the order of their data.
+    #[must_use]
+    pub fn files(&self) -> BTreeMap<PathBuf, Vec<String>> {
+        self.shards.files()
+    }
+
+    /// Hash (BLAKE3) of the weights and config.json, by which an adapter knows its base.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn content_hash(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let config = self.dir.join("config.json");
+        for path in self.files().into_keys().chain(std::iter::once(config)) {
+            hasher.update_mmap_rayon(&path).map_err(Error::io("read", &path))?;
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+}
+
+impl Source for Checkpoint {
+    fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
+        debug_assert!(rows * cols > 0);
+        for piece in self.locate(name) {
+            let raw = self.raw(&piece.tensor)?;
+            let width = if raw.shape.len() == 2 { raw.shape[1] } else { 1 };
+            match &piece.rows {
+                None => convert(raw.dtype, &raw.bytes, data),
+                Some(ranges) => {
+                    let row_bytes = width * raw.dtype.size();
+                    for r in ranges {
+                        convert(raw.dtype, &raw.bytes[r.start * row_bytes..r.end * row_bytes], data);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Little-endian elements of a file appended to `data` in its own dtype.
+fn convert(dtype: Dtype, bytes: &[u8], data: &mut Data) {
+    match data {
+        Data::F32(out) => grow(out, bytes, dtype.size(), |bytes, out| dtype.decode(bytes, out)),
+        Data::Bf16(out) => grow(out, bytes, dtype.size(), |bytes, out| {
+            if dtype == Dtype::Bf16 {
+                out.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(o, b)| *o = bf16::from_le_bytes([b[0], b[1]]));
+            } else {
+                let mut wide = vec![0.0; out.len()];
+                dtype.decode(bytes, &mut wide);
+                out.convert_from_f32_slice(&wide);
+            }
+        }),
+        Data::F16(out) => grow(out, bytes, dtype.size(), |bytes, out| {
+            if dtype == Dtype::F16 {
+                out.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(o, b)| *o = f16::from_le_bytes([b[0], b[1]]));
+            } else {
+                let mut wide = vec![0.0; out.len()];
+                dtype.decode(bytes, &mut wide);
+                out.convert_from_f32_slice(&wide);
+            }
+        }),
+    }
+}
+
+/// Appends as many elements as `bytes` has, written by `f` in parallel chunks.
+fn grow<T: Default + Clone + Send>(out: &mut Vec<T>, bytes: &[u8], size: usize, f: impl Fn(&[u8], &mut [T]) + Sync) {
+    const CHUNK: usize = 1 << 16;
+    let at = out.len();
+    out.resize(at + bytes.len() / size, T::default());
+    out[at..].par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * size)).for_each(|(out, bytes)| f(bytes, out));
+}

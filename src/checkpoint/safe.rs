@@ -1,0 +1,241 @@
+//! The safetensors files of a folder, memory-mapped: names, dtypes, shapes, bytes.
+
+use super::AGAIN;
+use crate::error::{Error, Result};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Dtypes that weights come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32 bit.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    #[must_use]
+    pub fn size(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// The name in a safetensors header.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+        }
+    }
+
+    /// Little-endian elements to f32.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Self::F32 => {
+                let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                out.iter_mut().zip(values).for_each(|(o, v)| *o = v);
+            }
+            Self::Bf16 => {
+                let values = bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32());
+                out.iter_mut().zip(values).for_each(|(o, v)| *o = v);
+            }
+            Self::F16 => {
+                let values = bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32());
+                out.iter_mut().zip(values).for_each(|(o, v)| *o = v);
+            }
+        }
+    }
+
+    /// f32 to little-endian elements, rounded to nearest even.
+    #[must_use]
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone)]
+pub struct Raw<'a> {
+    /// Dtype.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Elements, little-endian, row-major.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl Raw<'_> {
+    /// The elements in f32.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
+        self.dtype.decode(&self.bytes, &mut out);
+        out
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+/// Memory-mapped safetensors files and where each tensor stands in them.
+#[derive(Debug)]
+pub struct Shards {
+    files: Vec<(PathBuf, Mmap)>,
+    entries: HashMap<String, Entry>,
+}
+
+#[allow(unsafe_code)]
+fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    // SAFETY: the map is read-only and every read is within its length; a file that another program shortens meanwhile
+    // ends the process with SIGBUS, as for every program that maps its weights.
+    unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
+}
+
+impl Shards {
+    /// Maps `model.safetensors`, or the files of its index.
+    ///
+    /// # Errors
+    /// When none is there, or one is broken.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let index = dir.join("model.safetensors.index.json");
+        let single = dir.join("model.safetensors");
+        let paths = if single.is_file() {
+            vec![single]
+        } else if index.is_file() {
+            indexed(dir, &index)?
+        } else {
+            let hint = "`litgpt download REPO` fetches safetensors; other formats are not read yet".to_owned();
+            return Err(Error::Missing { what: "weights (model.safetensors or its index)".to_owned(), path: single, hint });
+        };
+        Self::of(paths)
+    }
+
+    /// Maps these files.
+    ///
+    /// # Errors
+    /// When one is missing or broken.
+    pub fn of(paths: Vec<PathBuf>) -> Result<Self> {
+        let mut shards = Self { files: Vec::new(), entries: HashMap::new() };
+        for path in paths {
+            shards.add(path)?;
+        }
+        Ok(shards)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let mmap = map(&path)?;
+        let broken = |e: String| Error::invalid(&path, format!("not a whole safetensors file: {e}"), AGAIN);
+        let (header, metadata) = SafeTensors::read_metadata(&mmap).map_err(|e| broken(e.to_string()))?;
+        let data = header + 8;
+        for (name, info) in metadata.tensors() {
+            let dtype = match info.dtype {
+                safetensors::Dtype::F32 => Dtype::F32,
+                safetensors::Dtype::BF16 => Dtype::Bf16,
+                safetensors::Dtype::F16 => Dtype::F16,
+                other if name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids") => {
+                    // Masks and index buffers of old exports: no weights.
+                    let _ = other;
+                    continue;
+                }
+                other => {
+                    let what = format!("dtype {other:?} of tensor `{name}` (`{}`)", path.display());
+                    return Err(Error::unsupported(what, "F32, BF16 and F16 weights are read; choose another checkpoint"));
+                }
+            };
+            let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
+            let elements = info.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+            if bytes.end > mmap.len() || elements.and_then(|n| n.checked_mul(dtype.size())) != Some(bytes.len()) {
+                return Err(broken(format!("tensor `{name}` reaches beyond the file or has another size than its shape")));
+            }
+            let entry = Entry { file: self.files.len(), dtype, shape: info.shape.clone(), bytes };
+            if self.entries.insert(name.clone(), entry).is_some() {
+                return Err(broken(format!("tensor `{name}` is in another file of the folder too")));
+            }
+        }
+        self.files.push((path, mmap));
+        Ok(())
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn get(&self, name: &str) -> Result<Raw<'_>> {
+        let missing = || {
+            let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
+            Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+        };
+        let entry = self.entries.get(name).ok_or_else(missing)?;
+        let bytes = Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]);
+        Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let mut names: Vec<&str> = self.entries.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names.into_iter()
+    }
+
+    /// The files, with the names of each in the order of their data.
+    #[must_use]
+    pub fn files(&self) -> BTreeMap<PathBuf, Vec<String>> {
+        let mut files: BTreeMap<PathBuf, Vec<(usize, String)>> =
+            self.files.iter().map(|f| (f.0.clone(), Vec::new())).collect();
+        for (name, entry) in &self.entries {
+            files.entry(self.files[entry.file].0.clone()).or_default().push((entry.bytes.start, name.clone()));
+        }
+        files
+            .into_iter()
+            .map(|(path, mut names)| {
+                names.sort_unstable();
+                (path, names.into_iter().map(|n| n.1).collect())
+            })
+            .collect()
+    }
+}
+
+/// The files that an index names, each a plain name within the folder.
+fn indexed(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::invalid(index, format!("not JSON: {e}"), AGAIN))?;
+    let map = json.get("weight_map").and_then(|m| m.as_object());
+    let map = map.ok_or_else(|| Error::invalid(index, "no `weight_map` object", AGAIN))?;
+    let mut names: Vec<&str> = Vec::new();
+    for (tensor, file) in map {
+        let name = file.as_str().filter(|n| Path::new(n).file_name().is_some_and(|f| f == *n) && !n.contains('\\'));
+        names.push(name.ok_or_else(|| {
+            Error::invalid(index, format!("`weight_map` of `{tensor}` is {file}, not a file of this folder"), AGAIN)
+        })?);
+    }
+    names.sort_unstable();
+    names.dedup();
+    let missing: Vec<&str> = names.iter().copied().filter(|n| !dir.join(n).is_file()).collect();
+    if !missing.is_empty() || names.is_empty() {
+        let what = format!("files of `{}` are missing", index.display());
+        let problems = missing.iter().map(|n| format!("`{n}`")).collect();
+        return Err(Error::Mismatch { what, problems, hint: AGAIN.to_owned() });
+    }
+    Ok(names.into_iter().map(|n| dir.join(n)).collect())
+}

@@ -1,0 +1,183 @@
+//! Writing: folders that appear whole or not at all, and safetensors files one tensor at a time.
+
+use super::Dtype;
+use crate::error::{Error, Result};
+use serde_json::{Map, json};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// A folder that is filled under a temporary name beside its own, and renamed when it is complete.
+#[derive(Debug)]
+pub struct Staging {
+    target: PathBuf,
+    temporary: tempfile::TempDir,
+}
+
+impl Staging {
+    /// Starts the folder that will be `target`.
+    ///
+    /// # Errors
+    /// When its parent cannot be made or written to.
+    pub fn new(target: &Path) -> Result<Self> {
+        let parent = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        let temporary =
+            tempfile::Builder::new().prefix(".partial-").tempdir_in(parent).map_err(Error::io("write in", parent))?;
+        Ok(Self { target: target.to_owned(), temporary })
+    }
+
+    /// The temporary folder, to write into.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    /// Writes a file into it.
+    ///
+    /// # Errors
+    /// When the disk is full or the folder cannot be written to.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.dir().join(name);
+        fs::write(&path, content).map_err(Error::io("write", &path))
+    }
+
+    /// Copies those of `names` that `from` has.
+    ///
+    /// # Errors
+    /// When one cannot be read or written.
+    pub fn copy(&self, from: &Path, names: &[&str]) -> Result<()> {
+        for name in names {
+            let source = from.join(name);
+            if source.is_file() {
+                let content = fs::read(&source).map_err(Error::io("read", &source))?;
+                self.write(name, &content)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes every file and puts the folder in place of what stood there.
+    ///
+    /// # Errors
+    /// When flushing or renaming fails; what stood there stays.
+    pub fn commit(self) -> Result<()> {
+        let dir = self.dir().to_owned();
+        for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
+            let path = entry.map_err(Error::io("read", &dir))?.path();
+            File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))?;
+        }
+        open_to_all(&dir)?;
+        let mut old = None;
+        if self.target.exists() {
+            let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let aside = tempfile::Builder::new().prefix(".replaced-").tempdir_in(parent);
+            let aside = aside.map_err(Error::io("write in", parent))?;
+            fs::rename(&self.target, aside.path().join("old")).map_err(Error::io("replace", &self.target))?;
+            old = Some(aside);
+        }
+        fs::rename(&dir, &self.target).map_err(Error::io("write", &self.target))?;
+        // Renamed away: there is nothing left for the guard to remove.
+        let _ = self.temporary.keep();
+        drop(old);
+        if let Some(parent) = self.target.parent().filter(|p| !p.as_os_str().is_empty()) {
+            File::open(parent).and_then(|f| f.sync_all()).map_err(Error::io("write", parent))?;
+        }
+        Ok(())
+    }
+}
+
+/// Temporary folders are private to their owner; results are not.
+#[cfg(unix)]
+fn open_to_all(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).map_err(Error::io("write", dir))
+}
+
+#[cfg(not(unix))]
+fn open_to_all(_: &Path) -> Result<()> {
+    Ok(())
+}
+
+/// Name, dtype and shape of a tensor to be written.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Name.
+    pub name: String,
+    /// Dtype.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+/// Writes a safetensors file whose tensors' bytes `content` gives one after the other.
+///
+/// # Errors
+/// When `content` fails or the disk is full.
+pub fn safetensors(path: &Path, tensors: &[TensorInfo], mut content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
+    let mut header = Map::new();
+    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut at = 0;
+    for tensor in tensors {
+        let offsets = [at, at + tensor.bytes()];
+        at = offsets[1];
+        let entry = json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": offsets});
+        header.insert(tensor.name.clone(), entry);
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let file = File::create(path).map_err(Error::io("create", path))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("write", path));
+    write(&(header.len() as u64).to_le_bytes())?;
+    write(&header)?;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let bytes = content(index)?;
+        debug_assert_eq!(bytes.len(), tensor.bytes());
+        write(&bytes)?;
+    }
+    out.flush().map_err(Error::io("write", path))
+}
+
+/// Tokenizer and generation files that belong to a model whatever its weights are.
+pub const COMPANIONS: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_and_replaces_the_old_one() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("final");
+        for text in ["one", "two"] {
+            let staging = Staging::new(&target).unwrap();
+            staging.write("a", text.as_bytes()).unwrap();
+            staging.commit().unwrap();
+            assert_eq!(fs::read_to_string(target.join("a")).unwrap(), text);
+        }
+        let staging = Staging::new(&target).unwrap();
+        staging.write("a", b"never").unwrap();
+        drop(staging);
+        assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "two");
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+}

@@ -1,0 +1,227 @@
+//! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
+
+use super::args::FinetuneArgs;
+use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, no_quantization, store, weights};
+use super::ui::{Ui, peak_memory};
+use super::{args, download, recipe};
+use crate::checkpoint::write::{COMPANIONS, Staging};
+use crate::checkpoint::{Checkpoint, adapter, hub};
+use crate::data::prompt::PromptStyle;
+use crate::data::sft::{Encoder, Report as DataReport, Sample};
+use crate::data::{DataConfig, Dataset};
+use crate::error::{Error, Result};
+use crate::generate::{Draw, Request, text};
+use crate::model::Gpt;
+use crate::model::lora::{LoraConfig, Targets};
+use crate::tokenizer::Tokenizer;
+use crate::train::report::{Event, Metrics, Report, Summary};
+use crate::train::settings::{FinetuneSettings, Precision, Switch};
+use crate::train::{Job, Outside, Plan, fit};
+use std::path::{Path, PathBuf};
+
+/// Runs the command.
+pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
+    let mut settings = recipe::resolve(args)?;
+    if let Some(what) = &args.print_config {
+        return ui.result(&recipe::print_config(&settings, what)?);
+    }
+    no_quantization(settings.quantize.as_deref())?;
+    settings.checkpoint_dir = fetched(&settings, ui)?;
+    let out_dir = settings.out_dir.clone();
+    check_out_dir(&out_dir)?;
+    let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
+    let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
+    check_vocabulary(&tokenizer, &checkpoint)?;
+    let dataset = crate::data::load(&data_config(&settings), &download::Fetcher::new(settings.access_token.clone())?)?;
+    let (train, val) = encode(&settings, &checkpoint, &tokenizer, &dataset, ui)?;
+    let plan = Plan::new(&settings, train.len())?;
+    describe(&settings, &dataset, &plan, ui);
+    let base_hash = checkpoint.content_hash()?;
+    let mut gpt = weights(&checkpoint, store(settings.precision), ui)?;
+    attach(&mut gpt, &settings);
+    ui.note(&format!("{} trainable of {} parameters", millions(gpt.parameters.len()), millions(gpt.config.parameters())));
+    let metrics = Metrics::create(&out_dir)?;
+    let mut outside = Run { ui, metrics, settings: &settings, checkpoint: &checkpoint, tokenizer: &tokenizer, dataset: &dataset, base_hash };
+    let checkpointing = settings.train.activation_checkpointing == Switch::On;
+    let mut job = Job { gpt: &mut gpt, train: &train, val: &val, settings: &settings, checkpointing };
+    let summary = fit(&mut job, &mut outside)?;
+    close(&summary, &out_dir, ui);
+    Ok(())
+}
+
+/// The checkpoint's folder; a repository of the Hub that is no folder here is downloaded.
+fn fetched(settings: &FinetuneSettings, ui: &mut Ui) -> Result<PathBuf> {
+    let dir = args::checkpoint_dir(&settings.checkpoint_dir);
+    let name = settings.checkpoint_dir.to_string_lossy();
+    if dir.is_dir() || !hub::is_repo_id(&name) {
+        return Ok(dir);
+    }
+    ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
+    download::repository(&name, None, settings.access_token.clone(), false, Path::new("checkpoints"), ui)
+}
+
+/// An output folder that cannot be one is found out before the work.
+fn check_out_dir(out_dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(out_dir).map_err(Error::io("create", out_dir))?;
+    tempfile::tempfile_in(out_dir).map(drop).map_err(Error::io("write in", out_dir))
+}
+
+fn data_config(settings: &FinetuneSettings) -> DataConfig {
+    let data = &settings.data;
+    DataConfig {
+        name: data.name.clone(),
+        json_path: data.json_path.clone(),
+        mask_prompt: data.mask_prompt,
+        val_split_fraction: data.val_split_fraction,
+        prompt_style: data.prompt_style.clone(),
+        ignore_index: data.ignore_index,
+        seed: data.seed,
+        num_workers: data.num_workers,
+        download_dir: data.download_dir.clone(),
+    }
+}
+
+/// Training and validation samples, checked and reported on.
+fn encode(settings: &FinetuneSettings, checkpoint: &Checkpoint, tokenizer: &Tokenizer, dataset: &Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
+    let context = checkpoint.config.block_size;
+    let encoder = Encoder {
+        tokenizer,
+        style: &dataset.style,
+        mask_prompt: settings.data.mask_prompt,
+        ignore_index: settings.data.ignore_index,
+        max_seq_length: Some(settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(context).min(context)),
+    };
+    ui.begin("tokenize", (dataset.train.len() + dataset.val.len()) as u64, false);
+    let train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64))?;
+    let val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
+    ui.end();
+    for (what, samples) in [("train", &train), ("val", &val)] {
+        let report = DataReport::of(samples);
+        check_targets(&report, dataset)?;
+        ui.note(&format!(
+            "{what}: {} samples, {} tokens ({} learned), longest {}, mean {:.0}, {} cut at {}",
+            report.samples, report.tokens, report.target_tokens, report.longest, report.mean, report.truncated,
+            encoder.max_seq_length.unwrap_or(context)
+        ));
+    }
+    Ok((train, val))
+}
+
+/// Samples that teach nothing are an error, by row.
+fn check_targets(report: &DataReport, dataset: &Dataset) -> Result<()> {
+    let Some(first) = report.all_masked.first() else { return Ok(()) };
+    let others = report.all_masked.len() - 1;
+    let more = if others > 0 { format!(" and {others} more") } else { String::new() };
+    let message = format!("{}{more}: no token of the sample is learned, all its labels are masked", dataset.locate(*first));
+    Err(Error::refused(message, "remove such rows, raise --train.max_seq_length, or set --data.mask_prompt false"))
+}
+
+fn describe(settings: &FinetuneSettings, dataset: &Dataset, plan: &Plan, ui: &Ui) {
+    let precision = settings.precision.unwrap_or(Precision::F32True);
+    ui.note(&format!(
+        "{} on the CPU, prompt style {}, {} steps of {} x {} samples, lr {:e}",
+        precision, dataset.style.name(), plan.steps, plan.accumulate, settings.train.micro_batch_size, settings.optimizer.learning_rate
+    ));
+    if matches!(precision, Precision::Bf16Mixed | Precision::F16Mixed) {
+        ui.note(&format!("{precision} keeps f32 weights, and the CPU computes in f32 with them: use bf16-true to halve their memory"));
+    }
+}
+
+fn attach(gpt: &mut Gpt, settings: &FinetuneSettings) {
+    let lora = &settings.lora;
+    let targets = Targets {
+        query: lora.lora_query,
+        key: lora.lora_key,
+        value: lora.lora_value,
+        projection: lora.lora_projection,
+        mlp: lora.lora_mlp,
+        head: lora.lora_head,
+    };
+    let config = LoraConfig { r: lora.lora_r, alpha: lora.lora_alpha, rslora: false, dropout: lora.lora_dropout };
+    gpt.attach(|name| targets.contains(name).then_some(config));
+    gpt.initialize_adapters(settings.seed);
+}
+
+fn millions(count: usize) -> String {
+    if count >= 1_000_000 { format!("{:.1} M", count as f64 / 1e6) } else { format!("{:.1} k", count as f64 / 1e3) }
+}
+
+fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
+    let rate = summary.tokens as f64 / summary.seconds;
+    ui.note(&format!("done: {} steps, {} tokens in {:.1} s, {rate:.0} tokens/s", summary.steps, summary.tokens, summary.seconds));
+    if let Some(bytes) = peak_memory() {
+        ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
+    }
+    let last = out_dir.join("final");
+    ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", last.display()));
+    ui.note(&format!("      litgpt merge_lora --checkpoint_dir {}", last.display()));
+}
+
+/// What the loop calls outside.
+struct Run<'a> {
+    ui: &'a mut Ui,
+    metrics: Metrics,
+    settings: &'a FinetuneSettings,
+    checkpoint: &'a Checkpoint,
+    tokenizer: &'a Tokenizer,
+    dataset: &'a Dataset,
+    base_hash: String,
+}
+
+impl Report for Run<'_> {
+    fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        self.metrics.event(event)?;
+        self.ui.event(event)
+    }
+}
+
+impl Outside for Run<'_> {
+    fn save(&mut self, gpt: &Gpt, name: &str, step: usize) -> anyhow::Result<()> {
+        let dir = self.settings.out_dir.join(name);
+        let base = self.checkpoint.dir.canonicalize().map_err(Error::io("read", &self.checkpoint.dir))?;
+        let manifest = Manifest {
+            litgpt_version: env!("CARGO_PKG_VERSION").to_owned(),
+            base_model: base.clone(),
+            base_hash: self.base_hash.clone(),
+            prompt_style: self.dataset.style.name().to_owned(),
+            add_bos: self.tokenizer.adds_bos(),
+            step,
+        };
+        let staging = Staging::new(&dir)?;
+        adapter::save(&staging, self.checkpoint.family, gpt, &base.to_string_lossy())?;
+        staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
+        staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
+        staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
+        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        staging.commit()?;
+        self.event(&Event::Saved { path: dir })
+    }
+
+    fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String> {
+        let Some(record) = self.dataset.val.get(index) else { return Ok(String::new()) };
+        let prompt = self.dataset.style.apply(&record.instruction, record.input.as_deref(), None);
+        let ids = self.tokenizer.encode_prompt(&prompt)?;
+        let room = gpt.prepared().saturating_sub(ids.len());
+        let max_new_tokens = self.settings.eval.max_new_tokens.unwrap_or(0).min(room);
+        let request = Request {
+            prompt: &ids,
+            max_new_tokens,
+            draw: Draw::GREEDY,
+            stop_ids: self.tokenizer.eos_ids(),
+            stop_texts: self.dataset.style.stop_texts(),
+        };
+        let mut answer = String::new();
+        if max_new_tokens > 0 {
+            text(gpt, self.tokenizer, &request, |piece| {
+                answer.push_str(piece);
+                Ok(())
+            })?;
+        }
+        Ok(answer)
+    }
+}
+
+/// LitGPT's file that names the style.
+pub fn prompt_style_yaml(style: &PromptStyle) -> String {
+    format!("class_path: litgpt.prompts.{}\n", style.class_name())
+}

@@ -1,0 +1,47 @@
+//! `litgpt generate`: continues a prompt.
+
+use super::args::GenerateArgs;
+use super::load::{model, no_quantization, store};
+use super::ui::{Ui, peak_memory};
+use crate::generate::{Draw, Request, room, text};
+
+/// Runs the command.
+pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
+    args.load.notes().iter().for_each(|line| ui.note(line));
+    no_quantization(args.load.quantize.as_deref())?;
+    let dir = args.model.path()?;
+    let mut loaded = model(&dir, store(args.load.precision), args.load.prompt_style.as_deref(), ui)?;
+    let prompt = loaded.style.apply(&args.prompt, None, args.sys_prompt.as_deref());
+    let prompt = loaded.tokenizer.encode_prompt(&prompt)?;
+    let room = room(prompt.len(), args.sampling.max_new_tokens, loaded.gpt.config.block_size)?;
+    loaded.gpt.prepare(prompt.len() + room);
+    for sample in 0..args.num_samples {
+        let request = Request {
+            prompt: &prompt,
+            max_new_tokens: room,
+            draw: Draw {
+                temperature: args.sampling.temperature,
+                top_k: Some(args.sampling.top_k).filter(|k| *k > 0),
+                top_p: args.sampling.top_p,
+                seed: args.sampling.seed.wrapping_add(sample as u64),
+            },
+            stop_ids: loaded.tokenizer.eos_ids(),
+            stop_texts: loaded.style.stop_texts(),
+        };
+        let mut whole = String::new();
+        let figures = text(&loaded.gpt, &loaded.tokenizer, &request, |piece| {
+            if args.stream {
+                return ui.result(piece);
+            }
+            whole.push_str(piece);
+            Ok(())
+        })?;
+        ui.result(&format!("{whole}\n"))?;
+        let rate = figures.tokens.saturating_sub(1) as f64 / figures.decode.as_secs_f64().max(1e-9);
+        ui.note(&format!("{} tokens, first after {:.2} s, then {rate:.1} tokens/s", figures.tokens, figures.prefill.as_secs_f64()));
+    }
+    if let Some(bytes) = peak_memory() {
+        ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
+    }
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! What commands share: a model from a folder (base, adapter or merged), with its tokenizer and prompt style.
+
+use super::ui::Ui;
+use crate::checkpoint::{Checkpoint, adapter};
+use crate::data::prompt::PromptStyle;
+use crate::error::{Error, Result};
+use crate::model::Gpt;
+use crate::ops::weight::Store;
+use crate::tokenizer::{AddBos, Tokenizer};
+use crate::train::settings::{Precision, Switch};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// File of an adapter folder that says how it came about.
+pub const MANIFEST: &str = "litgpt.json";
+/// LitGPT's file that names the prompt style.
+pub const PROMPT_STYLE: &str = "prompt_style.yaml";
+
+/// How an adapter came about, beyond what PEFT records.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this program.
+    pub litgpt_version: String,
+    /// Folder of the base model.
+    pub base_model: PathBuf,
+    /// Hash of the base model's weights and config.json (BLAKE3).
+    pub base_hash: String,
+    /// Name of the prompt style.
+    pub prompt_style: String,
+    /// Whether prompts began with the BOS token.
+    pub add_bos: bool,
+    /// Optimizer steps.
+    pub step: usize,
+}
+
+impl Manifest {
+    /// The manifest of a folder, if it has one.
+    ///
+    /// # Errors
+    /// When it is broken.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(MANIFEST);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let parsed = serde_json::from_str(&text);
+        parsed.map(Some).map_err(|e| Error::invalid(&path, e.to_string(), "finetune again, or delete the file"))
+    }
+}
+
+/// How weights are kept for a precision; f32 where none is given.
+///
+/// # Errors
+/// For the mixed precisions, which keep f32 weights and would compute in f32 here.
+pub fn store(precision: Option<Precision>) -> Store {
+    match precision {
+        Some(Precision::Bf16True) => Store::Bf16,
+        Some(Precision::F16True) => Store::F16,
+        _ => Store::F32,
+    }
+}
+
+/// Refuses a quantization that this build cannot do.
+///
+/// # Errors
+/// When one is asked for.
+pub fn no_quantization(quantize: Option<&str>) -> Result<()> {
+    match quantize {
+        None => Ok(()),
+        Some(name) => Err(Error::unsupported(
+            format!("--quantize {name}"),
+            "leave it out; --precision bf16-true halves the memory of the weights",
+        )),
+    }
+}
+
+/// A policy for BOS as settings spell it.
+pub fn add_bos(switch: Switch) -> AddBos {
+    match switch {
+        Switch::Auto => AddBos::Auto,
+        Switch::On => AddBos::Always,
+        Switch::Off => AddBos::Never,
+    }
+}
+
+/// The prompt style that a folder records, else the one that its name is known for.
+///
+/// # Errors
+/// When the recorded style is unknown.
+pub fn prompt_style(dir: &Path, given: Option<&str>) -> Result<PromptStyle> {
+    if let Some(name) = given {
+        return PromptStyle::by_name(name);
+    }
+    let path = dir.join(PROMPT_STYLE);
+    if path.is_file() {
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let class = text.lines().find_map(|l| l.strip_prefix("class_path:")).map(str::trim);
+        let class = class.ok_or_else(|| Error::invalid(&path, "no `class_path:` line", "give --prompt_style"))?;
+        return PromptStyle::by_name(class.trim_matches(['"', '\'']));
+    }
+    let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    Ok(PromptStyle::for_model(&absolute.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// A model ready to use.
+pub struct Loaded {
+    /// The model, with its adapters if the folder is one.
+    pub gpt: Gpt,
+    /// Its tokenizer, with the BOS policy of its training.
+    pub tokenizer: Tokenizer,
+    /// Its prompt style.
+    pub style: PromptStyle,
+}
+
+/// Folder of an adapter's base: the given one, or the recorded one.
+///
+/// # Errors
+/// When it is not there.
+pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(given) = given {
+        return Ok(super::args::checkpoint_dir(given));
+    }
+    let named = match Manifest::read(dir)? {
+        Some(manifest) => manifest.base_model,
+        None => PathBuf::from(adapter::base_of(dir)?),
+    };
+    let candidates = [named.clone(), dir.join(&named), PathBuf::from("checkpoints").join(&named)];
+    candidates.into_iter().find(|c| c.is_dir()).ok_or_else(|| Error::Missing {
+        what: format!("base model of the adapter `{}`", dir.display()),
+        path: named,
+        hint: "put it there, or name its folder with --pretrained_checkpoint_dir".to_owned(),
+    })
+}
+
+/// Loads a checkpoint's weights, showing progress.
+///
+/// # Errors
+/// When a tensor cannot be read.
+pub fn weights(checkpoint: &Checkpoint, store: Store, ui: &mut Ui) -> Result<Gpt> {
+    ui.begin("load", checkpoint.config.n_layer as u64, false);
+    let gpt = Gpt::load(&checkpoint.config, checkpoint, store, &mut |_| ui.advance(1));
+    ui.end();
+    gpt
+}
+
+/// The model in `dir`: a base or merged model, or an adapter on its base.
+///
+/// # Errors
+/// When anything is missing or does not fit.
+pub fn model(dir: &Path, store: Store, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
+    let manifest = Manifest::read(dir)?;
+    let policy = match &manifest {
+        Some(m) if m.add_bos => AddBos::Always,
+        Some(_) => AddBos::Never,
+        None => AddBos::Auto,
+    };
+    let is_adapter = adapter::is_adapter(dir);
+    let base = if is_adapter { base_dir(dir, None)? } else { dir.to_owned() };
+    let checkpoint = Checkpoint::open(&base)?;
+    let tokenizer = Tokenizer::load(if dir.join("tokenizer.json").is_file() { dir } else { &base })?.with_bos(policy);
+    check_vocabulary(&tokenizer, &checkpoint)?;
+    let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style)?;
+    let mut gpt = weights(&checkpoint, store, ui)?;
+    if is_adapter {
+        adapter::load(dir, checkpoint.family, &mut gpt)?;
+    }
+    Ok(Loaded { gpt, tokenizer, style })
+}
+
+/// Refuses a tokenizer whose ids the model has no embedding for.
+///
+/// # Errors
+/// When it has more tokens than the model.
+pub fn check_vocabulary(tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<()> {
+    let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config.vocab_size);
+    if tokens <= rows {
+        return Ok(());
+    }
+    let problems = vec![format!("the tokenizer has {tokens} tokens and the model {rows}")];
+    let what = format!("tokenizer and weights of `{}` do not belong together", checkpoint.dir.display());
+    Err(Error::Mismatch { what, problems, hint: "download the checkpoint again".to_owned() })
+}

@@ -1,0 +1,59 @@
+//! `litgpt merge_lora`: adapter and base become one Hugging Face folder.
+
+use super::args::{MergeArgs, MergeFormat};
+use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, weights};
+use super::recipe::HYPERPARAMETERS;
+use super::ui::Ui;
+use crate::checkpoint::merge::{merge, require_adapter};
+use crate::checkpoint::write::Staging;
+use crate::checkpoint::{Checkpoint, adapter};
+use crate::error::{Error, Result};
+use crate::ops::weight::Store;
+use std::path::Path;
+
+/// Runs the command.
+pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
+    if args.format != MergeFormat::Hf {
+        let what = "merge_lora --format other than hf";
+        return Err(Error::unsupported(what, "merge as hf; other programs convert that folder").into());
+    }
+    if args.precision.is_some() {
+        ui.note("--precision is ignored: the merged model has the base model's dtypes");
+    }
+    let dir = args.model.path()?;
+    require_adapter(&dir)?;
+    let out_dir = args.out_dir.clone().unwrap_or_else(|| dir.join("merged"));
+    if out_dir.join("config.json").exists() {
+        let message = format!("`{}` is there already", out_dir.display());
+        return Err(Error::refused(message, "use it as it is, delete it, or give another --out_dir").into());
+    }
+    let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
+    let checkpoint = Checkpoint::open(&base)?;
+    check_base(&dir, &checkpoint)?;
+    // The adapter's shapes are read through a model; bf16 keeps that model small, its weights are not written.
+    let mut gpt = weights(&checkpoint, Store::Bf16, ui)?;
+    adapter::load(&dir, checkpoint.family, &mut gpt)?;
+    let staging = Staging::new(&out_dir)?;
+    let tensors: usize = checkpoint.files().values().map(Vec::len).sum();
+    ui.begin("merge", tensors as u64, false);
+    merge(&checkpoint, &gpt, &staging, &mut |_| ui.advance(1))?;
+    ui.end();
+    staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
+    if let Some(manifest) = Manifest::read(&dir)? {
+        staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
+    }
+    staging.commit()?;
+    ui.note(&format!("merged into {}", out_dir.display()));
+    ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
+    Ok(())
+}
+
+/// Refuses a base that is not the one the adapter was trained on.
+fn check_base(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
+    let Some(manifest) = Manifest::read(dir)? else { return Ok(()) };
+    if manifest.base_hash == checkpoint.content_hash()? {
+        return Ok(());
+    }
+    let message = format!("the base model `{}` is not what the adapter was trained on: its weights or config.json changed", checkpoint.dir.display());
+    Err(Error::refused(message, "restore it, or name the right one with --pretrained_checkpoint_dir"))
+}

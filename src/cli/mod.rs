@@ -1,0 +1,72 @@
+//! The command line: what there is, and one match arm per subcommand. Each command is a file; only `ui` prints.
+
+pub mod args;
+pub mod compat;
+mod download;
+mod finetune;
+mod generate;
+mod load;
+mod merge_lora;
+pub mod recipe;
+mod ui;
+
+use crate::error::Error;
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+use ui::Ui;
+
+/// Finetune language models with LoRA on one GPU or CPU, and use what comes out.
+#[derive(Debug, Parser)]
+#[command(name = "litgpt", version, propagate_version = true, arg_required_else_help = true, max_term_width = 120)]
+#[command(after_help = "Examples:
+  litgpt download HuggingFaceTB/SmolLM2-135M-Instruct
+  litgpt finetune lora --checkpoint_dir HuggingFaceTB/SmolLM2-135M-Instruct --data Alpaca
+  litgpt generate --checkpoint_dir out/finetune/lora/final --prompt \"Recommend a movie.\"
+  litgpt merge_lora --checkpoint_dir out/finetune/lora/final")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+#[command(rename_all = "snake_case")]
+enum Command {
+    /// Fetch a model from the Hugging Face Hub
+    Download(args::DownloadArgs),
+    /// Finetune a model with LoRA (also: finetune lora)
+    FinetuneLora(Box<args::FinetuneArgs>),
+    /// Continue a prompt with a model or a finished adapter
+    Generate(args::GenerateArgs),
+    /// Merge an adapter into its base model
+    MergeLora(args::MergeArgs),
+}
+
+/// Runs the command line `argv`, program name first, and says how it went.
+#[must_use]
+pub fn run(argv: Vec<OsString>) -> ExitCode {
+    let mut ui = Ui::new();
+    let argv = match compat::rewrite(argv) {
+        Ok(argv) => argv,
+        Err(error) => return ui.fail(&error.into()),
+    };
+    let cli = match Cli::try_parse_from(argv) {
+        Ok(cli) => cli,
+        Err(error) => return ui.clap(&error),
+    };
+    let result = match cli.command {
+        Command::Download(args) => download::run(&args, &mut ui),
+        Command::FinetuneLora(args) => finetune::run(&args, &mut ui),
+        Command::Generate(args) => generate::run(&args, &mut ui),
+        Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ui.fail(&error),
+    }
+}
+
+/// 2 where the command line or a recipe is wrong, 1 for every other failure.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if matches!(error.downcast_ref(), Some(Error::Usage { .. })) { 2 } else { 1 }
+}

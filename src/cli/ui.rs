@@ -1,0 +1,142 @@
+//! The only code that writes to the terminal. Results go to stdout, everything else to stderr.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use super::exit_code;
+use crate::error::Error;
+use crate::train::report::{Event, Report};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+/// The terminal.
+pub struct Ui {
+    terminal: bool,
+    bar: Option<ProgressBar>,
+    iters: usize,
+}
+
+impl Ui {
+    /// The terminal of this process.
+    pub fn new() -> Self {
+        Self { terminal: std::io::stderr().is_terminal(), bar: None, iters: 0 }
+    }
+
+    /// A line about what goes on.
+    pub fn note(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => {
+                // A closed stderr must not end the run.
+                let _ = writeln!(std::io::stderr(), "{line}");
+            }
+        }
+    }
+
+    /// A part of a result.
+    ///
+    /// # Errors
+    /// When stdout is gone.
+    pub fn result(&self, text: &str) -> anyhow::Result<()> {
+        let mut out = std::io::stdout();
+        out.write_all(text.as_bytes())?;
+        Ok(out.flush()?)
+    }
+
+    /// Starts a bar over `total` units on a terminal.
+    pub fn begin(&mut self, what: &str, total: u64, bytes: bool) {
+        if !self.terminal {
+            return;
+        }
+        let template = if bytes {
+            "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left"
+        } else {
+            "{msg} {bar:30} {pos}/{len} {per_sec}, {eta} left"
+        };
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        self.bar = Some(ProgressBar::new(total).with_style(style).with_message(what.to_owned()));
+    }
+
+    /// Sets the bar's position.
+    pub fn position(&self, at: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(at);
+        }
+    }
+
+    /// Moves the bar on.
+    pub fn advance(&self, by: u64) {
+        if let Some(bar) = &self.bar {
+            bar.inc(by);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Prints an error with its causes and hint, and gives the exit code.
+    pub fn fail(&mut self, error: &anyhow::Error) -> ExitCode {
+        self.end();
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && io.kind() == std::io::ErrorKind::BrokenPipe
+        {
+            return ExitCode::SUCCESS;
+        }
+        let message = format!("{error:#}").replace('\n', " ");
+        self.note(&format!("error: {message}"));
+        if let Some(hint) = error.chain().find_map(|e| e.downcast_ref::<Error>()).and_then(Error::hint) {
+            self.note(&format!("hint: {hint}"));
+        }
+        ExitCode::from(exit_code(error))
+    }
+
+    /// Prints what clap has to say: help and version as results, mistakes as errors.
+    pub fn clap(&mut self, error: &clap::Error) -> ExitCode {
+        let _ = error.print();
+        if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    }
+}
+
+impl Report for Ui {
+    fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        match event {
+            Event::Start { plan, schedule } => {
+                self.iters = plan.iters;
+                if let Some(asked) = schedule.shortened_from {
+                    let warmup = schedule.warmup;
+                    self.note(&format!("warm-up of {asked} steps is long for {} steps: shortened to {warmup}", schedule.steps));
+                }
+                self.begin("train", plan.iters as u64, false);
+            }
+            Event::Step { epoch, iter, step, loss, learning_rate, tokens, seconds, .. } => {
+                self.position(*iter as u64);
+                let rate = *tokens as f64 / seconds;
+                if let Some(bar) = &self.bar {
+                    bar.set_message(format!("epoch {epoch} step {step} loss {loss:.3} {rate:.0} tokens/s"));
+                } else {
+                    let iters = self.iters;
+                    self.note(&format!(
+                        "epoch {epoch} | iter {iter}/{iters} step {step} | loss {loss:.4} | lr {learning_rate:.2e} | {rate:.0} tokens/s"
+                    ));
+                }
+            }
+            Event::Validation { step, loss, seconds, .. } => {
+                self.note(&format!("step {step} | val loss {loss:.4} | val ppl {:.2} | {seconds:.1} s", loss.exp()));
+            }
+            Event::Example { text, .. } => self.note(&format!("example: {}", text.trim())),
+            Event::Saved { path } => self.note(&format!("saved {}", path.display())),
+            Event::Finished(_) => self.end(),
+        }
+        Ok(())
+    }
+}
+
+/// Most memory that this process ever held, in bytes, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}

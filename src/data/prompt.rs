@@ -1,0 +1,465 @@
+//! Prompt styles: the text that a model is shown for an instruction, and which style belongs to which model.
+//!
+//! `STYLES` is LitGPT's list; a style is data, filled in by [`PromptStyle::apply`]. The longer default system prompts
+//! are in `system_prompts.rs`. Chat templates of checkpoints are not handled here.
+
+use std::sync::LazyLock;
+
+use regex::Regex;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::{closest, system_prompts as system};
+use crate::error::{Error, Result};
+
+/// Text before and text after something.
+type Around = (&'static str, &'static str);
+
+/// One row of the registry. A prompt is `start`, the system part (if there is a system prompt), the user part.
+#[derive(Debug)]
+struct Style {
+    /// LitGPT's key; for the four classes without one, our own.
+    name: &'static str,
+    /// LitGPT's class.
+    class: &'static str,
+    start: &'static str,
+    /// Around the system prompt; `None`: the style has no place for one.
+    system: Option<Around>,
+    default_system: &'static str,
+    /// Around the instruction.
+    user: Around,
+    /// Style with an input; `None`: an input is left out.
+    input: Option<WithInput>,
+    /// Texts, besides the tokenizer's stop tokens, at which an answer ends.
+    stops: &'static [&'static str],
+}
+
+#[derive(Debug)]
+struct WithInput {
+    default_system: &'static str,
+    /// Between instruction and input.
+    between: &'static str,
+}
+
+const PLAIN: Style = Style {
+    name: "default",
+    class: "Default",
+    start: "",
+    system: None,
+    default_system: "",
+    user: ("", ""),
+    input: None,
+    stops: &[],
+};
+
+const ALPACA: Style = Style {
+    name: "alpaca",
+    class: "Alpaca",
+    system: Some(("", "")),
+    default_system: system::TASK,
+    user: ("### Instruction:\n", "\n\n### Response:\n"),
+    input: Some(WithInput { default_system: system::TASK_WITH_INPUT, between: "\n\n### Input:\n" }),
+    ..PLAIN
+};
+
+const ZEPHYR: Style = Style {
+    name: "stablelm-zephyr",
+    class: "StableLMZephyr",
+    user: ("<|user|>\n", "<|endoftext|>\n<|assistant|>\n"),
+    ..PLAIN
+};
+
+const CHATML: Style = Style {
+    name: "chatml",
+    class: "ChatML",
+    system: Some(("<|im_start|>system\n", "<|im_end|>\n")),
+    user: ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    ..PLAIN
+};
+
+const PHI4: Style = Style {
+    name: "phi-4",
+    class: "Phi4",
+    system: Some(("<|im_start|>system<|im_sep|>", "<|im_end|>")),
+    user: ("<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>"),
+    ..PLAIN
+};
+
+const PHI4_MINI: Style = Style {
+    name: "phi-4-mini",
+    class: "Phi4Mini",
+    system: Some(("<|system|>", "<|end|>")),
+    user: ("<|user|>", "<|end|><|assistant|>"),
+    ..PLAIN
+};
+
+static STYLES: &[Style] = &[
+    PLAIN,
+    ALPACA,
+    Style { name: "flan", class: "FLAN", input: None, ..ALPACA },
+    Style { name: "longform", class: "Longform", default_system: system::TASK_WITH_INPUT, input: None, ..ALPACA },
+    Style {
+        name: "stablelm-alpha",
+        class: "StableLMAlpha",
+        system: Some(("<|SYSTEM|>", "")),
+        default_system: system::STABLELM_ALPHA,
+        user: ("<|USER|>", "<|ASSISTANT|>"),
+        stops: &["<|SYSTEM|>", "<|ASSISTANT|>", "<|USER|>"],
+        ..PLAIN
+    },
+    ZEPHYR,
+    Style { name: "falcon", class: "Falcon", user: ("", "\nAnswer:"), stops: &["User:", "\nUser"], ..PLAIN },
+    Style { name: "falcon3", class: "Falcon3", stops: &["<|endoftext|>"], ..ZEPHYR },
+    Style {
+        name: "llama2-function-calling",
+        class: "Llama2FunctionCalling",
+        start: system::SEARCH_FUNCTION,
+        system: Some(("[INST]<<SYS>>\n", "\n<</SYS>>\n\n")),
+        default_system: system::FUNCTION_CALLING,
+        user: ("", "[/INST]\n\n"),
+        ..PLAIN
+    },
+    Style {
+        name: "llama2",
+        class: "Llama2",
+        system: Some(("[INST] <<SYS>>\n", "\n<</SYS>>\n\n ")),
+        default_system: system::LLAMA2,
+        user: ("", " [/INST] "),
+        ..PLAIN
+    },
+    Style {
+        name: "llama3",
+        class: "Llama3",
+        start: "<|begin_of_text|>",
+        system: Some(("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>")),
+        default_system: "You are a helpful assistant.",
+        user: (
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        stops: &["<|eot_id|>"],
+        ..PLAIN
+    },
+    Style {
+        name: "r1",
+        class: "R1Base",
+        system: Some(("", "")),
+        user: ("<｜User｜>", "<｜Assistant｜>"),
+        stops: &["<｜end▁of▁sentence｜>"],
+        ..PLAIN
+    },
+    Style {
+        name: "freewilly2",
+        class: "FreeWilly2",
+        system: Some(("### System:\n", "\n\n")),
+        default_system: "This is a system prompt, please behave and help the user.",
+        user: ("### User:\n", "\n\n### Assistant:\n"),
+        ..PLAIN
+    },
+    Style { name: "platypus", class: "Platypus", user: ("### Instruction:\n\n", "\n\n### Response:\n"), ..PLAIN },
+    Style { name: "stablecode", class: "StableCode", user: ("###Instruction\n", "###Response\n"), ..PLAIN },
+    Style {
+        name: "codellama",
+        class: "CodeLlama",
+        start: "[INST] ",
+        system: Some(("<<SYS>>\n", "\n<</SYS>>\n\n")),
+        user: ("", " [/INST]"),
+        ..PLAIN
+    },
+    Style { name: "phi-1", class: "Phi1", user: ("", "\n\nAnswer:"), stops: &["Answer:"], ..PLAIN },
+    Style { name: "phi-2", class: "Phi2", user: ("Instruct: ", "\nOutput:"), ..PLAIN },
+    Style {
+        name: "phi-3",
+        class: "Phi3",
+        system: Some(("<|system|>\n", "<|end|>\n")),
+        default_system: "You are a helpful assistant.",
+        user: ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
+        ..PLAIN
+    },
+    PHI4,
+    Style {
+        name: "phi-4-reasoning",
+        class: "Phi4Reasoning",
+        system: Some(("<|im_start>system<|im_sep|>", "<|im_end|>")), // LitGPT's spelling of the first token
+        default_system: system::PHI4_REASONING,
+        ..PHI4
+    },
+    PHI4_MINI,
+    Style {
+        name: "phi-4-mini-reasoning",
+        class: "Phi4MiniReasoning",
+        default_system: "Your name is Phi, an AI math expert developed by Microsoft.",
+        ..PHI4_MINI
+    },
+    Style {
+        name: "tinyllama",
+        class: "TinyLlama",
+        system: Some(("<|system|>\n", "</s>\n")),
+        default_system: "You are a friendly chatbot who always gives helpful, detailed, and polite answers.",
+        user: ("<|user|>\n", "</s>\n<|assistant|>\n"),
+        ..PLAIN
+    },
+    Style {
+        name: "gemma",
+        class: "Gemma",
+        user: ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
+        ..PLAIN
+    },
+    Style { name: "olmo", class: "OLMo", user: ("<|endoftext|><|user|>\n", "\n<|assistant|>\n"), ..PLAIN },
+    CHATML,
+    Style { name: "qwen2.5", class: "Qwen2_5", default_system: system::QWEN2_5, ..CHATML },
+    Style { name: "qwen2.5-math", class: "Qwen2_5_Math", default_system: system::QWEN2_5_MATH, ..CHATML },
+    Style { name: "qwq", class: "QwQ", default_system: system::QWQ, ..CHATML },
+    Style { name: "qwen3", class: "Qwen3", ..CHATML },
+    Style { name: "smollm2", class: "SmolLM2", default_system: system::SMOLLM2, ..CHATML },
+    Style { name: "salamandra", class: "Salamandra", default_system: system::SALAMANDRA, ..CHATML },
+];
+
+/// Model name (a regular expression, anywhere in it) and its style; the first that matches wins.
+const MODELS: &[(&str, &str)] = &[
+    ("stablelm-tuned-alpha", "stablelm-alpha"),
+    ("stablelm-zephyr-3b", "stablelm-zephyr"),
+    ("stablecode-instruct", "stablecode"),
+    ("Falcon3.*-Instruct", "falcon3"),
+    ("falcon.*-instruct", "falcon"),
+    ("Llama-2-7b-chat-hf-function-calling-v2", "llama2-function-calling"),
+    ("Llama-2.*-chat", "llama2"),
+    ("Llama-3.*-Instruct", "llama3"),
+    ("OLMo-2.*-(Instruct|SFT|DPO)", "llama3"),
+    ("R1", "r1"),
+    ("FreeWilly2", "freewilly2"),
+    ("Platypus", "platypus"),
+    ("CodeLlama|Mi[sx]tral.*Instruct", "codellama"),
+    ("phi-1", "phi-1"),
+    ("phi-2", "phi-2"),
+    ("Phi-3", "phi-3"),
+    ("Phi-4-reasoning", "phi-4-reasoning"),
+    ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
+    ("Phi-4-mini", "phi-4-mini"),
+    ("phi-4", "phi-4"),
+    ("tiny-llama.*chat", "tinyllama"),
+    ("(Code)?Gemma.*-it", "gemma"),
+    ("OLMo.*-hf", "olmo"),
+    (r"Qwen2\.5-Math-", "qwen2.5-math"),
+    (r"Qwen2\.5-", "qwen2.5"),
+    ("QwQ-", "qwq"),
+    ("Qwen3-", "qwen3"),
+    ("SmolLM2.*-Instruct", "smollm2"),
+    ("salamandra-.*-instruct", "salamandra"),
+];
+
+static MODEL_STYLES: LazyLock<Vec<(Regex, &'static Style)>> = LazyLock::new(|| {
+    let row = |&(pattern, name): &(&str, &str)| Some((Regex::new(pattern).ok()?, find(name)?));
+    MODELS.iter().filter_map(row).collect()
+});
+
+/// Keys of all styles.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    STYLES.iter().map(|style| style.name)
+}
+
+/// How an instruction becomes the text that the model is shown. Serialized as its name.
+#[derive(Debug, Clone, Copy)]
+pub struct PromptStyle(&'static Style);
+
+impl PromptStyle {
+    /// The style called `name`: LitGPT's key (`alpaca`), class (`Alpaca`) or class path (`litgpt.prompts.Alpaca`).
+    ///
+    /// # Errors
+    /// `Error::Usage` if there is no such style.
+    pub fn by_name(name: &str) -> Result<Self> {
+        let last = if name.starts_with("litgpt.") { name.rsplit('.').next().unwrap_or(name) } else { name };
+        find(last).map(Self).ok_or_else(|| {
+            let candidates = STYLES.iter().flat_map(|style| [style.name, style.class]);
+            let hint = closest(last, candidates).map_or_else(
+                || format!("choose one of {}", names().collect::<Vec<_>>().join(", ")),
+                |near| format!("did you mean `{near}`?"),
+            );
+            Error::usage(format!("no prompt style is called `{name}`"), hint)
+        })
+    }
+
+    /// The style that the model called `name` was trained with, by LitGPT's table; `default` if it is not in there.
+    #[must_use]
+    pub fn for_model(name: &str) -> Self {
+        Self(MODEL_STYLES.iter().find(|(pattern, _)| pattern.is_match(name)).map_or(&STYLES[0], |row| row.1))
+    }
+
+    /// LitGPT's key, such as `alpaca`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.0.name
+    }
+
+    /// LitGPT's class, such as `Alpaca`.
+    #[must_use]
+    pub fn class_name(&self) -> &str {
+        self.0.class
+    }
+
+    /// The prompt for an instruction. An empty `input` or `sys` counts as none; without `sys` the style's own system
+    /// prompt is used; a style without a place for one of them leaves it out.
+    #[must_use]
+    pub fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> String {
+        let style = self.0;
+        let input = style.input.as_ref().zip(input.filter(|text| !text.is_empty()));
+        let default = input.map_or(style.default_system, |(with, _)| with.default_system);
+        let sys = sys.filter(|text| !text.is_empty()).unwrap_or(default);
+        let mut text = String::from(style.start);
+        if let Some((before, after)) = style.system.filter(|_| !sys.is_empty()) {
+            text.extend([before, sys, after]);
+        }
+        text.extend([style.user.0, prompt]);
+        if let Some((with, input)) = input {
+            text.extend([with.between, input]);
+        }
+        text.push_str(style.user.1);
+        text
+    }
+
+    /// Texts, besides the tokenizer's stop tokens, at which an answer ends.
+    #[must_use]
+    pub fn stop_texts(&self) -> &[&str] {
+        self.0.stops
+    }
+}
+
+impl PartialEq for PromptStyle {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for PromptStyle {}
+
+impl Serialize for PromptStyle {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for PromptStyle {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Self::by_name(&name).map_err(|e| {
+            serde::de::Error::custom(e.hint().map_or_else(|| e.to_string(), |hint| format!("{e}; {hint}")))
+        })
+    }
+}
+
+/// Letters and digits in lower case: `Qwen2_5` and `qwen2.5` are one style.
+fn normal(name: &str) -> String {
+    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+}
+
+fn find(name: &str) -> Option<&'static Style> {
+    let wanted = normal(name);
+    STYLES.iter().find(|style| normal(style.name) == wanted || normal(style.class) == wanted)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_finds_its_own_style() {
+        for style in STYLES {
+            let names = [style.name.to_owned(), style.class.to_owned(), format!("litgpt.prompts.{}", style.class)];
+            for name in names {
+                assert_eq!(PromptStyle::by_name(&name).unwrap().name(), style.name, "{name}");
+            }
+        }
+        assert_eq!(PromptStyle::by_name("alpaca").unwrap().class_name(), "Alpaca");
+    }
+
+    #[test]
+    fn unknown_name_suggests_a_near_one() {
+        let e = PromptStyle::by_name("alpcaa").unwrap_err();
+        assert_eq!(e.to_string(), "no prompt style is called `alpcaa`");
+        assert_eq!(e.hint().unwrap(), "did you mean `alpaca`?");
+        assert!(matches!(e, Error::Usage { .. }));
+        let hint = PromptStyle::by_name("zzzzzzzzzzzzzzzz").unwrap_err().hint().unwrap();
+        assert!(hint.contains("alpaca, flan"), "{hint}");
+        assert!(PromptStyle::by_name("").is_err());
+    }
+
+    #[test]
+    fn every_row_of_the_model_table_is_usable() {
+        assert_eq!(MODEL_STYLES.len(), MODELS.len());
+    }
+
+    #[test]
+    fn first_match_wins_in_the_model_table() {
+        let table = [
+            ("stablelm-tuned-alpha-3b", "stablelm-alpha"),
+            ("Falcon3-7B-Instruct", "falcon3"),
+            ("falcon-7b-instruct", "falcon"),
+            ("Llama-2-7b-chat-hf-function-calling-v2", "llama2-function-calling"),
+            ("Llama-2-7b-chat-hf", "llama2"),
+            ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
+            ("Llama-3.2-1B", "default"),
+            ("OLMo-2-1124-7B-DPO", "llama3"),
+            ("R1-Distill-Llama-8B", "r1"),
+            ("Mixtral-8x7B-Instruct-v0.1", "codellama"),
+            ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
+            ("Phi-4-mini-instruct", "phi-4-mini"),
+            ("Phi-4-reasoning-plus", "phi-4-reasoning"),
+            ("phi-4", "phi-4"),
+            ("tiny-llama-1.1b-chat", "tinyllama"),
+            ("CodeGemma-7b-it", "gemma"),
+            ("OLMo-1B-hf", "olmo"),
+            ("Qwen2.5-Math-1.5B", "qwen2.5-math"),
+            ("Qwen2.5-Coder-1.5B", "qwen2.5"),
+            ("QwQ-32B", "qwq"),
+            ("Qwen3-0.6B-Base", "qwen3"),
+            ("SmolLM2-135M-Instruct", "smollm2"),
+            ("SmolLM2-135M", "default"),
+            ("pythia-14m", "default"),
+        ];
+        for (model, style) in table {
+            assert_eq!(PromptStyle::for_model(model).name(), style, "{model}");
+        }
+    }
+
+    #[test]
+    fn system_prompt_and_input_are_placed_or_left_out() {
+        let by = |name| PromptStyle::by_name(name).unwrap();
+        assert_eq!(by("default").apply("p", Some("i"), Some("s")), "p");
+        assert_eq!(
+            by("alpaca").apply("p", Some("i"), Some("s")),
+            "s### Instruction:\np\n\n### Input:\ni\n\n### Response:\n"
+        );
+        assert_eq!(by("alpaca").apply("p", Some(""), Some("")), by("alpaca").apply("p", None, None));
+        assert_eq!(by("codellama").apply("p", None, None), "[INST] p [/INST]");
+        assert_eq!(by("codellama").apply("p", None, Some("s")), "[INST] <<SYS>>\ns\n<</SYS>>\n\np [/INST]");
+        assert_eq!(
+            by("gemma").apply("{p}", None, Some("s")),
+            "<start_of_turn>user\n{p}<end_of_turn>\n<start_of_turn>model\n"
+        );
+    }
+
+    /// Styles that have no golden because LitGPT has no key for them.
+    #[test]
+    fn styles_without_a_key() {
+        let by = |name| PromptStyle::by_name(name).unwrap();
+        assert_eq!(by("Falcon3").apply("p", None, None), "<|user|>\np<|endoftext|>\n<|assistant|>\n");
+        assert_eq!(by("R1Base").apply("p", None, None), "<｜User｜>p<｜Assistant｜>");
+        assert_eq!(by("R1Base").apply("p", None, Some("s")), "s<｜User｜>p<｜Assistant｜>");
+        assert_eq!(by("ChatML").apply("p", None, None), "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n");
+    }
+
+    #[test]
+    fn serde_by_name() {
+        let style = PromptStyle::by_name("Alpaca").unwrap();
+        assert_eq!(serde_json::to_string(&style).unwrap(), "\"alpaca\"");
+        assert_eq!(serde_json::from_str::<PromptStyle>("\"litgpt.prompts.Alpaca\"").unwrap(), style);
+        let e = serde_json::from_str::<PromptStyle>("\"alpac\"").unwrap_err().to_string();
+        assert!(e.contains("did you mean `alpaca`?"), "{e}");
+    }
+
+    #[test]
+    fn stop_texts_are_litgpts() {
+        assert_eq!(PromptStyle::by_name("llama3").unwrap().stop_texts(), ["<|eot_id|>"]);
+        assert!(PromptStyle::by_name("alpaca").unwrap().stop_texts().is_empty());
+    }
+}

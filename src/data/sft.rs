@@ -1,0 +1,423 @@
+//! Supervised finetuning samples: a record's ids and labels, what a whole dataset of them amounts to, and in which
+//! order they come in batches.
+//!
+//! Prompt and answer are tokenized apart and joined, the answer ends with EOS, and the whole is cut to the longest
+//! length allowed (the EOS may be cut off). Samples, order and padding are LitGPT's, but for a BOS or EOS written out at
+//! the edge of a prompt: LitGPT may drop it, we keep it. Batches go to the model unpadded.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+
+use super::prompt::PromptStyle;
+use super::torch_rng::EpochOrders;
+use super::{Origin, Record};
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+
+/// One record as the model is trained on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// Prompt and answer.
+    pub input_ids: Vec<u32>,
+    /// `input_ids`, with the ignored index where a token does not count in the loss. Not shifted: the label at t is
+    /// predicted at t - 1.
+    pub labels: Vec<i32>,
+    /// How many tokens of `input_ids` are the prompt's.
+    pub prompt_len: usize,
+    /// Length before cutting.
+    pub raw_len: usize,
+    /// Where the record was read.
+    pub row: Origin,
+}
+
+impl Sample {
+    /// Number of tokens whose prediction counts in the loss. The first token is predicted by nothing.
+    #[must_use]
+    pub fn target_tokens(&self) -> usize {
+        let counts = |(&id, &label): (&u32, &i32)| i64::from(label) == i64::from(id);
+        self.input_ids.iter().zip(&self.labels).skip(1).filter(|&pair| counts(pair)).count()
+    }
+}
+
+/// Makes samples of records.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoder<'a> {
+    /// Tokenizer of the checkpoint, with its BOS policy.
+    pub tokenizer: &'a Tokenizer,
+    /// How a record becomes a prompt.
+    pub style: &'a PromptStyle,
+    /// Whether only the answer counts in the loss.
+    pub mask_prompt: bool,
+    /// Label of tokens that do not count.
+    pub ignore_index: i32,
+    /// Longest sample; `None` or 0: any length.
+    pub max_seq_length: Option<usize>,
+}
+
+impl Encoder<'_> {
+    /// Ids and labels of one record.
+    ///
+    /// A BOS that begins the answer's own text is dropped, an EOS that ends it is not doubled. A sample without a
+    /// target (the prompt fills it) is returned all the same; [`Report::all_masked`] lists it.
+    ///
+    /// # Errors
+    /// `Unsupported` if the tokenizer has no EOS token; else as `Tokenizer::encode_prompt`.
+    pub fn encode(&self, record: &Record) -> Result<Sample> {
+        let prompt = self.style.apply(&record.instruction, record.input.as_deref(), None);
+        let mut input_ids = self.tokenizer.encode_prompt(&prompt)?;
+        let prompt_len = input_ids.len();
+        let answer = self.tokenizer.encode(&record.output)?;
+        let has_bos = self.tokenizer.bos_id().is_some() && answer.first().copied() == self.tokenizer.bos_id();
+        input_ids.extend(&answer[usize::from(has_bos)..]);
+        let eos = self.tokenizer.eos_id().ok_or_else(|| {
+            let hint = "name an eos_token in the checkpoint's tokenizer_config.json";
+            Error::unsupported("training with a tokenizer that has no EOS token", hint)
+        })?;
+        if input_ids.len() == prompt_len || input_ids.last() != Some(&eos) {
+            input_ids.push(eos);
+        }
+        let raw_len = input_ids.len();
+        if let Some(longest) = self.max_seq_length.filter(|&longest| longest > 0) {
+            input_ids.truncate(longest);
+        }
+        let prompt_len = prompt_len.min(input_ids.len());
+        let mut labels: Vec<i32> = input_ids.iter().map(|&id| id as i32).collect();
+        if self.mask_prompt {
+            labels[..prompt_len].fill(self.ignore_index);
+        }
+        Ok(Sample { input_ids, labels, prompt_len, raw_len, row: record.row })
+    }
+
+    /// Ids and labels of all records, in their order, made on all cores. `progress` is told how many are done.
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`].
+    pub fn encode_all(&self, records: &[Record], progress: &(dyn Fn(usize) + Sync)) -> Result<Vec<Sample>> {
+        let done = AtomicUsize::new(0);
+        let one = |record: &Record| {
+            let sample = self.encode(record)?;
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1);
+            Ok(sample)
+        };
+        records.par_iter().map(one).collect()
+    }
+}
+
+/// What a set of samples amounts to.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// Number of samples.
+    pub samples: usize,
+    /// All tokens, after cutting.
+    pub tokens: usize,
+    /// Tokens that count in the loss.
+    pub target_tokens: usize,
+    /// Length of the longest sample, after cutting.
+    pub longest: usize,
+    /// Length of the longest sample, before cutting.
+    pub longest_raw: usize,
+    /// Mean length, after cutting; 0 without samples.
+    pub mean: f64,
+    /// Samples that were cut.
+    pub truncated: usize,
+    /// Samples without a target: they teach nothing.
+    pub all_masked: Vec<Origin>,
+}
+
+impl Report {
+    /// Report on `samples`.
+    #[must_use]
+    pub fn of(samples: &[Sample]) -> Self {
+        let mut report = Self { samples: samples.len(), ..Self::default() };
+        for sample in samples {
+            let (length, targets) = (sample.input_ids.len(), sample.target_tokens());
+            report.tokens += length;
+            report.target_tokens += targets;
+            report.longest = report.longest.max(length);
+            report.longest_raw = report.longest_raw.max(sample.raw_len);
+            report.truncated += usize::from(length < sample.raw_len);
+            if targets == 0 {
+                report.all_masked.push(sample.row);
+            }
+        }
+        report.mean = report.tokens as f64 / report.samples.max(1) as f64;
+        report
+    }
+}
+
+/// Samples that go through the model together, each in its own length.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Ids of each sample.
+    pub input_ids: Vec<Vec<u32>>,
+    /// Labels of each sample.
+    pub labels: Vec<Vec<i32>>,
+    /// Index of each sample in the dataset.
+    pub rows: Vec<usize>,
+}
+
+impl Batch {
+    /// The batch of the samples at `rows`.
+    ///
+    /// # Panics
+    /// If a row lies outside `samples`.
+    #[must_use]
+    pub fn gather(samples: &[Sample], rows: Vec<usize>) -> Self {
+        let input_ids = rows.iter().map(|&row| samples[row].input_ids.clone()).collect();
+        let labels = rows.iter().map(|&row| samples[row].labels.clone()).collect();
+        Self { input_ids, labels, rows }
+    }
+}
+
+/// LitGPT's padded form of a batch: ids and labels, filled up on the right to the longest sample.
+#[must_use]
+pub fn collate_padded(samples: &[&Sample], pad_id: u32, ignore_index: i32) -> (Vec<Vec<u32>>, Vec<Vec<i32>>) {
+    let longest = samples.iter().map(|sample| sample.input_ids.len()).max().unwrap_or(0);
+    let ids = samples.iter().map(|sample| filled(&sample.input_ids, longest, pad_id)).collect();
+    let labels = samples.iter().map(|sample| filled(&sample.labels, longest, ignore_index)).collect();
+    (ids, labels)
+}
+
+fn filled<T: Copy>(values: &[T], length: usize, with: T) -> Vec<T> {
+    let mut values = values.to_vec();
+    values.resize(length, with);
+    values
+}
+
+/// Indices of the samples of each batch, epoch after epoch without end, in the order of LitGPT's data loader.
+///
+/// The last batch of an epoch may be smaller. The same four numbers always give the same order, so [`Batches::seek`]
+/// resumes exactly.
+#[derive(Clone)]
+pub struct Batches {
+    n_samples: usize,
+    micro_batch_size: usize,
+    seed: u64,
+    shuffle: bool,
+    orders: EpochOrders,
+    /// Order of the epoch under way.
+    order: Vec<usize>,
+    position: usize,
+}
+
+impl Batches {
+    /// Batches of `n_samples` samples; a `micro_batch_size` of 0 counts as 1.
+    #[must_use]
+    pub fn new(n_samples: usize, micro_batch_size: usize, seed: u64, shuffle: bool) -> Self {
+        let (orders, micro_batch_size) = (EpochOrders::new(n_samples, seed), micro_batch_size.max(1));
+        Self { n_samples, micro_batch_size, seed, shuffle, orders, order: Vec::new(), position: 0 }
+    }
+
+    /// Number of batches in an epoch.
+    #[must_use]
+    pub fn per_epoch(&self) -> usize {
+        self.n_samples.div_ceil(self.micro_batch_size)
+    }
+
+    /// Number of batches given out so far.
+    #[must_use]
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Epoch, from 0, of the batch given out last.
+    #[must_use]
+    pub fn epoch(&self) -> usize {
+        self.position.saturating_sub(1) / self.per_epoch().max(1)
+    }
+
+    /// The next batch; empty if there are no samples.
+    pub fn next_batch(&mut self) -> Vec<usize> {
+        if self.n_samples == 0 {
+            return Vec::new();
+        }
+        let in_epoch = self.position % self.per_epoch();
+        if in_epoch == 0 {
+            self.order = self.next_order();
+        }
+        self.position += 1;
+        let start = in_epoch * self.micro_batch_size;
+        self.order[start..self.n_samples.min(start + self.micro_batch_size)].to_vec()
+    }
+
+    /// Goes to the place where `batches_done` batches have been given out.
+    pub fn seek(&mut self, batches_done: usize) {
+        *self = Self::new(self.n_samples, self.micro_batch_size, self.seed, self.shuffle);
+        if self.n_samples == 0 {
+            return;
+        }
+        for _ in 0..batches_done.div_ceil(self.per_epoch()) {
+            self.order = self.next_order();
+        }
+        self.position = batches_done;
+    }
+
+    fn next_order(&mut self) -> Vec<usize> {
+        if self.shuffle { self.orders.next_order() } else { (0..self.n_samples).collect() }
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Vec<usize>;
+
+    /// Never `None`, unless there are no samples.
+    fn next(&mut self) -> Option<Self::Item> {
+        (self.n_samples > 0).then(|| self.next_batch())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::AddBos;
+
+    /// One token per letter; 0 `<s>`, 1 `</s>`.
+    fn tokenizer(config: &str) -> Tokenizer {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vocab = serde_json::Map::new();
+        for token in ["<s>", "</s>"].into_iter().map(str::to_owned).chain(('a'..='z').map(String::from)) {
+            vocab.insert(token, vocab.len().into());
+        }
+        let special = |id: u32, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let json = serde_json::json!({"version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [special(0, "<s>"), special(1, "</s>")], "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "decoder": null,
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}});
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        Tokenizer::load(dir.path()).unwrap()
+    }
+
+    const CONFIG: &str = r#"{"bos_token": "<s>", "eos_token": "</s>"}"#;
+
+    fn record(instruction: &str, output: &str) -> Record {
+        let row = Origin { file: 0, row: 1 };
+        Record { instruction: instruction.into(), input: None, output: output.into(), row }
+    }
+
+    fn encode(mask_prompt: bool, max_seq_length: Option<usize>, instruction: &str, output: &str) -> Sample {
+        let tokenizer = tokenizer(CONFIG).with_bos(AddBos::Always);
+        let style = PromptStyle::by_name("default").unwrap();
+        let encoder = Encoder { tokenizer: &tokenizer, style: &style, mask_prompt, ignore_index: -7, max_seq_length };
+        encoder.encode(&record(instruction, output)).unwrap()
+    }
+
+    #[test]
+    fn prompt_answer_and_labels() {
+        let sample = encode(true, None, "ab", "cd");
+        assert_eq!(sample.input_ids, [0, 2, 3, 4, 5, 1]);
+        assert_eq!(sample.labels, [-7, -7, -7, 4, 5, 1]);
+        assert_eq!((sample.prompt_len, sample.raw_len, sample.target_tokens()), (3, 6, 3));
+        let sample = encode(false, Some(0), "ab", "cd");
+        assert_eq!(sample.labels, [0, 2, 3, 4, 5, 1]);
+        assert_eq!(sample.target_tokens(), 5);
+    }
+
+    #[test]
+    fn special_tokens_at_the_ends_of_an_answer() {
+        assert_eq!(encode(false, None, "a", "<s>b</s>").input_ids, [0, 2, 3, 1]);
+        assert_eq!(encode(false, None, "a", "").input_ids, [0, 2, 1]);
+        assert_eq!(encode(false, None, "a</s>", "").input_ids, [0, 2, 1, 1]);
+        assert_eq!(encode(false, None, "", "").input_ids, [0, 1]);
+    }
+
+    #[test]
+    fn cutting_comes_last() {
+        let sample = encode(true, Some(4), "ab", "cd");
+        assert_eq!((sample.input_ids.as_slice(), sample.labels.as_slice()), (&[0, 2, 3, 4][..], &[-7, -7, -7, 4][..]));
+        assert_eq!(sample.raw_len, 6);
+        let sample = encode(true, Some(2), "ab", "cd");
+        assert_eq!((sample.labels.as_slice(), sample.prompt_len), (&[-7, -7][..], 2));
+        let report = Report::of(&[sample, encode(true, None, "ab", "cd")]);
+        let expected = Report {
+            samples: 2,
+            tokens: 8,
+            target_tokens: 3,
+            longest: 6,
+            longest_raw: 6,
+            mean: 4.0,
+            truncated: 1,
+            all_masked: vec![Origin { file: 0, row: 1 }],
+        };
+        assert_eq!(report, expected);
+        assert_eq!(Report::of(&[]), Report::default());
+    }
+
+    #[test]
+    fn no_eos_is_an_error() {
+        let tokenizer = tokenizer("{}");
+        let style = PromptStyle::by_name("default").unwrap();
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            style: &style,
+            mask_prompt: true,
+            ignore_index: -100,
+            max_seq_length: None,
+        };
+        assert!(matches!(encoder.encode(&record("a", "b")), Err(Error::Unsupported { .. })));
+        assert!(encoder.encode_all(&[record("a", "b")], &|_| ()).is_err());
+    }
+
+    #[test]
+    fn all_are_encoded_in_order() {
+        let tokenizer = tokenizer(CONFIG);
+        let style = PromptStyle::by_name("default").unwrap();
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            style: &style,
+            mask_prompt: true,
+            ignore_index: -100,
+            max_seq_length: None,
+        };
+        let records: Vec<_> = (1..50).map(|n| record(&"a".repeat(n), "b")).collect();
+        let most = AtomicUsize::new(0);
+        let samples = encoder.encode_all(&records, &|n| _ = most.fetch_max(n, Ordering::Relaxed)).unwrap();
+        assert!(samples.iter().zip(1..).all(|(sample, n)| sample.prompt_len == n));
+        assert_eq!(most.into_inner(), 49);
+        let batch = Batch::gather(&samples, vec![3, 0]);
+        assert_eq!(batch.input_ids, [vec![2, 2, 2, 2, 3, 1], vec![2, 3, 1]]);
+        assert_eq!(batch.labels[1], [-100, 3, 1]);
+        assert_eq!(batch.rows, [3, 0]);
+        let (ids, labels) = collate_padded(&[&samples[1], &samples[0]], 9, -100);
+        assert_eq!(ids, [[2, 2, 3, 1], [2, 3, 1, 9]]);
+        assert_eq!(labels, [[-100, -100, 3, 1], [-100, 3, 1, -100]]);
+        assert_eq!(collate_padded(&[], 0, -100), (vec![], vec![]));
+    }
+
+    #[test]
+    fn batches_come_in_the_loaders_order() {
+        let mut batches = Batches::new(7, 2, 42, true);
+        assert_eq!((batches.per_epoch(), batches.epoch(), batches.position()), (4, 0, 0));
+        let got: Vec<_> = batches.by_ref().take(12).collect();
+        assert_eq!(got[..4], [vec![4, 5], vec![3, 6], vec![1, 0], vec![2]]);
+        assert_eq!(got[4..8].concat(), [6, 2, 4, 5, 3, 1, 0]);
+        assert_eq!(got[8..].concat(), [2, 1, 0, 4, 6, 5, 3]);
+        assert_eq!((batches.epoch(), batches.position()), (2, 12));
+        let plain: Vec<_> = Batches::new(3, 2, 42, false).take(3).collect();
+        assert_eq!(plain, [vec![0, 1], vec![2], vec![0, 1]]);
+        assert_eq!(Batches::new(0, 2, 42, true).next(), None);
+        assert_eq!(Batches::new(2, 0, 42, false).next_batch(), [0]);
+    }
+
+    #[test]
+    fn seek_resumes_anywhere() {
+        for shuffle in [true, false] {
+            let all: Vec<_> = Batches::new(7, 2, 1337, shuffle).take(14).collect();
+            for done in 0..13 {
+                let mut batches = Batches::new(7, 2, 1337, shuffle);
+                batches.next_batch();
+                batches.seek(done);
+                let expected = done.saturating_sub(1) / 4;
+                assert_eq!((batches.position(), batches.epoch()), (done, expected));
+                assert_eq!(batches.take(14 - done).collect::<Vec<_>>(), all[done..], "{done}");
+            }
+        }
+        Batches::new(0, 1, 0, true).seek(5);
+    }
+}

@@ -1,0 +1,131 @@
+//! `Error`: every failure that a user can fix, each with the line that says what to do about it.
+//!
+//! The message says what is wrong and where (file, line, field); the hint says what to type. `cli` prints them as two
+//! lines and picks the exit code. Failures inside tensor code are `candle_core::Error`, not these.
+
+use std::path::{Path, PathBuf};
+
+/// A failure that a user can fix.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The command line or a recipe asks for something that does not exist or does not fit together (exit code 2).
+    #[error("{message}")]
+    Usage {
+        /// What is wrong, naming the flag or key.
+        message: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A file or folder that is needed is not there.
+    #[error("{what} not found: `{}`", path.display())]
+    Missing {
+        /// What the file is for.
+        what: String,
+        /// Where it was expected.
+        path: PathBuf,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A file's content is broken or is not what its format promises.
+    #[error("`{}`: {problem}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, naming the line or field.
+        problem: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A valid request that this program cannot do right, and therefore does not do at all.
+    #[error("not supported: {what}")]
+    Unsupported {
+        /// What was asked, naming the field and value.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// Parts that do not belong together, with every problem found.
+    #[error("{what}: {}", problems.join("; "))]
+    Mismatch {
+        /// Which parts.
+        what: String,
+        /// All problems, not only the first.
+        problems: Vec<String>,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A run that would do nothing useful, or would destroy something.
+    #[error("{message}")]
+    Refused {
+        /// Why it is refused.
+        message: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io {
+        /// What was tried: `read`, `write`, `create`.
+        action: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Result of everything that a user can make fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// What to do about it, as one line; `None` where the message says it all.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Usage { hint, .. }
+            | Self::Missing { hint, .. }
+            | Self::Invalid { hint, .. }
+            | Self::Unsupported { hint, .. }
+            | Self::Mismatch { hint, .. }
+            | Self::Refused { hint, .. } => (!hint.is_empty()).then(|| hint.clone()),
+            Self::Io { source, .. } => io_hint(source).map(str::to_owned),
+        }
+    }
+
+    /// An I/O failure with what was tried on which path; made for `map_err`.
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// Broken content of `path`.
+    pub fn invalid(path: &Path, problem: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Invalid { path: path.to_owned(), problem: problem.into(), hint: hint.into() }
+    }
+
+    /// A request that is valid but cannot be done right.
+    pub fn unsupported(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Unsupported { what: what.into(), hint: hint.into() }
+    }
+
+    /// A wrong command line or recipe.
+    pub fn usage(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Usage { message: message.into(), hint: hint.into() }
+    }
+
+    /// A run that is refused.
+    pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Refused { message: message.into(), hint: hint.into() }
+    }
+}
+
+fn io_hint(source: &std::io::Error) -> Option<&'static str> {
+    use std::io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, StorageFull};
+    match source.kind() {
+        StorageFull => Some("free some space on that disk or choose another folder with --out_dir; nothing was half written"),
+        PermissionDenied | ReadOnlyFilesystem => Some("choose a folder that you may write to"),
+        NotFound => Some("check the path"),
+        NotADirectory => Some("a part of that path is a file, not a folder"),
+        _ => None,
+    }
+}

@@ -1,0 +1,134 @@
+//! One attention layer: the q, k, v and output projections, the norm of queries and keys, rope, and the kept keys and
+//! values of decoding. The scores are in `ops::attention`.
+
+use super::linear::{Gradients, Linear, Saved as LinearSaved};
+use crate::ops::attention::{self, Span};
+use crate::ops::norm::Norm;
+use crate::ops::rope::Tables;
+use crate::ops::{Matrix, View};
+use std::ops::Range;
+
+/// What all layers of one pass share.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass<'a> {
+    /// Parameters of all adapters.
+    pub parameters: &'a [f32],
+    /// Position of each row within its sample.
+    pub positions: &'a [u32],
+    /// Samples of the micro batch.
+    pub spans: &'a [Span],
+    /// Seed of the dropout masks; `None` outside training.
+    pub seed: Option<u64>,
+    /// Rotary tables, and those of windowed layers where they differ.
+    pub rope: &'a [Tables; 2],
+}
+
+/// Keys and values of one layer over the tokens so far.
+#[derive(Debug, Clone, Default)]
+pub struct LayerCache {
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// What the backward needs besides the layer's input.
+#[derive(Debug)]
+pub struct Saved {
+    qkv: Matrix,
+    before_norm: Option<[Matrix; 2]>,
+    h: LinearSaved,
+    core: attention::Saved,
+    /// The heads' outputs, which are the output projection's input.
+    pub o: Matrix,
+}
+
+/// Attention up to its output projection, and that projection.
+#[derive(Debug, Clone)]
+pub struct Attention {
+    /// q, k and v below one another.
+    pub qkv: Linear,
+    /// The output projection.
+    pub projection: Linear,
+    /// Norms of queries and keys.
+    pub qk_norm: Option<[Norm; 2]>,
+    /// Shape and rule of the scores.
+    pub core: attention::Attention,
+    /// Index of the rotary tables; `None` for no rotation.
+    pub rope: Option<usize>,
+}
+
+impl Attention {
+    fn columns(&self) -> [Range<usize>; 3] {
+        let q = self.core.n_head * self.core.head_size;
+        let kv = self.core.n_query_groups * self.core.head_size;
+        [0..q, q..q + kv, q + kv..q + 2 * kv]
+    }
+
+    /// q, k, v: projected, normalized, rotated.
+    fn project(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, Option<[Matrix; 2]>, LinearSaved) {
+        let mut qkv = Matrix::new(x.rows(), self.qkv.outputs());
+        let h = self.qkv.forward(pass.parameters, x, pass.seed, &mut qkv, false);
+        let [q, k, _] = self.columns();
+        let before = self.qk_norm.as_ref().map(|[q_norm, k_norm]| {
+            [q_norm.forward_columns(&mut qkv, q.clone()), k_norm.forward_columns(&mut qkv, k.clone())]
+        });
+        if let Some(tables) = self.rope {
+            pass.rope[tables].forward(&mut qkv, q.start..k.end, self.core.head_size, pass.positions);
+        }
+        (qkv, before, h)
+    }
+
+    /// Attention over the samples of a micro batch, up to the output projection.
+    ///
+    /// # Shapes
+    /// `x`: (T, n_embd).
+    #[must_use]
+    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> Saved {
+        let (qkv, before_norm, h) = self.project(pass, x);
+        let [q, k, v] = self.columns().map(|c| qkv.columns(c));
+        let (o, core) = self.core.forward(q, k, v, pass.spans);
+        Saved { qkv, before_norm, h, core, o }
+    }
+
+    /// Attention of new tokens over the kept keys and values, which they join; up to the output projection.
+    ///
+    /// # Shapes
+    /// `x`: (T, n_embd); returns (T, n_head · head_size).
+    #[must_use]
+    pub fn decode(&self, pass: &Pass<'_>, x: &Matrix, cache: &mut LayerCache) -> Matrix {
+        let (qkv, _, _) = self.project(pass, x);
+        let [q, k, v] = self.columns().map(|c| qkv.columns(c));
+        for row in 0..qkv.rows() {
+            cache.k.extend_from_slice(k.row(row));
+            cache.v.extend_from_slice(v.row(row));
+        }
+        let kept = cache.k.len() / k.cols;
+        let (k, v) = (View::of(&cache.k, kept, k.cols), View::of(&cache.v, kept, v.cols));
+        self.core.forward(q, k, v, &[Span { q: 0..qkv.rows(), k: 0..kept }]).0
+    }
+
+    /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
+    ///
+    /// # Shapes
+    /// `d_o`: (T, n_head · head_size); `dx`: (T, n_embd).
+    pub fn backward(
+        &self,
+        pass: &Pass<'_>,
+        to: &mut Gradients<'_>,
+        d_o: &Matrix,
+        x: impl FnOnce() -> Matrix,
+        saved: Saved,
+        dx: Option<(&mut Matrix, bool)>,
+    ) {
+        let [q_cols, k_cols, _] = self.columns();
+        let [q, k, v] = self.columns().map(|c| saved.qkv.columns(c));
+        let mut d = self.core.backward(q, k, v, &saved.o, d_o, &saved.core, pass.spans);
+        if let Some(tables) = self.rope {
+            pass.rope[tables].backward(&mut d, q_cols.start..k_cols.end, self.core.head_size, pass.positions);
+        }
+        if let (Some([q_norm, k_norm]), Some([q_before, k_before])) = (&self.qk_norm, &saved.before_norm) {
+            q_norm.backward_columns(&mut d, q_before, q_cols.clone());
+            k_norm.backward_columns(&mut d, k_before, k_cols.clone());
+        }
+        self.qkv.backward(to, &d, x, &saved.h, pass.seed, dx);
+    }
+}

@@ -1,0 +1,203 @@
+//! `Block`: attention and MLP around the residual stream, forward and backward.
+
+use super::attention::{self, Attention, LayerCache, Pass};
+use super::linear::{Gradients, Linear, Saved as LinearSaved};
+use super::mlp::{self, Mlp};
+use crate::ops::Matrix;
+use crate::ops::norm::Norm;
+
+/// Norms around one branch of a block.
+#[derive(Debug, Clone, Default)]
+pub struct Norms {
+    /// Before it.
+    pub before: Option<Norm>,
+    /// After it, before the residual is added.
+    pub after: Option<Norm>,
+}
+
+/// One transformer block.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// Attention.
+    pub attention: Attention,
+    /// Its norms.
+    pub attention_norms: Norms,
+    /// MLP.
+    pub mlp: Mlp,
+    /// Its norms.
+    pub mlp_norms: Norms,
+    /// Both branches read the block's input.
+    pub parallel_residual: bool,
+    /// Both read it through the attention's norm.
+    pub shared_norm: bool,
+    /// Factor on what a branch adds.
+    pub residual_scale: f32,
+}
+
+/// What a block's backward needs.
+#[derive(Debug)]
+pub struct Saved {
+    x: Matrix,
+    attention: attention::Saved,
+    attention_out: BranchSaved,
+    /// The residual stream between the branches; `None` where they are parallel.
+    middle: Option<Matrix>,
+    mlp: mlp::Saved,
+    mlp_out: BranchSaved,
+}
+
+/// What the end of a branch saves: its projection's `h`, and its output before a norm.
+#[derive(Debug)]
+struct BranchSaved {
+    h: LinearSaved,
+    raw: Option<Matrix>,
+}
+
+fn normed(norm: Option<&Norm>, x: &Matrix) -> Option<Matrix> {
+    norm.map(|norm| norm.forward(x))
+}
+
+fn add_scaled(to: &mut Matrix, from: &Matrix, scale: f32) {
+    to.iter_mut().zip(from.iter()).for_each(|(t, f)| *t += scale * f);
+}
+
+impl Block {
+    /// Whether any of its projections has an adapter.
+    #[must_use]
+    pub fn adapted(&self) -> bool {
+        self.attention_adapted() || self.mlp.up.adapted() || self.mlp.down.adapted()
+    }
+
+    fn attention_adapted(&self) -> bool {
+        self.attention.qkv.adapted() || self.attention.projection.adapted()
+    }
+
+    /// `residual += scale · norm(linear(input))`.
+    fn branch_end(&self, pass: &Pass<'_>, linear: &Linear, after: Option<&Norm>, input: &Matrix, residual: &mut Matrix) -> BranchSaved {
+        if after.is_none() && self.residual_scale == 1.0 {
+            let h = linear.forward(pass.parameters, input, pass.seed, residual, true);
+            return BranchSaved { h, raw: None };
+        }
+        let mut out = Matrix::new(input.rows(), linear.outputs());
+        let h = linear.forward(pass.parameters, input, pass.seed, &mut out, false);
+        let raw = after.is_some().then(|| out.clone());
+        let out = normed(after, &out).unwrap_or(out);
+        add_scaled(residual, &out, self.residual_scale);
+        BranchSaved { h, raw }
+    }
+
+    /// Gradient of a branch's projection output from that of the residual stream.
+    fn branch_end_backward(&self, after: Option<&Norm>, dy: &Matrix, saved: &BranchSaved) -> Option<Matrix> {
+        if after.is_none() && self.residual_scale == 1.0 {
+            return None;
+        }
+        let mut d = dy.clone();
+        d.iter_mut().for_each(|v| *v *= self.residual_scale);
+        if let (Some(norm), Some(raw)) = (after, &saved.raw) {
+            let scaled = d.clone();
+            norm.backward(&scaled, raw, &mut d, false);
+        }
+        Some(d)
+    }
+
+    /// Output of the block, and what its backward needs.
+    ///
+    /// # Shapes
+    /// `x`: (T, n_embd); returns (T, n_embd).
+    #[must_use]
+    pub fn forward(&self, pass: &Pass<'_>, x: Matrix) -> (Matrix, Saved) {
+        let attention_in = normed(self.attention_norms.before.as_ref(), &x);
+        let attention = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
+        let mut y = x.clone();
+        let after = self.attention_norms.after.as_ref();
+        let attention_out = self.branch_end(pass, &self.attention.projection, after, &attention.o, &mut y);
+        let middle = (!self.parallel_residual).then(|| y.clone());
+        let mlp_in = match (self.shared_norm, &middle) {
+            (true, _) => attention_in,
+            (false, Some(middle)) => normed(self.mlp_norms.before.as_ref(), middle),
+            (false, None) => normed(self.mlp_norms.before.as_ref(), &x),
+        };
+        let mlp_in = mlp_in.as_ref().or(middle.as_ref()).unwrap_or(&x);
+        let (units, mlp) = self.mlp.forward(pass, mlp_in);
+        let mlp_out = self.branch_end(pass, &self.mlp.down, self.mlp_norms.after.as_ref(), &units, &mut y);
+        (y, Saved { x, attention, attention_out, middle, mlp, mlp_out })
+    }
+
+    /// Output of the block for new tokens after those that `cache` keeps.
+    #[must_use]
+    pub fn decode(&self, pass: &Pass<'_>, x: Matrix, cache: &mut LayerCache) -> Matrix {
+        let attention_in = normed(self.attention_norms.before.as_ref(), &x);
+        let o = self.attention.decode(pass, attention_in.as_ref().unwrap_or(&x), cache);
+        let mut y = x.clone();
+        self.branch_end(pass, &self.attention.projection, self.attention_norms.after.as_ref(), &o, &mut y);
+        let between = if self.parallel_residual { &x } else { &y };
+        let mlp_in =
+            if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
+        let (units, _) = self.mlp.forward(pass, mlp_in.as_ref().unwrap_or(between));
+        self.branch_end(pass, &self.mlp.down, self.mlp_norms.after.as_ref(), &units, &mut y);
+        y
+    }
+
+    /// Adds the adapters' gradients; returns that of the block's input where `input_needed`.
+    ///
+    /// # Shapes
+    /// `dy`: (T, n_embd); returns (T, n_embd).
+    #[must_use]
+    pub fn backward(&self, pass: &Pass<'_>, to: &mut Gradients<'_>, dy: Matrix, saved: Saved, input_needed: bool) -> Option<Matrix> {
+        let Saved { x, attention, attention_out, middle, mlp, mlp_out } = saved;
+        let mlp_norm = if self.shared_norm { &self.attention_norms.before } else { &self.mlp_norms.before };
+        let between = middle.as_ref().unwrap_or(&x);
+        let mlp_in = || normed(mlp_norm.as_ref(), between).unwrap_or_else(|| between.clone());
+        let attention_needed = input_needed || self.attention_adapted();
+        let d_out = self.branch_end_backward(self.mlp_norms.after.as_ref(), &dy, &mlp_out);
+        let mut d_mlp_in = Matrix::new(dy.rows(), dy.cols());
+        // A parallel attention reads no gradient of the MLP, but the block's input does.
+        let mlp_input_needed = if self.parallel_residual { input_needed } else { attention_needed };
+        let d_mlp = mlp_input_needed.then_some((&mut d_mlp_in, false));
+        self.mlp.backward(pass, to, d_out.as_ref().unwrap_or(&dy), mlp_in, mlp, &mlp_out.h, d_mlp);
+        if !attention_needed {
+            return None;
+        }
+        let mut d = dy;
+        if !self.parallel_residual {
+            add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, between, &mut d);
+        }
+        let d_attention_in = self.attention_backward(pass, to, &d, &x, attention, &attention_out, input_needed)?;
+        if self.parallel_residual {
+            add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, &x, &mut d);
+        }
+        add_norm_backward(self.attention_norms.before.as_ref(), &d_attention_in, &x, &mut d);
+        Some(d)
+    }
+
+    #[allow(clippy::too_many_arguments)] // a backward takes what its forward saved
+    fn attention_backward(
+        &self,
+        pass: &Pass<'_>,
+        to: &mut Gradients<'_>,
+        d: &Matrix,
+        x: &Matrix,
+        saved: attention::Saved,
+        out: &BranchSaved,
+        input_needed: bool,
+    ) -> Option<Matrix> {
+        let norms = &self.attention_norms;
+        let d_out = self.branch_end_backward(norms.after.as_ref(), d, out);
+        let mut d_o = Matrix::new(d.rows(), saved.o.cols());
+        let d_projection = d_out.as_ref().unwrap_or(d);
+        let projection = &self.attention.projection;
+        projection.backward(to, d_projection, || saved.o.clone(), &out.h, pass.seed, Some((&mut d_o, false)));
+        let input = || normed(norms.before.as_ref(), x).unwrap_or_else(|| x.clone());
+        let mut dx = input_needed.then(|| Matrix::new(d.rows(), d.cols()));
+        self.attention.backward(pass, to, &d_o, input, saved, dx.as_mut().map(|dx| (dx, false)));
+        dx
+    }
+}
+
+/// `d += norm'(d_normed)`, or `d += d_normed` without a norm.
+fn add_norm_backward(norm: Option<&Norm>, d_normed: &Matrix, x: &Matrix, d: &mut Matrix) {
+    match norm {
+        Some(norm) => norm.backward(d_normed, x, d, true),
+        None => add_scaled(d, d_normed, 1.0),
+    }
+}

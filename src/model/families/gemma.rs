@@ -1,0 +1,97 @@
+//! Gemma 1 and CodeGemma, Gemma 2 (norms on both sides, soft caps, alternating windows), Gemma 3 text (norms on queries
+//! and keys, two rope bases).
+
+use super::{Family, HfConfig, same_names};
+use crate::error::Result;
+use crate::model::Config;
+use crate::model::config::{Placement, QkNorm};
+use crate::ops::glu::Activation;
+use crate::ops::rope::Scaling;
+use serde_json::{Value, json};
+
+/// `GemmaForCausalLM`.
+pub const GEMMA: Family = Family { model_types: &["gemma"], config: gemma, locate: same_names };
+
+/// `Gemma2ForCausalLM`.
+pub const GEMMA2: Family = Family { model_types: &["gemma2"], config: gemma2, locate: same_names };
+
+/// `Gemma3ForCausalLM`.
+pub const GEMMA3: Family = Family { model_types: &["gemma3_text"], config: gemma3, locate: same_names };
+
+fn base(hf: &HfConfig) -> Result<Config> {
+    let mut config = hf.sizes()?;
+    config.head_size = hf.count_or("head_dim", 256)?.unwrap_or(256);
+    config.norm_eps = hf.number("rms_norm_eps", 1e-6)? as f32;
+    config.norm_unit_offset = true;
+    config.embedding_scale = (config.n_embd as f32).sqrt();
+    config.activation = Activation::GeluTanh;
+    let attention = hf.flag("attention_bias", false)?;
+    config.biases.qkv = attention;
+    config.biases.projection = attention;
+    config.tie_embeddings = hf.flag("tie_word_embeddings", true)?;
+    Ok(config)
+}
+
+fn gemma(hf: &HfConfig) -> Result<Config> {
+    let mut config = base(hf)?;
+    // The legacy `hidden_act` "gelu" was meant as the tanh form; only `hidden_activation` counts.
+    config.activation = hf.activation("hidden_activation", "gelu_pytorch_tanh")?;
+    config.n_query_groups = hf.count_or("num_key_value_heads", 16)?.unwrap_or(16);
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    config.finish(hf.path())
+}
+
+/// What Gemma 2 and 3 share.
+fn later(hf: &HfConfig) -> Result<Config> {
+    let mut config = base(hf)?;
+    config.n_query_groups = hf.count_or("num_key_value_heads", 4)?.unwrap_or(4);
+    config.activation = hf.activation("hidden_activation", "gelu_pytorch_tanh")?;
+    config.placement = Placement::Both;
+    config.attention_scale = (hf.number("query_pre_attn_scalar", 256.0)? as f32).powf(-0.5);
+    Ok(config)
+}
+
+fn gemma2(hf: &HfConfig) -> Result<Config> {
+    let mut config = later(hf)?;
+    let cap = |key: &str, default: f64| -> Result<Option<f32>> {
+        Ok(if hf.has(key) { hf.number_if_any(key)? } else { Some(default) }.map(|v| v as f32))
+    };
+    config.attention_softcap = cap("attn_logit_softcapping", 50.0)?;
+    config.final_softcap = cap("final_logit_softcapping", 30.0)?;
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    let window = hf.count_or("sliding_window", 4096)?;
+    hf.windows(&mut config, window, |layer| layer % 2 == 0)?;
+    config.finish(hf.path())
+}
+
+fn gemma3(hf: &HfConfig) -> Result<Config> {
+    hf.refuse_unless("use_bidirectional_attention", &json!(false))?;
+    let mut config = later(hf)?;
+    config.qk_norm = QkNorm::Head;
+    let cap = |key: &str| -> Result<Option<f32>> { Ok(hf.number_if_any(key)?.map(|v| v as f32)) };
+    config.attention_softcap = cap("attn_logit_softcapping")?;
+    config.final_softcap = cap("final_logit_softcapping")?;
+    config.rotary_dim = config.head_size;
+    config.rope_theta = 1_000_000.0;
+    match hf.get("rope_parameters").and_then(|p| Some((p.get("full_attention")?, p.get("sliding_attention")?))) {
+        // transformers 5 has parameters for each kind of layer.
+        Some((full, sliding)) => {
+            let theta = |v: &Value, default: f64| v.get("rope_theta").and_then(Value::as_f64).unwrap_or(default);
+            config.rope_theta = theta(full, 1_000_000.0);
+            config.rope_local_theta = Some(theta(sliding, 10_000.0));
+            config.rope_scaling = hf.nested("rope_parameters", "full_attention").scaling(hf, config.block_size)?;
+            let local = hf.nested("rope_parameters", "sliding_attention").scaling(hf, config.block_size)?;
+            if local != Scaling::None {
+                hf.refuse_unless("rope_parameters", &Value::Null)?;
+            }
+        }
+        None => {
+            hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+            config.rope_local_theta = Some(hf.number("rope_local_base_freq", 10_000.0)?);
+        }
+    }
+    let pattern = hf.count_or("sliding_window_pattern", 6)?.unwrap_or(6).max(1);
+    let window = hf.count_or("sliding_window", 4096)?;
+    hf.windows(&mut config, window, |layer| !(layer + 1).is_multiple_of(pattern))?;
+    config.finish(hf.path())
+}

@@ -1,0 +1,275 @@
+//! `HfConfig`: reads config.json as transformers does, with errors that name the file and the key.
+
+use crate::error::{Error, Result};
+use crate::model::config::Config;
+use crate::ops::glu::Activation;
+use crate::ops::rope::Scaling;
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+
+/// A config.json.
+#[derive(Debug, Clone)]
+pub struct HfConfig {
+    path: PathBuf,
+    keys: Map<String, Value>,
+}
+
+impl HfConfig {
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// When it is missing or is not a JSON object.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            if e.kind() == std::io::ErrorKind::NotFound {
+                let hint = "a checkpoint is a Hugging Face model folder; `litgpt download REPO` fetches one".to_owned();
+                return Error::Missing { what: "config.json".to_owned(), path: path.to_owned(), hint };
+            }
+            Error::io("read", path)(e)
+        })?;
+        let hint = "download the checkpoint again";
+        match serde_json::from_str(&text) {
+            Ok(Value::Object(keys)) => Ok(Self { path: path.to_owned(), keys }),
+            Ok(_) => Err(Error::invalid(path, "not a JSON object", hint)),
+            Err(e) => Err(Error::invalid(path, format!("not JSON: {e}"), hint)),
+        }
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `model_type`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn model_type(&self) -> Result<&str> {
+        let none = || Error::invalid(&self.path, "no `model_type`", "a checkpoint's config.json names its architecture");
+        self.keys.get("model_type").and_then(Value::as_str).ok_or_else(none)
+    }
+
+    /// The value of `key` unless it is absent or null.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key).filter(|v| !v.is_null())
+    }
+
+    /// The object at `outer.inner`, or an empty one.
+    pub(super) fn nested(&self, outer: &str, inner: &str) -> Self {
+        let object = self.get(outer).and_then(|v| v.get(inner)).and_then(Value::as_object);
+        Self { path: self.path.clone(), keys: object.cloned().unwrap_or_default() }
+    }
+
+    /// Whether `key` is there, null or not.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
+        let value: String = value.to_string().chars().take(60).collect();
+        Error::invalid(&self.path, format!("`{key}` is {value}, not {wanted}"), "download the checkpoint again")
+    }
+
+    /// A count that has to be there.
+    ///
+    /// # Errors
+    /// When it is absent or no count.
+    pub fn count(&self, key: &str) -> Result<usize> {
+        self.count_or(key, None)?.ok_or_else(|| {
+            Error::invalid(&self.path, format!("no `{key}`"), "a checkpoint's config.json describes its architecture")
+        })
+    }
+
+    /// A count, or `default` where it is absent.
+    ///
+    /// # Errors
+    /// When it is no count.
+    pub fn count_or(&self, key: &str, default: impl Into<Option<usize>>) -> Result<Option<usize>> {
+        let Some(value) = self.get(key) else { return Ok(default.into()) };
+        let whole = value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
+        whole.and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| self.wrong(key, value, "a count"))
+    }
+
+    /// A number, or `default` where it is absent.
+    ///
+    /// # Errors
+    /// When it is no finite number.
+    pub fn number(&self, key: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_f64().filter(|f| f.is_finite()).ok_or_else(|| self.wrong(key, value, "a number"))
+    }
+
+    /// A number, or `None` where it is absent.
+    ///
+    /// # Errors
+    /// When it is no finite number.
+    pub fn number_if_any(&self, key: &str) -> Result<Option<f64>> {
+        if self.get(key).is_none() { Ok(None) } else { self.number(key, 0.0).map(Some) }
+    }
+
+    /// A switch, or `default` where it is absent.
+    ///
+    /// # Errors
+    /// When it is neither true nor false.
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.wrong(key, value, "true or false"))
+    }
+
+    /// Refuses a key whose value would change the computation in a way that is not implemented.
+    ///
+    /// # Errors
+    /// When `key` is there, not null and not `allowed`.
+    pub fn refuse_unless(&self, key: &str, allowed: &Value) -> Result<()> {
+        match self.get(key) {
+            Some(value) if value != allowed => Err(Error::unsupported(
+                format!("`{key}`: {value} (`{}`)", self.path.display()),
+                "this model computes something that is not implemented; choose another checkpoint",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The activation named by `key`.
+    ///
+    /// # Errors
+    /// When it is unknown.
+    pub fn activation(&self, key: &str, default: &str) -> Result<Activation> {
+        let name = self.get(key).map_or(Ok(default), |v| v.as_str().ok_or_else(|| self.wrong(key, v, "a name")))?;
+        match name {
+            "silu" | "swish" => Ok(Activation::Silu),
+            "gelu" => Ok(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "relu" => Ok(Activation::Relu),
+            _ => Err(Error::unsupported(
+                format!("`{key}`: \"{name}\" (`{}`)", self.path.display()),
+                "the activations silu, gelu, gelu_new, gelu_pytorch_tanh and relu are implemented",
+            )),
+        }
+    }
+
+    /// Sizes that nearly all families spell alike, on top of a llama-like architecture.
+    ///
+    /// # Errors
+    /// When a size is absent or no count.
+    pub fn sizes(&self) -> Result<Config> {
+        let n_head = self.count("num_attention_heads")?;
+        let mut config = Config::llama(
+            self.count("vocab_size")?,
+            self.layers()?,
+            self.count("hidden_size")?,
+            n_head,
+            self.count_or("intermediate_size", 0)?.unwrap_or(0),
+        );
+        config.n_query_groups = self.count_or("num_key_value_heads", n_head)?.unwrap_or(n_head);
+        config.head_size = self.count_or("head_dim", config.head_size)?.unwrap_or(config.head_size);
+        config.rotary_dim = config.head_size;
+        config.block_size = self.count_or("max_position_embeddings", 2048)?.unwrap_or(2048);
+        Ok(config)
+    }
+
+    /// The number of layers, checked before lists of that length are made.
+    fn layers(&self) -> Result<usize> {
+        let layers = self.count("num_hidden_layers")?;
+        if layers == 0 || layers > 4096 {
+            let problem = format!("`num_hidden_layers` is {layers}, which no model has");
+            return Err(Error::invalid(&self.path, problem, "download the checkpoint again"));
+        }
+        Ok(layers)
+    }
+
+    /// Theta, scaling and share of the rotary embedding: `rope_parameters` (transformers 5) or the older keys.
+    ///
+    /// # Errors
+    /// When the scaling is unknown or incomplete.
+    pub fn rope(&self, config: &mut Config, theta_key: &str, share_key: &str, default_share: f64) -> Result<()> {
+        let nested = match self.get("rope_parameters").or_else(|| self.get("rope_scaling")) {
+            Some(Value::Object(map)) => map.clone(),
+            Some(other) => return Err(self.wrong("rope_scaling", other, "an object")),
+            None => Map::new(),
+        };
+        let nested = Self { path: self.path.clone(), keys: nested };
+        config.rope_theta = nested.number("rope_theta", self.number(theta_key, config.rope_theta)?)?;
+        let share = nested.number("partial_rotary_factor", self.number(share_key, default_share)?)?;
+        config.rotary_dim = (config.head_size as f64 * share) as usize;
+        config.rope_scaling = nested.scaling(self, config.block_size)?;
+        Ok(())
+    }
+
+    /// The scaling of a `rope_scaling` object; `outer` is the config it stands in.
+    pub(super) fn scaling(&self, outer: &Self, context: usize) -> Result<Scaling> {
+        let kind = self.get("rope_type").or_else(|| self.get("type")).and_then(Value::as_str).unwrap_or("default");
+        let needed = |key: &str| {
+            self.number_if_any(key)?.ok_or_else(|| {
+                Error::invalid(&self.path, format!("`rope_scaling` of type {kind} has no `{key}`"), "download the checkpoint again")
+            })
+        };
+        let original = self
+            .number_if_any("original_max_position_embeddings")?
+            .or(outer.number_if_any("original_max_position_embeddings")?)
+            .unwrap_or(context as f64);
+        match kind {
+            "default" => Ok(Scaling::None),
+            "linear" => Ok(Scaling::Linear { factor: needed("factor")? }),
+            "llama3" => Ok(Scaling::Llama3 {
+                factor: needed("factor")?,
+                low_freq_factor: needed("low_freq_factor")?,
+                high_freq_factor: needed("high_freq_factor")?,
+                original_context: original,
+            }),
+            "yarn" => {
+                let factor = self.number("factor", context as f64 / original)?;
+                Ok(Scaling::Yarn {
+                    factor,
+                    beta_fast: self.number("beta_fast", 32.0)?,
+                    beta_slow: self.number("beta_slow", 1.0)?,
+                    original_context: original,
+                    attention_factor: self.yarn_attention_factor(factor)?,
+                    truncate: self.flag("truncate", true)?,
+                })
+            }
+            _ => Err(Error::unsupported(
+                format!("rope scaling `{kind}` (`{}`)", self.path.display()),
+                "default, linear, llama3 and yarn are implemented; choose another checkpoint",
+            )),
+        }
+    }
+
+    fn yarn_attention_factor(&self, factor: f64) -> Result<f64> {
+        if let Some(given) = self.number_if_any("attention_factor")? {
+            return Ok(given);
+        }
+        let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+        match (self.number_if_any("mscale")?, self.number_if_any("mscale_all_dim")?) {
+            (Some(a), Some(b)) if a != 0.0 && b != 0.0 => Ok(magnitude(a) / magnitude(b)),
+            _ => Ok(magnitude(1.0)),
+        }
+    }
+
+    /// Windows by `layer_types`, where the config lists them, else `windowed(layer)`.
+    ///
+    /// # Errors
+    /// When the list is of another length or names an unknown kind.
+    pub fn windows(&self, config: &mut Config, window: Option<usize>, windowed: impl Fn(usize) -> bool) -> Result<()> {
+        let mut in_window: Vec<bool> = (0..config.n_layer).map(windowed).collect();
+        if let Some(types) = self.get("layer_types") {
+            let list = types.as_array().filter(|l| l.len() == config.n_layer);
+            let list = list.ok_or_else(|| self.wrong("layer_types", types, "a list with a kind for each layer"))?;
+            for (layer, kind) in in_window.iter_mut().zip(list) {
+                *layer = match kind.as_str() {
+                    Some("full_attention") => false,
+                    Some("sliding_attention") => true,
+                    _ => {
+                        let what = format!("layer type {kind} (`{}`)", self.path.display());
+                        return Err(Error::unsupported(what, "full_attention and sliding_attention are implemented"));
+                    }
+                };
+            }
+        }
+        config.windows = in_window.iter().map(|w| window.filter(|_| *w)).collect();
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! `Linear`: one or more frozen projections of the same input, stored as one matrix, each with its own adapter or none.
+//!
+//! q, k and v (gate and up) are separate modules with separate adapters and names; their frozen rows stand below one
+//! another only so that one product computes them. The model never mentions adapters; here they are part of a linear.
+
+use super::lora::{Lora, LoraConfig};
+use crate::ops::lora::{Dropout, Pair, down, down_backward_input, down_backward_weight};
+use crate::ops::matmul::{Side, Threads, ViewMut, matmul};
+use crate::ops::weight::Weight;
+use crate::ops::{Matrix, View};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// One projection within a [`Linear`].
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// Its module, as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Its rows of the weight, which are its columns of the output.
+    pub rows: Range<usize>,
+    /// Its adapter.
+    pub lora: Option<Lora>,
+}
+
+/// Frozen projections of one input: `y = x Wᵀ + b`, and on each part its low-rank update.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Arc<Weight>,
+    bias: Option<Vec<f32>>,
+    /// The projections, in the order of their rows.
+    pub parts: Vec<Part>,
+}
+
+/// What a backward needs besides the input: `drop(x) Aᵀ` of all parts side by side.
+pub type Saved = Option<Matrix>;
+
+/// Where a linear's backward finds and leaves the adapters.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    /// Parameters of all adapters.
+    pub parameters: &'a [f32],
+    /// Their gradients, added to.
+    pub grads: &'a mut [f32],
+}
+
+impl Linear {
+    /// Projections named `parts` (name, rows) over one weight.
+    ///
+    /// # Panics
+    /// When the rows do not add up.
+    #[must_use]
+    pub fn new(weight: Arc<Weight>, bias: Option<Vec<f32>>, parts: &[(String, usize)]) -> Self {
+        let mut at = 0;
+        let parts = parts.iter().map(|(name, rows)| {
+            at += rows;
+            Part { name: name.clone(), rows: at - rows..at, lora: None }
+        });
+        let parts: Vec<Part> = parts.collect();
+        assert_eq!(at, weight.rows(), "linear: the parts are all rows");
+        Self { weight, bias, parts }
+    }
+
+    /// Input channels.
+    #[must_use]
+    pub fn inputs(&self) -> usize {
+        self.weight.cols()
+    }
+
+    /// Output channels of all parts.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.weight.rows()
+    }
+
+    /// The frozen matrix.
+    #[must_use]
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// Whether a part has an adapter.
+    #[must_use]
+    pub fn adapted(&self) -> bool {
+        self.parts.iter().any(|p| p.lora.is_some())
+    }
+
+    /// Gives adapters to the parts that `config_of` has settings for, from element `at` of the flat buffer on; returns
+    /// the element after them. All `A`s come first, so that one product serves them.
+    pub fn attach(&mut self, mut at: usize, config_of: &mut dyn FnMut(&str) -> Option<LoraConfig>) -> usize {
+        let inputs = self.inputs();
+        for part in &mut self.parts {
+            part.lora = config_of(&part.name).map(|config| {
+                let a = at..at + config.r * inputs;
+                at = a.end;
+                Lora { config, a, b: 0..0 }
+            });
+        }
+        for part in &mut self.parts {
+            if let Some(lora) = &mut part.lora {
+                lora.b = at..at + lora.config.r * part.rows.len();
+                at = lora.b.end;
+            }
+        }
+        at
+    }
+
+    fn loras(&self) -> impl Iterator<Item = (&Part, &Lora)> {
+        self.parts.iter().filter_map(|part| Some((part, part.lora.as_ref()?)))
+    }
+
+    /// All `A`s, below one another.
+    fn a(&self) -> Option<Range<usize>> {
+        let first = self.loras().next()?.1.a.start;
+        Some(first..self.loras().last()?.1.a.end)
+    }
+
+    fn pairs<'a>(&'a self, parameters: &'a [f32]) -> impl Iterator<Item = (Pair<'a>, Range<usize>)> + 'a {
+        let mut at = 0;
+        self.loras().map(move |(part, lora)| {
+            at += lora.config.r;
+            let pair = Pair {
+                rank: at - lora.config.r..at,
+                columns: part.rows.clone(),
+                b: &parameters[lora.b.clone()],
+                scale: lora.config.scale() as f32,
+            };
+            (pair, lora.b.clone())
+        })
+    }
+
+    /// The dropout of this linear under `seed`, `None` outside training.
+    fn dropout(&self, seed: Option<u64>) -> Option<Dropout> {
+        let p = self.loras().next()?.1.config.dropout as f32;
+        let seed = seed? ^ (self.a()?.start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (p > 0.0).then_some(Dropout { p, seed })
+    }
+
+    /// `y = x Wᵀ + b` and the updates, added to `y` where `accumulate`.
+    ///
+    /// # Shapes
+    /// `x`: (T, in); `y`: (T, out).
+    pub fn forward(&self, parameters: &[f32], x: &Matrix, seed: Option<u64>, y: &mut Matrix, accumulate: bool) -> Saved {
+        self.weight.forward(x.view(), y, accumulate);
+        if let Some(bias) = &self.bias {
+            let cols = y.cols();
+            y.chunks_exact_mut(cols).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
+        let a = self.a()?;
+        let h = match self.dropout(seed) {
+            Some(dropout) => down(&dropout.forward(x), &parameters[a]),
+            None => down(x, &parameters[a]),
+        };
+        self.pairs(parameters).for_each(|(pair, _)| pair.forward(&h, y));
+        Some(h)
+    }
+
+    /// Adds the adapters' gradients, and writes or adds that of the input where `dx` is asked for.
+    ///
+    /// # Shapes
+    /// `dy`: (T, out); `x` gives the input (T, in) and is called only where an adapter needs it; `dx`: (T, in).
+    pub fn backward(
+        &self,
+        to: &mut Gradients<'_>,
+        dy: &Matrix,
+        x: impl FnOnce() -> Matrix,
+        saved: &Saved,
+        seed: Option<u64>,
+        mut dx: Option<(&mut Matrix, bool)>,
+    ) {
+        if let Some((dx, accumulate)) = &mut dx {
+            self.weight.backward(dy.view(), dx, *accumulate);
+        }
+        let (Some(h), Some(a)) = (saved, self.a()) else { return };
+        let mut dh = Matrix::new(h.rows(), h.cols());
+        for (pair, b) in self.pairs(to.parameters) {
+            pair.backward(dy, h, &mut to.grads[b], &mut dh);
+        }
+        let dropout = self.dropout(seed);
+        let mut x = x();
+        if let Some(dropout) = dropout {
+            x = dropout.forward(&x);
+        }
+        down_backward_weight(&dh, &x, &mut to.grads[a.clone()]);
+        if let Some((dx, _)) = dx {
+            down_backward_input(&dh, &to.parameters[a], dropout, dx);
+        }
+    }
+
+    /// `s B A` of one part, row-major (out, in).
+    #[must_use]
+    pub fn delta_weight(lora: &Lora, parameters: &[f32], inputs: usize) -> Matrix {
+        let outputs = lora.b.len() / lora.config.r;
+        let mut delta = Matrix::zeros(outputs, inputs);
+        let b = View::of(&parameters[lora.b.clone()], outputs, lora.config.r);
+        let a = View::of(&parameters[lora.a.clone()], lora.config.r, inputs);
+        let scale = lora.config.scale() as f32;
+        matmul(Threads::All, ViewMut::of(&mut delta, outputs, inputs), false, scale, Side::N(b), Side::N(a));
+        delta
+    }
+}

@@ -1,0 +1,192 @@
+//! Builds a `Gpt` from a [`Source`] of tensors, one tensor at a time.
+
+use super::attention::Attention;
+use super::block::{Block, Norms};
+use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
+use super::linear::Linear;
+use super::mlp::Mlp;
+use super::{Gpt, attention};
+use crate::error::Result;
+use crate::ops::attention::Attention as Core;
+use crate::ops::norm::{Kind, Norm};
+use crate::ops::weight::{Data, Store, Weight};
+use std::sync::Arc;
+
+/// Tensors by their Hugging Face Llama names, whatever the file calls them.
+pub trait Source {
+    /// Appends the tensor `name` of shape (rows, cols) to `data`, converted to its store.
+    ///
+    /// # Errors
+    /// When it is missing, broken or of another shape.
+    fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()>;
+
+    /// The tensor `name` of `len` elements in f32.
+    ///
+    /// # Errors
+    /// When it is missing, broken or of another shape.
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let mut data = Data::F32(Vec::with_capacity(len));
+        self.append(name, 1, len, &mut data)?;
+        match data {
+            Data::F32(values) => Ok(values),
+            Data::Bf16(_) | Data::F16(_) => unreachable!("`append` keeps the store"),
+        }
+    }
+}
+
+impl Gpt {
+    /// A model of this architecture with the source's weights, kept as `store`; `progress` is told of each block.
+    ///
+    /// # Errors
+    /// Those of the source.
+    pub fn load(config: &Config, source: &dyn Source, store: Store, progress: &mut dyn FnMut(usize)) -> Result<Self> {
+        let loader = Loader { config, source, store };
+        let embedding = Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
+        let mut blocks = Vec::with_capacity(config.n_layer);
+        for layer in 0..config.n_layer {
+            blocks.push(loader.block(layer)?);
+            progress(layer);
+        }
+        let final_norm = loader.norm("model.norm")?;
+        let parts = [("lm_head".to_owned(), config.vocab_size)];
+        let head = if config.tie_embeddings {
+            Arc::clone(&embedding)
+        } else {
+            Arc::new(loader.weight(&parts, config.n_embd)?)
+        };
+        let bias = loader.bias(&parts, config.biases.head)?;
+        Ok(Self::assemble(config.clone(), embedding, blocks, final_norm, Linear::new(head, bias, &parts)))
+    }
+}
+
+struct Loader<'a> {
+    config: &'a Config,
+    source: &'a dyn Source,
+    store: Store,
+}
+
+impl Loader<'_> {
+    fn weight(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
+        let rows: usize = parts.iter().map(|p| p.1).sum();
+        let len = rows * cols;
+        let mut data = match self.store {
+            Store::F32 => Data::F32(Vec::with_capacity(len)),
+            Store::Bf16 => Data::Bf16(Vec::with_capacity(len)),
+            Store::F16 => Data::F16(Vec::with_capacity(len)),
+        };
+        for (name, rows) in parts {
+            self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
+        }
+        Ok(Weight::new(rows, cols, data))
+    }
+
+    fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {
+        if !present {
+            return Ok(None);
+        }
+        let mut bias = Vec::new();
+        for (name, rows) in parts {
+            bias.extend(self.source.vector(&format!("{name}.bias"), *rows)?);
+        }
+        Ok(Some(bias))
+    }
+
+    fn linear(&self, prefix: &str, parts: &[(&str, usize)], cols: usize, bias: bool) -> Result<Linear> {
+        let parts: Vec<(String, usize)> = parts.iter().map(|(n, rows)| (format!("{prefix}.{n}"), *rows)).collect();
+        Ok(Linear::new(Arc::new(self.weight(&parts, cols)?), self.bias(&parts, bias)?, &parts))
+    }
+
+    fn norm(&self, name: &str) -> Result<Norm> {
+        let config = self.config;
+        let bias = config.biases.norm;
+        self.norm_of(name, config.norm, config.n_embd, config.n_embd, bias)
+    }
+
+    fn norm_of(&self, name: &str, kind: Kind, group: usize, len: usize, bias: bool) -> Result<Norm> {
+        let mut weight = vec![1.0; len];
+        if self.config.norm_weight {
+            weight = self.source.vector(&format!("{name}.weight"), len)?;
+        }
+        if self.config.norm_unit_offset {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        let bias = if bias { Some(self.source.vector(&format!("{name}.bias"), len)?) } else { None };
+        Ok(Norm { kind, eps: self.config.norm_eps, group, weight, bias })
+    }
+
+    fn block(&self, layer: usize) -> Result<Block> {
+        let config = self.config;
+        let prefix = format!("model.layers.{layer}");
+        let norm = |name: &str| self.norm(&format!("{prefix}.{name}")).map(Some);
+        let (attention_norms, mlp_norms) = match config.placement {
+            Placement::Pre => (
+                Norms { before: norm("input_layernorm")?, after: None },
+                Norms {
+                    before: if config.shared_norm { None } else { norm("post_attention_layernorm")? },
+                    after: None,
+                },
+            ),
+            Placement::Post => (
+                Norms { before: None, after: norm("post_attention_layernorm")? },
+                Norms { before: None, after: norm("post_feedforward_layernorm")? },
+            ),
+            Placement::Both => (
+                Norms { before: norm("input_layernorm")?, after: norm("post_attention_layernorm")? },
+                Norms { before: norm("pre_feedforward_layernorm")?, after: norm("post_feedforward_layernorm")? },
+            ),
+        };
+        Ok(Block {
+            attention: self.attention(layer)?,
+            attention_norms,
+            mlp: self.mlp(&format!("{prefix}.mlp"))?,
+            mlp_norms,
+            parallel_residual: config.parallel_residual,
+            shared_norm: config.shared_norm,
+            residual_scale: config.residual_scale,
+        })
+    }
+
+    fn attention(&self, layer: usize) -> Result<attention::Attention> {
+        let config = self.config;
+        let prefix = format!("model.layers.{layer}.self_attn");
+        let (q, kv) = (config.q_cols(), config.kv_cols());
+        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+        let qk_norm = |name: &str, cols: usize| {
+            let name = format!("{prefix}.{name}");
+            match config.qk_norm {
+                QkNorm::None => Ok(None),
+                QkNorm::Head => self.norm_of(&name, Kind::Rms, config.head_size, config.head_size, false).map(Some),
+                QkNorm::HeadLayer => self.norm_of(&name, Kind::Layer, config.head_size, cols, false).map(Some),
+                QkNorm::Full => self.norm_of(&name, Kind::Rms, cols, cols, false).map(Some),
+            }
+        };
+        let window = config.windows[layer];
+        Ok(Attention {
+            qkv: self.linear(&prefix, &parts, config.n_embd, config.biases.qkv)?,
+            projection: self.linear(&prefix, &[("o_proj", config.n_embd)], q, config.biases.projection)?,
+            qk_norm: qk_norm("q_norm", q)?.zip(qk_norm("k_norm", kv)?).map(|(q, k)| [q, k]),
+            core: Core {
+                n_head: config.n_head,
+                n_query_groups: config.n_query_groups,
+                head_size: config.head_size,
+                scale: config.attention_scale,
+                softcap: config.attention_softcap,
+                window,
+            },
+            rope: (config.rotary_dim > 0 && !config.no_rope[layer])
+                .then_some(usize::from(config.rope_local_theta.is_some() && window.is_some())),
+        })
+    }
+
+    fn mlp(&self, prefix: &str) -> Result<Mlp> {
+        let config = self.config;
+        let width = config.intermediate_size;
+        let gated = [("gate_proj", width), ("up_proj", width)];
+        let up = if config.mlp == MlpKind::Plain { &gated[1..] } else { &gated[..] };
+        Ok(Mlp {
+            up: self.linear(prefix, up, config.n_embd, config.biases.mlp)?,
+            down: self.linear(prefix, &[("down_proj", config.n_embd)], width, config.biases.mlp)?,
+            activation: config.activation,
+        })
+    }
+}

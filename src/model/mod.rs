@@ -1,0 +1,352 @@
+//! `Gpt`: one decoder-only transformer for every family, described by [`Config`]; forward, backward, decoding.
+//!
+//! The model does no I/O: it asks a [`Source`] for tensors by their Hugging Face Llama names. `linears_mut` is the one
+//! walk over its projections, by which adapters are attached, counted, saved and merged.
+//!
+//! There is no autograd: only adapters need gradients and the architecture is known, so each block has a backward that
+//! calls its ops' backwards in reverse. Below the lowest adapter no gradient flows at all.
+
+pub mod attention;
+pub mod block;
+pub mod config;
+pub mod families;
+pub mod linear;
+pub mod load;
+pub mod lora;
+pub mod mlp;
+
+pub use config::Config;
+pub use load::Source;
+
+use crate::ops::attention::Span;
+use crate::ops::head::{Transform, cross_entropy};
+use crate::ops::norm::Norm;
+use crate::ops::rope::{Scaling, Tables};
+use crate::ops::weight::Weight;
+use crate::ops::{Matrix, Segment};
+use attention::{LayerCache, Pass};
+use block::Block;
+use linear::{Gradients, Linear};
+use lora::{LoraConfig, initialize};
+use std::sync::Arc;
+
+/// Elements of a chunk of logits: 24 MB.
+const HEAD_CHUNK: usize = 6 << 20;
+
+/// A decoder-only transformer with frozen weights and, where attached, adapters.
+#[derive(Debug)]
+pub struct Gpt {
+    /// Architecture.
+    pub config: Config,
+    embedding: Arc<Weight>,
+    blocks: Vec<Block>,
+    final_norm: Norm,
+    head: Linear,
+    rope: [Tables; 2],
+    /// Parameters of all adapters, in one flat buffer.
+    pub parameters: Vec<f32>,
+}
+
+/// Samples of a micro batch end to end.
+#[derive(Debug, Clone, Default)]
+pub struct Tokens {
+    /// Token ids of all samples.
+    pub ids: Vec<u32>,
+    /// For each token the target id of its successor, or `None` where nothing is learned.
+    pub targets: Vec<Option<u32>>,
+    /// The samples.
+    pub segments: Vec<Segment>,
+}
+
+impl Tokens {
+    /// Appends a sample; label `t` is predicted from position `t - 1`, and labels equal to `ignore_index` are not
+    /// learned.
+    pub fn push(&mut self, ids: &[u32], labels: &[i32], ignore_index: i32) {
+        let start = self.ids.len();
+        self.ids.extend_from_slice(ids);
+        let next = labels.iter().skip(1).map(|l| (*l != ignore_index).then_some(*l as u32));
+        self.targets.extend(next.chain(std::iter::once(None)).take(ids.len()));
+        self.segments.push(start..self.ids.len());
+    }
+
+    /// Number of targets.
+    #[must_use]
+    pub fn n_targets(&self) -> usize {
+        self.targets.iter().flatten().count()
+    }
+
+    fn positions(&self) -> Vec<u32> {
+        self.segments.iter().flat_map(|s| 0..s.len() as u32).collect()
+    }
+
+    fn spans(&self) -> Vec<Span> {
+        self.segments.iter().map(Span::whole).collect()
+    }
+}
+
+/// What a training pass does besides the loss.
+#[derive(Debug)]
+pub struct Training<'a> {
+    /// Gradients of all adapters, added to.
+    pub grads: &'a mut [f32],
+    /// Factor on the gradient of the sum of the losses.
+    pub weight: f32,
+    /// Seed of the dropout masks.
+    pub seed: u64,
+    /// Keep only each block's input, and run it forward again in the backward.
+    pub checkpointing: bool,
+}
+
+/// Keys and values of all layers over the tokens so far.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    layers: Vec<LayerCache>,
+    len: usize,
+}
+
+impl Cache {
+    /// Tokens so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// What a block's backward starts from.
+enum Kept {
+    Input(Matrix),
+    All(Box<block::Saved>),
+}
+
+impl Gpt {
+    fn assemble(config: Config, embedding: Arc<Weight>, blocks: Vec<Block>, final_norm: Norm, head: Linear) -> Self {
+        let rope = [Tables::new(1.0, 0, &Scaling::None, 0), Tables::new(1.0, 0, &Scaling::None, 0)];
+        Self { config, embedding, blocks, final_norm, head, rope, parameters: Vec::new() }
+    }
+
+    /// Makes rotary tables for `positions` positions; to be called before a pass with longer samples than ever.
+    pub fn prepare(&mut self, positions: usize) {
+        let config = &self.config;
+        if config.rotary_dim == 0 || self.rope[0].positions() >= positions {
+            return;
+        }
+        let local = config.rope_local_theta.unwrap_or(config.rope_theta);
+        self.rope = [
+            Tables::new(config.rope_theta, config.rotary_dim, &config.rope_scaling, positions),
+            Tables::new(local, config.rotary_dim, &Scaling::None, positions),
+        ];
+    }
+
+    /// Positions that a pass may have.
+    #[must_use]
+    pub fn prepared(&self) -> usize {
+        self.rope[0].positions().min(self.config.block_size)
+    }
+
+    /// All projections, block by block, the head last.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let blocks = self.blocks.iter();
+        blocks
+            .flat_map(|b| [&b.attention.qkv, &b.attention.projection, &b.mlp.up, &b.mlp.down])
+            .chain(std::iter::once(&self.head))
+    }
+
+    /// All projections, block by block, the head last.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let blocks = self.blocks.iter_mut();
+        blocks
+            .flat_map(|b| [&mut b.attention.qkv, &mut b.attention.projection, &mut b.mlp.up, &mut b.mlp.down])
+            .chain(std::iter::once(&mut self.head))
+    }
+
+    /// Attaches adapters to the modules that `config_of` has settings for, in place of any there; their parameters are
+    /// zero.
+    pub fn attach(&mut self, mut config_of: impl FnMut(&str) -> Option<LoraConfig>) {
+        let mut at = 0;
+        for linear in self.linears_mut() {
+            at = linear.attach(at, &mut config_of);
+        }
+        self.parameters = vec![0.0; at];
+    }
+
+    /// Gives all adapters their starting values.
+    pub fn initialize_adapters(&mut self, seed: u64) {
+        let mut parameters = std::mem::take(&mut self.parameters);
+        for linear in self.linears() {
+            for lora in linear.parts.iter().filter_map(|p| p.lora.as_ref()) {
+                initialize(lora, linear.inputs(), seed, &mut parameters);
+            }
+        }
+        self.parameters = parameters;
+    }
+
+    /// Bytes of the frozen weights.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        let tied = if self.config.tie_embeddings { 0 } else { self.embedding.bytes() };
+        tied + self.linears().map(|l| l.weight().bytes()).sum::<usize>()
+    }
+
+    fn embed(&self, ids: &[u32]) -> Matrix {
+        let mut x = Matrix::new(ids.len(), self.config.n_embd);
+        let cols = x.cols();
+        for (row, id) in x.chunks_exact_mut(cols).zip(ids) {
+            let id = *id as usize;
+            self.embedding.decode_rows(id..id + 1, row);
+            if self.config.embedding_scale != 1.0 {
+                row.iter_mut().for_each(|v| *v *= self.config.embedding_scale);
+            }
+        }
+        x
+    }
+
+    fn transform(&self) -> Transform {
+        Transform { scale: self.config.logit_scale, softcap: self.config.final_softcap }
+    }
+
+    /// Sum of the losses in nats over all targets; with `training`, the adapters' gradients too.
+    ///
+    /// # Panics
+    /// When `prepare` was not called for samples of this length, or an id is outside the vocabulary.
+    #[must_use]
+    pub fn loss(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> f64 {
+        let (positions, spans) = (tokens.positions(), tokens.spans());
+        let seed = training.as_ref().map(|t| t.seed);
+        let pass = Pass { parameters: &self.parameters, positions: &positions, spans: &spans, seed, rope: &self.rope };
+        let lowest = self.blocks.iter().position(Block::adapted).unwrap_or(self.blocks.len());
+        let checkpointing = training.as_ref().is_some_and(|t| t.checkpointing);
+        let mut x = self.embed(&tokens.ids);
+        let mut kept = Vec::new();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let keep = training.is_some() && layer >= lowest;
+            let input = (keep && checkpointing).then(|| x.clone());
+            let (y, saved) = block.forward(&pass, x);
+            match input {
+                Some(input) => kept.push(Kept::Input(input)),
+                None if keep => kept.push(Kept::All(Box::new(saved))),
+                None => {}
+            }
+            x = y;
+        }
+        let mut to = training
+            .as_mut()
+            .map(|t| (Gradients { parameters: &self.parameters, grads: &mut *t.grads }, t.weight));
+        let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
+        drop(x);
+        if let (Some(mut d), Some((to, _))) = (dx, &mut to) {
+            for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+                let saved = match kept.pop().expect("every block from the lowest adapter on kept something") {
+                    Kept::Input(x) => block.forward(&pass, x).1,
+                    Kept::All(saved) => *saved,
+                };
+                match block.backward(&pass, to, d, saved, layer > lowest) {
+                    Some(below) => d = below,
+                    None => break,
+                }
+            }
+        }
+        loss
+    }
+
+    /// Final norm, head and loss, in chunks of the rows that have a target; the gradient of the last block's output
+    /// where it is asked for.
+    fn head_loss(
+        &self,
+        tokens: &Tokens,
+        pass: &Pass<'_>,
+        x: &Matrix,
+        to: &mut Option<(Gradients<'_>, f32)>,
+        input_needed: bool,
+    ) -> (f64, Option<Matrix>) {
+        let rows: Vec<(usize, u32)> = tokens.targets.iter().enumerate().filter_map(|(i, t)| Some((i, (*t)?))).collect();
+        let input_needed = input_needed && to.is_some();
+        let mut dx = input_needed.then(|| Matrix::zeros(x.rows(), x.cols()));
+        let mut loss = 0.0;
+        let chunk = (HEAD_CHUNK / self.config.vocab_size).clamp(16, 512);
+        for (index, rows) in rows.chunks(chunk).enumerate() {
+            let before = gather(x, rows.iter().map(|r| r.0));
+            let normed = self.final_norm.forward(&before);
+            let targets: Vec<u32> = rows.iter().map(|r| r.1).collect();
+            let pass = Pass { seed: pass.seed.map(|s| s.wrapping_add(index as u64)), ..*pass };
+            let mut logits = Matrix::new(rows.len(), self.config.vocab_size);
+            let h = self.head.forward(pass.parameters, &normed, pass.seed, &mut logits, false);
+            let weight = to.as_ref().map_or(0.0, |t| t.1);
+            loss += cross_entropy(&mut logits, &targets, self.transform(), weight);
+            let Some((to, _)) = to else { continue };
+            let mut d = input_needed.then(|| Matrix::new(rows.len(), x.cols()));
+            self.head.backward(to, &logits, || normed.clone(), &h, pass.seed, d.as_mut().map(|d| (d, false)));
+            if let (Some(d), Some(dx)) = (d, &mut dx) {
+                let mut d_before = Matrix::new(d.rows(), d.cols());
+                self.final_norm.backward(&d, &before, &mut d_before, false);
+                for ((row, _), d) in rows.iter().zip(d_before.chunks_exact(x.cols())) {
+                    let at = row * x.cols();
+                    dx[at..at + x.cols()].copy_from_slice(d);
+                }
+            }
+        }
+        (loss, dx)
+    }
+
+    /// An empty cache.
+    #[must_use]
+    pub fn cache(&self) -> Cache {
+        Cache { layers: vec![LayerCache::default(); self.blocks.len()], len: 0 }
+    }
+
+    /// Hidden states of new tokens, which join the cache; before the final norm.
+    fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+        let positions: Vec<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
+        let pass =
+            Pass { parameters: &self.parameters, positions: &positions, spans: &[], seed: None, rope: &self.rope };
+        let mut x = self.embed(ids);
+        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.decode(&pass, x, layer);
+        }
+        cache.len += ids.len();
+        x
+    }
+
+    fn logits_of(&self, x: &Matrix) -> Matrix {
+        let normed = self.final_norm.forward(x);
+        let mut logits = Matrix::new(x.rows(), self.config.vocab_size);
+        self.head.forward(&self.parameters, &normed, None, &mut logits, false);
+        self.transform().apply(&mut logits);
+        logits
+    }
+
+    /// Logits of the last of the new tokens, which join the cache.
+    ///
+    /// # Shapes
+    /// `ids`: (T), at least one; returns (1, vocab_size).
+    #[must_use]
+    pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+        let x = self.decode_hidden(ids, cache);
+        self.logits_of(&gather(&x, std::iter::once(x.rows() - 1)))
+    }
+
+    /// Logits of all new tokens, which join the cache.
+    ///
+    /// # Shapes
+    /// `ids`: (T); returns (T, vocab_size).
+    #[must_use]
+    pub fn all_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+        let x = self.decode_hidden(ids, cache);
+        self.logits_of(&x)
+    }
+}
+
+/// Some rows of a matrix.
+fn gather(x: &Matrix, rows: impl ExactSizeIterator<Item = usize>) -> Matrix {
+    let mut out = Matrix::new(rows.len(), x.cols());
+    let cols = x.cols();
+    for (out, row) in out.chunks_exact_mut(cols).zip(rows) {
+        out.copy_from_slice(x.row(row));
+    }
+    out
+}

@@ -1,0 +1,334 @@
+//! Causal attention over the samples of a micro batch (Vaswani et al. 2017, arXiv:1706.03762), with grouped queries
+//! (arXiv:2305.13245), a sliding window and soft-capped logits; the score matrix never exists as a whole
+//! (FlashAttention, arXiv:2205.14135).
+//!
+//! `o = softmax(cap(s q kᵀ)) v`, rows in blocks. The forward keeps `o` and each row's log-sum-exp; the backward computes
+//! the probabilities `p` of a block again: `dv = pᵀ do`, `ds = p (do vᵀ - sum(o do)) cap'`, `dq = s ds k`, `dk = s dsᵀ q`.
+
+use super::math::{dot, exp, exp_sum, max, tanh, vectorized};
+use super::matmul::{Side, Threads, ViewMut, matmul};
+use super::matrix::{Matrix, Segment, View};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Rows of queries that are worked on together.
+const BLOCK: usize = 64;
+
+/// Shape and rule of one attention layer.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; each serves `n_head / n_query_groups` query heads.
+    pub n_query_groups: usize,
+    /// Channels of a head.
+    pub head_size: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// A position sees itself and `window - 1` before it.
+    pub window: Option<usize>,
+}
+
+/// Query rows of one sample and the key rows that they belong to; the last of both is the same position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// Rows of `q`.
+    pub q: Range<usize>,
+    /// Rows of `k` and `v`.
+    pub k: Range<usize>,
+}
+
+impl Span {
+    /// A sample whose queries and keys are all there, as in training.
+    #[must_use]
+    pub fn whole(segment: &Segment) -> Self {
+        Self { q: segment.clone(), k: segment.clone() }
+    }
+}
+
+/// What the backward needs besides inputs and output.
+#[derive(Debug)]
+pub struct Saved {
+    /// Log-sum-exp of each row's scores: (n_head, T).
+    lse: Matrix,
+}
+
+/// One block of queries of one head: which rows it has, and which keys any of them sees.
+struct Block {
+    /// Rows within `q`.
+    rows: Range<usize>,
+    /// Key position (within the span) of the first row.
+    first: usize,
+    /// Key positions (within the span) that some row sees.
+    keys: Range<usize>,
+}
+
+impl Attention {
+    /// Columns of all query heads.
+    fn q_cols(&self) -> usize {
+        self.n_head * self.head_size
+    }
+
+    fn blocks(&self, span: &Span) -> impl DoubleEndedIterator<Item = Block> + '_ {
+        let (q, past) = (span.q.clone(), span.k.len() - span.q.len());
+        (0..q.len().div_ceil(BLOCK)).map(move |i| {
+            let rows = q.start + i * BLOCK..(q.start + (i + 1) * BLOCK).min(q.end);
+            let first = past + i * BLOCK;
+            let from = self.window.map_or(0, |w| (first + 1).saturating_sub(w));
+            Block { keys: from..first + rows.len(), first, rows }
+        })
+    }
+
+    /// Keys of `block` that its row `i` sees, as indices into `block.keys`.
+    fn seen(&self, block: &Block, i: usize) -> Range<usize> {
+        let position = block.first + i;
+        let from = self.window.map_or(0, |w| (position + 1).saturating_sub(w)).max(block.keys.start);
+        from - block.keys.start..position + 1 - block.keys.start
+    }
+
+    fn head<'a>(&self, view: View<'a>, head: usize) -> View<'a> {
+        view.slice_cols(head * self.head_size..(head + 1) * self.head_size)
+    }
+
+    fn key_head(&self, head: usize) -> usize {
+        head / (self.n_head / self.n_query_groups)
+    }
+
+    /// Scaled and capped scores of a block: (rows, keys). Entries outside `seen` mean nothing.
+    fn scores(&self, block: &Block, q: View<'_>, k: View<'_>) -> Matrix {
+        let mut s = Matrix::new(block.rows.len(), block.keys.len());
+        let (rows, cols) = (s.rows(), s.cols());
+        matmul(Threads::One, ViewMut::of(&mut s, rows, cols), false, self.scale, Side::N(q), Side::T(k));
+        if let Some(cap) = self.softcap {
+            vectorized(|| s.iter_mut().for_each(|v| *v = cap * tanh(*v / cap)));
+        }
+        s
+    }
+
+    /// Attention of every query row.
+    ///
+    /// # Shapes
+    /// `q`: (T, n_head · head_size); `k`, `v`: (K, n_query_groups · head_size); returns (T, n_head · head_size).
+    #[must_use]
+    pub fn forward(&self, q: View<'_>, k: View<'_>, v: View<'_>, spans: &[Span]) -> (Matrix, Saved) {
+        let mut o = Matrix::new(q.rows, self.q_cols());
+        let mut lse = Matrix::new(self.n_head, q.rows);
+        let work: Vec<(&Span, Block, usize)> = spans
+            .iter()
+            .flat_map(|span| self.blocks(span).rev().map(move |block| (span, block)))
+            .flat_map(|(span, block)| {
+                let again = move || Block { rows: block.rows.clone(), first: block.first, keys: block.keys.clone() };
+                (0..self.n_head).map(move |head| (span, again(), head))
+            })
+            .collect();
+        let parts: Vec<(Matrix, Vec<f32>)> =
+            work.par_iter().with_max_len(1).map(|(span, block, head)| self.forward_block(q, k, v, span, block, *head)).collect();
+        for ((_, block, head), (part, part_lse)) in work.iter().zip(&parts) {
+            for (i, row) in block.rows.clone().enumerate() {
+                o[row * self.q_cols()..][head * self.head_size..][..self.head_size].copy_from_slice(part.row(i));
+            }
+            let at = head * q.rows + block.rows.start;
+            lse[at..at + block.rows.len()].copy_from_slice(part_lse);
+        }
+        (o, Saved { lse })
+    }
+
+    fn forward_block(&self, q: View<'_>, k: View<'_>, v: View<'_>, span: &Span, block: &Block, head: usize) -> (Matrix, Vec<f32>) {
+        let keys = span.k.start + block.keys.start..span.k.start + block.keys.end;
+        let q = self.head(q, head).slice_rows(block.rows.clone());
+        let k = self.head(k, self.key_head(head)).slice_rows(keys.clone());
+        let v = self.head(v, self.key_head(head)).slice_rows(keys);
+        let mut s = self.scores(block, q, k);
+        let cols = s.cols();
+        let lse = s
+            .chunks_exact_mut(cols)
+            .enumerate()
+            .map(|(i, row)| softmax_row(row, self.seen(block, i)))
+            .collect();
+        let mut o = Matrix::new(block.rows.len(), self.head_size);
+        let (rows, cols) = (o.rows(), o.cols());
+        matmul(Threads::One, ViewMut::of(&mut o, rows, cols), false, 1.0, Side::N(s.view()), Side::N(v));
+        (o, lse)
+    }
+
+    /// Gradients of q, k and v, side by side as one product of the three projections has them.
+    ///
+    /// # Shapes
+    /// `q`, `k`, `v`: as in the forward, with as many rows; `o`, `d_o`: (T, n_head · head_size); returns
+    /// (T, (n_head + 2 n_query_groups) · head_size). Every row belongs to a span.
+    #[must_use]
+    pub fn backward(&self, q: View<'_>, k: View<'_>, v: View<'_>, o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &[Span]) -> Matrix {
+        let work: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..self.n_head).map(move |h| (s, h))).collect();
+        let parts: Vec<[Matrix; 3]> = work
+            .par_iter()
+            .with_max_len(1)
+            .map(|(span, head)| self.backward_head([q, k, v, o.view(), d_o.view()], saved, &spans[*span], *head))
+            .collect();
+        let (hs, groups) = (self.head_size, self.n_head / self.n_query_groups);
+        let mut d = Matrix::new(q.rows, (self.n_head + 2 * self.n_query_groups) * hs);
+        let cols = d.cols();
+        for (span, heads) in spans.iter().zip(parts.chunks_exact(self.n_head)) {
+            let rows = &mut d[span.q.start * cols..span.q.end * cols];
+            rows.par_chunks_exact_mut(cols).enumerate().for_each(|(t, row)| {
+                let (dq, dkv) = row.split_at_mut(self.q_cols());
+                for (head, parts) in heads.iter().enumerate() {
+                    dq[head * hs..][..hs].copy_from_slice(parts[0].row(t));
+                }
+                let (dk, dv) = dkv.split_at_mut(self.n_query_groups * hs);
+                for (side, out) in [(1, dk), (2, dv)] {
+                    for (out, group) in out.chunks_exact_mut(hs).zip(heads.chunks_exact(groups)) {
+                        out.copy_from_slice(group[0][side].row(t));
+                        for parts in &group[1..] {
+                            out.iter_mut().zip(parts[side].row(t)).for_each(|(o, p)| *o += p);
+                        }
+                    }
+                }
+            });
+        }
+        d
+    }
+
+    /// (dq, dk, dv) of one query head over one sample.
+    fn backward_head(&self, inputs: [View<'_>; 5], saved: &Saved, span: &Span, head: usize) -> [Matrix; 3] {
+        let [q, k, v, o, d_o] = inputs;
+        let (n, hs) = (span.q.len(), self.head_size);
+        let [q, o, d_o] = [q, o, d_o].map(|view| self.head(view, head));
+        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(head)).slice_rows(span.k.clone()));
+        let [mut dq, mut dk, mut dv] = [Matrix::new(n, hs), Matrix::zeros(n, hs), Matrix::zeros(n, hs)];
+        for block in self.blocks(span) {
+            let (m, width) = (block.rows.len(), block.keys.len());
+            let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
+            let [k, v] = [k, v].map(|view| view.slice_rows(block.keys.clone()));
+            let mut p = self.scores(&block, q, k);
+            let mut ds = Matrix::new(m, width);
+            matmul(Threads::One, ViewMut::of(&mut ds, m, width), false, 1.0, Side::N(d_o), Side::T(v));
+            for (i, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate() {
+                let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
+                let correction = dot(o.row(i), d_o.row(i));
+                vectorized(|| self.score_gradient(p, ds, self.seen(&block, i), lse, correction));
+            }
+            let keys = block.keys.start * hs..block.keys.end * hs;
+            matmul(Threads::One, ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p.view()), Side::N(d_o));
+            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(ds.view()), Side::N(q));
+            let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
+            matmul(Threads::One, ViewMut::of(&mut dq[rows], m, hs), false, self.scale, Side::N(ds.view()), Side::N(k));
+        }
+        [dq, dk, dv]
+    }
+
+    /// Turns scores into probabilities and their gradient into that of the scores; what is not seen becomes 0.
+    #[inline(always)]
+    fn score_gradient(&self, p: &mut [f32], dp: &mut [f32], seen: Range<usize>, lse: f32, correction: f32) {
+        for outside in [0..seen.start, seen.end..p.len()] {
+            p[outside.clone()].fill(0.0);
+            dp[outside].fill(0.0);
+        }
+        let (p, dp) = (&mut p[seen.clone()], &mut dp[seen]);
+        match self.softcap {
+            None => {
+                for (p, dp) in p.iter_mut().zip(dp) {
+                    *p = exp(*p - lse);
+                    *dp = *p * (*dp - correction);
+                }
+            }
+            Some(cap) => {
+                for (p, dp) in p.iter_mut().zip(dp) {
+                    let ratio = *p / cap;
+                    *p = exp(*p - lse);
+                    *dp = *p * (*dp - correction) * (1.0 - ratio * ratio);
+                }
+            }
+        }
+    }
+}
+
+
+/// Softmax over the seen part of a row, zero elsewhere; returns the log-sum-exp.
+fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
+    row[..seen.start].fill(0.0);
+    row[seen.end..].fill(0.0);
+    let row = &mut row[seen];
+    vectorized(|| {
+        let largest = max(row);
+        let total = exp_sum(row, largest);
+        let inverse = 1.0 / total;
+        row.iter_mut().for_each(|v| *v *= inverse);
+        largest + total.ln()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Oracle, assert_close, random};
+    use candle_core::{D, Device, Tensor};
+
+    fn mask(attention: &Attention, spans: &[Span], t: usize) -> Tensor {
+        let mut mask = vec![f32::NEG_INFINITY; t * t];
+        for span in spans {
+            for i in span.q.clone() {
+                for j in span.k.clone().filter(|j| *j <= i && attention.window.is_none_or(|w| i - j < w)) {
+                    mask[i * t + j] = 0.0;
+                }
+            }
+        }
+        Tensor::from_vec(mask, (1, t, t), &Device::Cpu).unwrap()
+    }
+
+    fn reference(attention: &Attention, mask: &Tensor, qkv: &Tensor) -> candle_core::Result<Tensor> {
+        let t = qkv.dim(0)?;
+        let (h, g, hs) = (attention.n_head, attention.n_query_groups, attention.head_size);
+        let part = |from: usize, heads: usize| {
+            qkv.narrow(1, from * hs, heads * hs)?.reshape((t, heads, hs))?.transpose(0, 1)?.contiguous()
+        };
+        let repeat = |x: Tensor| x.unsqueeze(1)?.broadcast_as((g, h / g, t, hs))?.reshape((h, t, hs));
+        let (q, k, v) = (part(0, h)?, repeat(part(h, g)?)?, repeat(part(h + g, g)?)?);
+        let mut s = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(attention.scale))?;
+        if let Some(cap) = attention.softcap {
+            s = ((s / f64::from(cap))?.tanh()? * f64::from(cap))?;
+        }
+        let s = s.broadcast_add(mask)?;
+        let e = s.broadcast_sub(&s.max_keepdim(D::Minus1)?.detach())?.exp()?;
+        let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+        p.matmul(&v)?.transpose(0, 1)?.reshape((t, h * hs))
+    }
+
+    #[test]
+    fn forward_and_backward_equal_the_reference() {
+        let base = Attention { n_head: 4, n_query_groups: 2, head_size: 10, scale: 0.4, softcap: None, window: None };
+        let variants = [
+            base,
+            Attention { window: Some(7), ..base },
+            Attention { softcap: Some(1.5), window: Some(70), n_query_groups: 1, ..base },
+            Attention { n_query_groups: 4, ..base },
+        ];
+        let t = 5 + 123 + 1;
+        let spans: Vec<Span> = [0..5, 5..128, 128..129].iter().map(Span::whole).collect();
+        for attention in variants {
+            let width = (4 + 2 * attention.n_query_groups) * 10;
+            let qkv: Vec<f32> = random(t * width, 1).iter().map(|v| v * 2.0).collect();
+            let d_o = random(t * 40, 2);
+            let mask = mask(&attention, &spans, t);
+            let oracle = Oracle::run(&[(&qkv, t, width)], |x| reference(&attention, &mask, &x[0]), &d_o);
+            let qkv = Matrix::from_slice(t, width, &qkv);
+            let g = attention.n_query_groups * 10;
+            let [q, k, v] = [qkv.columns(0..40), qkv.columns(40..40 + g), qkv.columns(40 + g..40 + 2 * g)];
+            let (o, saved) = attention.forward(q, k, v, &spans);
+            assert_close(&o, &oracle.y, 1e-5);
+            let d = attention.backward(q, k, v, &o, &Matrix::from_slice(t, 40, &d_o), &saved, &spans);
+            assert_close(&d, &oracle.grads[0], 1e-5);
+        }
+    }
+
+    #[test]
+    fn later_queries_over_kept_keys_equal_the_whole() {
+        let attention = Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, softcap: None, window: Some(40) };
+        let (q, k, v) = (random(90 * 16, 1), random(90 * 8, 2), random(90 * 8, 3));
+        let (k, v) = (View::of(&k, 90, 8), View::of(&v, 90, 8));
+        let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &[Span { q: 0..90, k: 0..90 }]);
+        let (tail, _) = attention.forward(View::of(&q[80 * 16..], 10, 16), k, v, &[Span { q: 0..10, k: 0..90 }]);
+        assert_close(&tail, &whole[80 * 16..], 1e-6);
+    }
+}

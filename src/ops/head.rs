@@ -1,0 +1,95 @@
+//! Cross-entropy of a chunk of logits, with its gradient in place of the logits.
+//!
+//! `loss = log(sum e^z) - z[target]` for `z = cap(f · logits)`, `dlogits = f (softmax(z) - onehot) · cap'`. The model's
+//! head calls this a few rows at a time, so that the logits of a batch never exist at once, and only for rows that
+//! have a target.
+
+use super::math::{exp_sum, max, tanh, vectorized};
+use super::matrix::Matrix;
+use rayon::prelude::*;
+
+/// What stands between the head's product and the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Transform {
+    /// Factor on the logits.
+    pub scale: f32,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub softcap: Option<f32>,
+}
+
+impl Transform {
+    /// Applies it to logits in place.
+    pub fn apply(&self, logits: &mut [f32]) {
+        if self.scale != 1.0 {
+            logits.iter_mut().for_each(|z| *z *= self.scale);
+        }
+        if let Some(cap) = self.softcap {
+            vectorized(|| logits.iter_mut().for_each(|z| *z = cap * tanh(*z / cap)));
+        }
+    }
+}
+
+/// Sum of the rows' losses, in nats; the logits become `weight` times the gradient of that sum.
+///
+/// # Shapes
+/// `logits`: (T, V); `targets`: (T), each below V.
+#[must_use]
+pub fn cross_entropy(logits: &mut Matrix, targets: &[u32], transform: Transform, weight: f32) -> f64 {
+    let vocab = logits.cols();
+    let losses: Vec<f32> = logits
+        .par_chunks_exact_mut(vocab)
+        .with_max_len(4)
+        .zip(targets.par_iter())
+        .map(|(row, target)| cross_entropy_row(row, *target as usize, transform, weight))
+        .collect();
+    losses.iter().map(|l| f64::from(*l)).sum()
+}
+
+fn cross_entropy_row(row: &mut [f32], target: usize, transform: Transform, weight: f32) -> f32 {
+    transform.apply(row);
+    let at_target = row[target];
+    let slopes: Option<Vec<f32>> =
+        transform.softcap.map(|cap| row.iter().map(|z| 1.0 - (z / cap) * (z / cap)).collect());
+    let loss = vectorized(|| {
+        let largest = max(row);
+        let total = exp_sum(row, largest);
+        let factor = weight * transform.scale / total;
+        row.iter_mut().for_each(|z| *z *= factor);
+        largest + total.ln() - at_target
+    });
+    row[target] -= weight * transform.scale;
+    if let Some(slopes) = slopes {
+        row.iter_mut().zip(slopes).for_each(|(z, slope)| *z *= slope);
+    }
+    loss
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Oracle, assert_close, random};
+    use candle_core::{D, Device, Tensor};
+
+    #[test]
+    fn loss_and_gradient_equal_the_reference() {
+        let (t, vocab) = (5, 123);
+        let logits: Vec<f32> = random(t * vocab, 1).iter().map(|v| v * 6.0).collect();
+        let targets = [0u32, 122, 7, 7, 60];
+        for transform in [Transform { scale: 1.0, softcap: None }, Transform { scale: 0.5, softcap: Some(2.0) }] {
+            let reference = |i: &[Tensor]| {
+                let mut z = (&i[0] * f64::from(transform.scale))?;
+                if let Some(cap) = transform.softcap {
+                    z = ((z / f64::from(cap))?.tanh()? * f64::from(cap))?;
+                }
+                let lse = z.exp()?.sum(D::Minus1)?.log()?;
+                let index = Tensor::new(&targets, &Device::Cpu)?.unsqueeze(1)?;
+                (lse - z.gather(&index, 1)?.squeeze(1)?)?.sum_all()?.reshape((1, 1))
+            };
+            let oracle = Oracle::run(&[(&logits, t, vocab)], reference, &[0.25]);
+            let mut matrix = Matrix::from_slice(t, vocab, &logits);
+            let loss = cross_entropy(&mut matrix, &targets, transform, 0.25);
+            assert!((loss as f32 - oracle.y[0]).abs() < 1e-4 * oracle.y[0]);
+            assert_close(&matrix, &oracle.grads[0], 1e-6);
+        }
+    }
+}

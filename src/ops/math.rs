@@ -1,0 +1,161 @@
+//! Elementwise functions that compile to vector instructions, and the choice of those instructions at run time.
+//!
+//! Branch-free polynomials (Cephes, S. Moshier): a libm call in a loop would keep the loop scalar.
+
+/// Runs `f` compiled for the widest vector instructions that this processor has.
+///
+/// What `f` calls must be inlined into it to profit.
+#[inline(always)]
+pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    struct Op<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::WithSimd for Op<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Op(f))
+}
+
+/// `e^x` within 2 ulp; arguments beyond the range of f32 saturate.
+#[inline(always)]
+#[must_use]
+pub fn exp(x: f32) -> f32 {
+    const LN2_HI: f32 = 0.693_359_375;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    /// Adding and subtracting 1.5 · 2²³ rounds to an integer.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.33, 88.37);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN2_HI - n * LN2_LO;
+    let mut p = 1.987_569_2e-4;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_6e-1;
+    p = p * r + 0.5;
+    let y = p * r * r + r + 1.0;
+    // The low bits of `shifted` are n; moved into the exponent they are 2^n.
+    y * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+#[must_use]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Hyperbolic tangent, within 2e-7.
+#[inline(always)]
+#[must_use]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// Error function, within 6e-7 (Abramowitz and Stegun 7.1.26).
+#[inline(always)]
+#[must_use]
+pub fn erf(x: f32) -> f32 {
+    let a = x.abs();
+    let t = 1.0 / (1.0 + 0.327_591_1 * a);
+    let p = ((((1.061_405_4 * t - 1.453_152_1) * t + 1.421_413_8) * t - 0.284_496_74) * t + 0.254_829_6) * t;
+    (1.0 - p * exp(-a * a)).copysign(x)
+}
+
+/// Sum of the products of two slices, in 16 lanes.
+#[inline(always)]
+#[must_use]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for j in 0..16 {
+            lanes[j] += x[j] * y[j];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Sum of a slice, in 16 lanes.
+#[inline(always)]
+#[must_use]
+pub fn sum(a: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let chunks = a.chunks_exact(16);
+    let tail: f32 = chunks.remainder().iter().sum();
+    for x in chunks {
+        for j in 0..16 {
+            lanes[j] += x[j];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Largest element of a slice, in 16 lanes; the least f32 for an empty one.
+#[inline(always)]
+#[must_use]
+pub fn max(a: &[f32]) -> f32 {
+    let mut lanes = [f32::MIN; 16];
+    let chunks = a.chunks_exact(16);
+    let tail = chunks.remainder().iter().copied().fold(f32::MIN, f32::max);
+    for x in chunks {
+        for j in 0..16 {
+            lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
+        }
+    }
+    lanes.iter().copied().fold(tail, f32::max)
+}
+
+/// Replaces `x` by `e^(x - shift)` and returns the sum.
+#[inline(always)]
+#[must_use]
+pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let mut chunks = x.chunks_exact_mut(16);
+    for c in &mut chunks {
+        for j in 0..16 {
+            c[j] = exp(c[j] - shift);
+            lanes[j] += c[j];
+        }
+    }
+    let mut tail = 0.0;
+    for v in chunks.into_remainder() {
+        *v = exp(*v - shift);
+        tail += *v;
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_within_their_bounds() {
+        for i in -20_000..20_000 {
+            let x = i as f32 / 1000.0;
+            let exact = f64::from(x);
+            assert!((f64::from(exp(x)) / exact.exp() - 1.0).abs() < 3e-7, "exp({x})");
+            assert!((f64::from(tanh(x)) - exact.tanh()).abs() < 2.5e-7, "tanh({x})");
+            assert!((f64::from(erf(x)) - candle_core::cpu::erf::erf_f64(exact)).abs() < 6e-7, "erf({x})");
+        }
+        assert_eq!(exp(-1000.0), exp(-88.0));
+        assert!(exp(-1000.0) < 1e-37 && exp(1000.0).is_finite());
+    }
+
+    #[test]
+    fn reductions_take_odd_lengths() {
+        let a: Vec<f32> = (0..123).map(|i| (i % 7) as f32).collect();
+        assert_eq!(dot(&a, &a), a.iter().map(|x| x * x).sum::<f32>());
+        assert_eq!(sum(&a), a.iter().sum::<f32>());
+        assert_eq!((max(&a), max(&a[..1])), (6.0, 0.0));
+        let mut e = a.clone();
+        let total = vectorized(|| exp_sum(&mut e, 6.0));
+        assert!((total - a.iter().map(|x| (x - 6.0).exp()).sum::<f32>()).abs() < 1e-4);
+    }
+}

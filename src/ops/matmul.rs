@@ -1,0 +1,152 @@
+//! Products of small and medium f32 matrices with any strides, by the `gemm` crate. Products with a frozen weight are
+//! in `weight`.
+#![allow(unsafe_code)] // the gemm crate takes raw pointers
+
+use super::View;
+
+/// Who computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// The calling thread alone, as inside a parallel loop.
+    One,
+    /// All of the pool.
+    All,
+}
+
+/// A rectangle of a row-major matrix, to write to.
+#[derive(Debug)]
+pub struct ViewMut<'a> {
+    /// The elements of the whole matrix.
+    pub data: &'a mut [f32],
+    /// Index of the first element.
+    pub offset: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    /// A view of all of `data`, which has `rows * cols` elements.
+    #[must_use]
+    pub fn of(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self { data, offset: 0, rows, cols, stride: cols }
+    }
+
+    /// Some columns of a matrix of `total_cols` columns.
+    #[must_use]
+    pub fn columns(data: &'a mut [f32], total_cols: usize, columns: std::ops::Range<usize>) -> Self {
+        let rows = data.len() / total_cols.max(1);
+        Self { data, offset: columns.start, rows, cols: columns.len(), stride: total_cols }
+    }
+}
+
+/// One side of a product: a view, read as it is or transposed.
+#[derive(Debug, Clone, Copy)]
+pub enum Side<'a> {
+    /// As it is.
+    N(View<'a>),
+    /// Transposed.
+    T(View<'a>),
+}
+
+impl Side<'_> {
+    /// (rows, cols, row stride, column stride) as the product sees them.
+    fn shape(&self) -> (usize, usize, isize, isize) {
+        match self {
+            Self::N(v) => (v.rows, v.cols, v.stride as isize, 1),
+            Self::T(v) => (v.cols, v.rows, 1, v.stride as isize),
+        }
+    }
+
+    fn view(&self) -> &View<'_> {
+        match self {
+            Self::N(v) | Self::T(v) => v,
+        }
+    }
+}
+
+/// Whether a rectangle lies inside `len` elements.
+fn fits(len: usize, offset: usize, rows: usize, cols: usize, stride: usize) -> bool {
+    rows == 0 || cols == 0 || (cols <= stride || rows == 1) && offset + (rows - 1) * stride + cols <= len
+}
+
+/// `dst = alpha · lhs · rhs`, added to `dst` where `accumulate`.
+///
+/// # Panics
+/// When the shapes do not fit together or a view leaves its data.
+pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
+    let (m, k, lhs_rs, lhs_cs) = lhs.shape();
+    let (k2, n, rhs_rs, rhs_cs) = rhs.shape();
+    assert!(dst.rows == m && dst.cols == n && k == k2, "matmul: ({m}, {k}) x ({k2}, {n}) into ({}, {})", dst.rows, dst.cols);
+    assert!(fits(dst.data.len(), dst.offset, dst.rows, dst.cols, dst.stride), "matmul: destination leaves its data");
+    for side in [&lhs, &rhs] {
+        let v = side.view();
+        assert!(fits(v.data.len(), v.offset, v.rows, v.cols, v.stride), "matmul: operand leaves its data");
+    }
+    if m == 0 || n == 0 {
+        return;
+    }
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    // SAFETY: `fits` checked that every element the strides reach lies inside the three slices, and `dst` is borrowed
+    // mutably, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.data.as_mut_ptr().add(dst.offset),
+            1,
+            dst.stride as isize,
+            accumulate,
+            lhs.view().data.as_ptr().add(lhs.view().offset),
+            lhs_cs,
+            lhs_rs,
+            rhs.view().data.as_ptr().add(rhs.view().offset),
+            rhs_cs,
+            rhs_rs,
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strided_transposed_and_accumulated() {
+        let a: Vec<f32> = (0..12).map(|i| i as f32).collect(); // (3, 4)
+        let b: Vec<f32> = (0..10).map(|i| 1.0 - i as f32).collect(); // (2, 5)
+        let mut c = vec![1.0; 3 * 4];
+        let lhs = View::of(&a, 3, 4).slice_cols(1..3); // (3, 2)
+        let rhs = View::of(&b, 2, 5).slice_cols(2..4); // (2, 2)
+        matmul(Threads::One, ViewMut::columns(&mut c, 4, 1..3), true, 2.0, Side::N(lhs), Side::T(rhs));
+        for i in 0..3 {
+            for j in 0..2 {
+                let want: f32 = 1.0 + 2.0 * (0..2).map(|k| a[i * 4 + 1 + k] * b[j * 5 + 2 + k]).sum::<f32>();
+                assert_eq!(c[i * 4 + 1 + j], want);
+            }
+        }
+        assert_eq!((c[0], c[3]), (1.0, 1.0));
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves its data")]
+    fn a_view_outside_its_data_is_refused() {
+        let a = [0.0; 4];
+        let mut c = [0.0; 6];
+        let bad = View { data: &a, offset: 0, rows: 3, cols: 2, stride: 2 };
+        matmul(Threads::One, ViewMut::of(&mut c, 3, 2), false, 1.0, Side::N(bad), Side::N(View::of(&a, 2, 2)));
+    }
+}

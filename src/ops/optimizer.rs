@@ -1,0 +1,116 @@
+//! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) as torch computes it, over one flat f32 buffer of all adapters.
+
+use super::math::vectorized;
+use rayon::prelude::*;
+
+/// Elements of a parallel task; fixed, so that sums do not depend on the number of threads.
+const CHUNK: usize = 1 << 14;
+
+/// Settings of AdamW.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// First and second moments, as long as the parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    /// Running mean of the gradient.
+    pub m: Vec<f32>,
+    /// Running mean of its square.
+    pub v: Vec<f32>,
+    /// Steps taken.
+    pub step: u64,
+}
+
+impl Moments {
+    /// Zero moments for `len` parameters.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        Self { m: vec![0.0; len], v: vec![0.0; len], step: 0 }
+    }
+}
+
+impl AdamW {
+    /// One step: `p ← p (1 - lr wd) - lr m̂ / (sqrt(v̂) + eps)`, gradients taken times `grad_scale`.
+    ///
+    /// # Panics
+    /// When the lengths differ: a trainable parameter would go without its gradient.
+    pub fn step(&self, parameters: &mut [f32], grads: &[f32], grad_scale: f32, moments: &mut Moments, learning_rate: f64) {
+        assert_eq!(parameters.len(), grads.len(), "optimizer: every parameter has a gradient");
+        assert_eq!(parameters.len(), moments.m.len(), "optimizer: every parameter has moments");
+        moments.step += 1;
+        let t = moments.step as f64;
+        let step_size = (learning_rate / (1.0 - self.beta1.powf(t))) as f32;
+        let root_correction = (1.0 - self.beta2.powf(t)).sqrt() as f32;
+        let (beta1, beta2, eps) = (self.beta1 as f32, self.beta2 as f32, self.eps as f32);
+        let (one_minus_beta1, one_minus_beta2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
+        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
+        let parts = parameters
+            .par_chunks_mut(CHUNK)
+            .zip(grads.par_chunks(CHUNK))
+            .zip(moments.m.par_chunks_mut(CHUNK))
+            .zip(moments.v.par_chunks_mut(CHUNK));
+        parts.for_each(|(((p, g), m), v)| {
+            vectorized(|| {
+                for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                    let g = g * grad_scale;
+                    *m = beta1 * *m + one_minus_beta1 * g;
+                    *v = beta2 * *v + one_minus_beta2 * g * g;
+                    *p = *p * keep - step_size * *m / (v.sqrt() / root_correction + eps);
+                }
+            });
+        });
+    }
+}
+
+/// Euclidean norm of all gradients.
+#[must_use]
+pub fn norm(grads: &[f32]) -> f64 {
+    let sums: Vec<f64> =
+        grads.par_chunks(CHUNK).map(|g| g.iter().map(|x| f64::from(*x) * f64::from(*x)).sum()).collect();
+    sums.iter().sum::<f64>().sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, random};
+
+    /// The textbook form in f64.
+    #[test]
+    fn three_steps_equal_the_definition() {
+        let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let n = 5 * CHUNK / 2 + 123;
+        let mut p = random(n, 1);
+        let mut moments = Moments::new(n);
+        let mut want: Vec<[f64; 3]> = p.iter().map(|p| [f64::from(*p), 0.0, 0.0]).collect();
+        for t in 1..=3 {
+            let g = random(n, 10 + t as u64);
+            adamw.step(&mut p, &g, 0.5, &mut moments, 1e-2);
+            for ([p, m, v], g) in want.iter_mut().zip(&g) {
+                let g = 0.5 * f64::from(*g);
+                *m = 0.9 * *m + 0.1 * g;
+                *v = 0.95 * *v + 0.05 * g * g;
+                let (mh, vh) = (*m / (1.0 - 0.9f64.powi(t)), *v / (1.0 - 0.95f64.powi(t)));
+                *p = *p * (1.0 - 1e-3) - 1e-2 * mh / (vh.sqrt() + 1e-8);
+            }
+        }
+        let want: Vec<f32> = want.iter().map(|w| w[0] as f32).collect();
+        assert_close(&p, &want, 1e-6);
+    }
+
+    #[test]
+    fn the_norm_is_the_root_of_the_sum_of_squares() {
+        let g = random(40_001, 3);
+        let want = g.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        assert!((norm(&g) - want).abs() < 1e-9 * want);
+    }
+}

@@ -1,0 +1,599 @@
+//! Text to ids and back, and the special tokens of a checkpoint.
+//!
+//! What is special is read from the checkpoint's own files (`tokenizer.json`, `tokenizer_config.json`,
+//! `special_tokens_map.json`, `generation_config.json`, `config.json`), never from its name. Prompt texts are made in
+//! `data/prompt.rs`; chat templates are handed out as text only.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use regex::Regex;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// Whether a prompt begins with the BOS token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AddBos {
+    /// As the checkpoint's files say.
+    #[default]
+    Auto,
+    /// Yes, whatever the files say.
+    Always,
+    /// No, whatever the files say.
+    Never,
+}
+
+impl FromStr for AddBos {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "true" | "always" => Ok(Self::Always),
+            "false" | "never" => Ok(Self::Never),
+            _ => Err(Error::usage(format!("no such BOS policy: `{text}`"), "use auto, always or never")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for AddBos {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Bool(bool),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Bool(true) => Ok(Self::Always),
+            Form::Bool(false) => Ok(Self::Never),
+            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// A checkpoint's tokenizer. Cloning it is cheap.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    dir: PathBuf,
+    policy: AddBos,
+    /// What `AddBos::Auto` means here.
+    auto_bos: bool,
+    bos_id: Option<u32>,
+    eos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+    chat_template: Option<String>,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("dir", &self.dir).field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of the checkpoint in `dir`.
+    ///
+    /// # Errors
+    /// `Missing` without a `tokenizer.json`, `Unsupported` if there is a tokenizer of another form only, `Invalid` if
+    /// one of the files is broken.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let inner = load_vocabulary(dir)?;
+        let files = SpecialFiles::read(dir)?;
+        let bos_id = files.id_of(&inner, "bos_token");
+        let eos_id = files.id_of(&inner, "eos_token");
+        let mut eos_ids = ids(files.generation.get("eos_token_id"));
+        if eos_ids.is_empty() {
+            eos_ids = ids(files.model.get("eos_token_id"));
+        }
+        eos_ids.extend(eos_id);
+        let mut seen = Vec::new();
+        eos_ids.retain(|id| !seen.contains(id) && (seen.push(*id), true).1);
+        let auto_bos = files_want_bos(&files.tokenizer, &inner, bos_id);
+        let chat_template = chat_template(dir, &files.tokenizer)?;
+        let (inner, dir) = (Arc::new(inner), dir.to_owned());
+        Ok(Self { inner, dir, policy: AddBos::Auto, auto_bos, bos_id, eos_id, eos_ids, chat_template })
+    }
+
+    /// The same tokenizer under another BOS policy.
+    #[must_use]
+    pub fn with_bos(self, policy: AddBos) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// Ids of `text`; special tokens that are written out in it become their ids, none is added.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.failed("encode a text", &e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids of a prompt: BOS goes first if [`Tokenizer::adds_bos`] and `text` does not begin with it already.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`]; `Unsupported` if BOS is forced on a tokenizer that has none.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text)?;
+        if self.adds_bos() {
+            let what = || format!("add_bos with the tokenizer of `{}`, which has no BOS token", self.dir.display());
+            let bos = self.bos_id.ok_or_else(|| Error::unsupported(what(), "use add_bos auto or never"))?;
+            if ids.first() != Some(&bos) {
+                ids.insert(0, bos);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Whether a prompt begins with BOS.
+    #[must_use]
+    pub fn adds_bos(&self) -> bool {
+        match self.policy {
+            AddBos::Auto => self.auto_bos,
+            AddBos::Always => true,
+            AddBos::Never => false,
+        }
+    }
+
+    /// The token that begins a text, if there is one.
+    #[must_use]
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The token that ends an answer in training data.
+    #[must_use]
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    /// All tokens that end a generated answer: those of `generation_config.json` (else `config.json`) and
+    /// [`Tokenizer::eos_id`].
+    #[must_use]
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// Number of tokens, added ones included.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// Id of the token that is written `token`.
+    #[must_use]
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Text of `ids`, without the special tokens.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on the ids.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|e| self.failed("decode ids", &e))
+    }
+
+    /// Decodes ids one by one, as they are generated.
+    #[must_use]
+    pub fn stream(&self) -> DecodeStream<'_> {
+        DecodeStream { tokenizer: self, ids: Vec::new(), given: 0, context: String::new() }
+    }
+
+    /// The checkpoint's chat template (Jinja), if it has one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    fn failed(&self, what: &str, e: &dyn std::fmt::Display) -> Error {
+        Error::invalid(&self.dir.join("tokenizer.json"), format!("cannot {what}: {}", one_line(e)), "")
+    }
+}
+
+/// Text of generated ids, given out as soon as it is certain.
+///
+/// A token may hold a part of a character, and a decoder may write a token differently after another one. So each step
+/// decodes the tokens since the last but one output together, and gives what that adds, once it ends in a whole
+/// character. All outputs together are the text of all ids decoded at once.
+pub struct DecodeStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Tokens of the last output, as context, then those without output yet.
+    ids: Vec<u32>,
+    /// How many of `ids` are context.
+    given: usize,
+    /// Text of the context alone.
+    context: String,
+}
+
+impl DecodeStream<'_> {
+    /// A character has at most this many bytes, and a token at least one.
+    const CHARACTER_BYTES: usize = 4;
+
+    /// Takes the next id; gives the text that became certain, if any did.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids)?;
+        if !text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return if text.len() > self.context.len() { self.give(text, self.ids.len()) } else { Ok(None) };
+        }
+        if self.ids.len() - self.given <= 2 * Self::CHARACTER_BYTES {
+            return Ok(None);
+        }
+        // Bytes that are no text: let go of those that the next token cannot complete any more.
+        let certain = self.ids.len() - (Self::CHARACTER_BYTES - 1);
+        let text = self.tokenizer.decode(&self.ids[..certain])?;
+        self.give(text, certain)
+    }
+
+    /// What is left at the end; bytes of a character that was never completed are left out.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(&mut self) -> Result<Option<String>> {
+        let text = self.tokenizer.decode(&self.ids)?;
+        let text = text.trim_end_matches(char::REPLACEMENT_CHARACTER).to_owned();
+        let rest = text.strip_prefix(&self.context).unwrap_or_default().to_owned();
+        (self.ids, self.given, self.context) = (Vec::new(), 0, String::new());
+        Ok((!rest.is_empty()).then_some(rest))
+    }
+
+    /// Gives the part of `text`, the text of the first `upto` ids, that is new.
+    fn give(&mut self, text: String, upto: usize) -> Result<Option<String>> {
+        let rest = match text.strip_prefix(&self.context) {
+            Some(rest) => rest.to_owned(),
+            None => self.tokenizer.decode(&self.ids[self.given..upto])?, // broken bytes rewrote what was given out
+        };
+        self.ids.drain(..self.given);
+        self.given = upto - self.given;
+        self.context = self.tokenizer.decode(&self.ids[..self.given])?;
+        Ok((!rest.is_empty()).then_some(rest))
+    }
+}
+
+/// Whether the files of a checkpoint say that a text begins with BOS, decided as transformers does:
+///
+/// 1. `add_bos_token` in `tokenizer_config.json`, if it is there;
+/// 2. yes, if the post-processor in `tokenizer.json` puts BOS first;
+/// 3. yes, if `tokenizer_class` is one of the SentencePiece Llama kind, which add BOS by default;
+/// 4. else no; and never without a BOS token.
+fn files_want_bos(config: &Map<String, Value>, inner: &tokenizers::Tokenizer, bos_id: Option<u32>) -> bool {
+    const ADD_BY_DEFAULT: [&str; 3] = ["LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"];
+    let Some(bos) = bos_id else { return false };
+    if let Some(add) = config.get("add_bos_token").and_then(Value::as_bool) {
+        return add;
+    }
+    let first = inner.encode("", true).ok().and_then(|encoding| encoding.get_ids().first().copied());
+    let class = config.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
+    first == Some(bos) || ADD_BY_DEFAULT.contains(&class.trim_end_matches("Fast"))
+}
+
+/// The files beside `tokenizer.json` that name special tokens; a file that is not there is empty.
+struct SpecialFiles {
+    tokenizer: Map<String, Value>,
+    map: Map<String, Value>,
+    generation: Map<String, Value>,
+    model: Map<String, Value>,
+}
+
+impl SpecialFiles {
+    fn read(dir: &Path) -> Result<Self> {
+        let object = |name: &str| read_object(&dir.join(name));
+        Ok(Self {
+            tokenizer: object("tokenizer_config.json")?,
+            map: object("special_tokens_map.json")?,
+            generation: object("generation_config.json")?,
+            model: object("config.json")?,
+        })
+    }
+
+    /// Id of the token that `key` (`bos_token`, `eos_token`) names: by its text, else by its id in the other files.
+    fn id_of(&self, inner: &tokenizers::Tokenizer, key: &str) -> Option<u32> {
+        let by_text = |file: &Map<String, Value>| {
+            let value = file.get(key)?;
+            let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+            inner.token_to_id(text)
+        };
+        let id_key = format!("{key}_id");
+        let by_id = |file: &Map<String, Value>| ids(file.get(&id_key)).first().copied();
+        by_text(&self.tokenizer)
+            .or_else(|| by_text(&self.map))
+            .or_else(|| by_id(&self.generation))
+            .or_else(|| by_id(&self.model))
+    }
+}
+
+/// An id or a list of ids.
+fn ids(value: Option<&Value>) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(value) => id(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+fn load_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
+    let path = dir.join("tokenizer.json");
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(no_vocabulary(dir, path)),
+        Err(e) => return Err(Error::io("read", &path)(e)),
+    };
+    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| {
+        let hint = "delete the file and download the checkpoint again; it may be cut off or an LFS pointer";
+        Error::invalid(&path, format!("not a tokenizer: {}", one_line(&e)), hint)
+    })?;
+    // Some files carry the cutting and padding of the run that wrote them; ours is done in `data/sft.rs`.
+    inner.with_padding(None);
+    let off = inner.with_truncation(None);
+    off.map_err(|e| Error::invalid(&path, one_line(&e), ""))?;
+    Ok(inner)
+}
+
+fn no_vocabulary(dir: &Path, path: PathBuf) -> Error {
+    if !dir.is_dir() {
+        let hint = "check the path, or fetch it: litgpt download REPO".to_owned();
+        return Error::Missing { what: "checkpoint folder".to_owned(), path: dir.to_owned(), hint };
+    }
+    for other in ["tokenizer.model", "vocab.json", "tekken.json"] {
+        if dir.join(other).is_file() {
+            let what = format!("tokenizer file `{}` without a tokenizer.json", dir.join(other).display());
+            let hint = "use a repo of this model that ships tokenizer.json, or copy its tokenizer.json here";
+            return Error::unsupported(what, hint);
+        }
+    }
+    let hint = "download the checkpoint with its tokenizer: litgpt download REPO --tokenizer_only true".to_owned();
+    Error::Missing { what: "tokenizer".to_owned(), path, hint }
+}
+
+/// The object in a JSON file; empty if there is no such file.
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
+        Err(e) => return Err(Error::io("read", path)(e)),
+    };
+    let hint = "repair it, or delete it and download the checkpoint again";
+    serde_json::from_str(&text)
+        .or_else(|e| mend_commas(&text).and_then(|mended| serde_json::from_str(&mended).ok()).ok_or(e))
+        .map_err(|e| Error::invalid(path, format!("not a JSON object: {}", one_line(&e)), hint))
+}
+
+/// Adds commas between lines and drops those before a closing bracket: published files (Llama 3.2) have such slips.
+fn mend_commas(text: &str) -> Option<String> {
+    let lacking = Regex::new(r#"(["\]}\dle])[ \t]*\n(\s*")"#).ok()?;
+    let trailing = Regex::new(r",(\s*[}\]])").ok()?;
+    Some(trailing.replace_all(&lacking.replace_all(text, "$1,\n$2"), "$1").into_owned())
+}
+
+/// `chat_template.jinja`, else `chat_template` of the config: a text, or a list of which `default` counts.
+fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
+    let path = dir.join("chat_template.jinja");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => return Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io("read", &path)(e)),
+    }
+    let template = match config.get("chat_template") {
+        Some(Value::Array(list)) => {
+            list.iter().find(|entry| entry["name"] == "default").or(list.first()).map(|entry| &entry["template"])
+        }
+        other => other,
+    };
+    Ok(template.and_then(Value::as_str).map(str::to_owned))
+}
+
+fn one_line(e: &(impl std::fmt::Display + ?Sized)) -> String {
+    e.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    use serde_json::json;
+
+    /// A folder with a small byte-fallback tokenizer of the Llama kind, and `files`.
+    fn folder(post_processor: Value, files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vocab = serde_json::Map::new();
+        for token in ["<unk>", "<s>", "</s>", "<|eot|>"] {
+            vocab.insert(token.into(), vocab.len().into());
+        }
+        for byte in 0..=255_u8 {
+            vocab.insert(format!("<0x{byte:02X}>"), vocab.len().into());
+        }
+        for piece in ["▁", "a", "b", "c", "▁a", "▁b"] {
+            vocab.insert(piece.into(), vocab.len().into());
+        }
+        let special = |id: u32, content: &str| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let tokenizer = json!({
+            "version": "1.0",
+            "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+            "padding": null,
+            "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>"), special(3, "<|eot|>")],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "pre_tokenizer": null,
+            "post_processor": post_processor,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "vocab": vocab,
+                "merges": [["▁", "a"], ["▁", "b"]]}
+        });
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        for (name, content) in files {
+            std::fs::write(dir.path().join(name), content).unwrap();
+        }
+        dir
+    }
+
+    fn bos_first() -> Value {
+        json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}})
+    }
+
+    fn load(post_processor: Value, config: &str) -> Tokenizer {
+        Tokenizer::load(folder(post_processor, &[("tokenizer_config.json", config)]).path()).unwrap()
+    }
+
+    #[test]
+    fn bos_policy_comes_from_the_files() {
+        let adds = |post_processor, config: &str| load(post_processor, config).adds_bos();
+        assert!(adds(Value::Null, r#"{"bos_token": "<s>", "add_bos_token": true}"#));
+        assert!(!adds(bos_first(), r#"{"bos_token": "<s>", "add_bos_token": false}"#));
+        assert!(adds(bos_first(), r#"{"bos_token": {"content": "<s>"}, "add_bos_token": null}"#));
+        assert!(!adds(Value::Null, r#"{"bos_token": "<s>", "tokenizer_class": "GPT2Tokenizer"}"#));
+        assert!(adds(Value::Null, r#"{"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}"#));
+        assert!(adds(Value::Null, r#"{"bos_token": "<s>", "tokenizer_class": "GemmaTokenizer"}"#));
+        assert!(!adds(Value::Null, r#"{"tokenizer_class": "LlamaTokenizer"}"#));
+        assert!(!adds(Value::Null, r#"{"bos_token": null, "add_bos_token": true}"#));
+    }
+
+    #[test]
+    fn bos_is_never_doubled() {
+        let t = load(bos_first(), r#"{"bos_token": "<s>", "eos_token": "</s>"}"#);
+        let bare = t.encode("a b").unwrap();
+        assert_eq!(bare.len(), 2); // the file's truncation to 2 is off: see below
+        assert_eq!(t.encode("a b b b").unwrap().len(), 4);
+        assert_eq!(t.encode_prompt("a b").unwrap(), [&[1][..], &bare].concat());
+        let written = t.encode_prompt("<s>a b").unwrap();
+        assert_eq!(written.iter().filter(|&&id| id == 1).count(), 1);
+        assert_eq!(t.encode_prompt("").unwrap(), [1]);
+        let never = t.clone().with_bos(AddBos::Never);
+        assert_eq!(never.encode_prompt("a b").unwrap(), bare);
+        assert!(!never.adds_bos() && never.with_bos(AddBos::Auto).adds_bos());
+    }
+
+    #[test]
+    fn forced_bos_needs_a_bos_token() {
+        let t = load(Value::Null, "{}").with_bos(AddBos::Always);
+        let e = t.encode_prompt("a").unwrap_err();
+        assert!(matches!(e, Error::Unsupported { .. }) && e.hint().is_some(), "{e}");
+    }
+
+    #[test]
+    fn eos_ids_are_gathered() {
+        let dir = folder(
+            Value::Null,
+            &[
+                ("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}"#),
+                ("generation_config.json", r#"{"eos_token_id": [3, 2], "bos_token_id": 7}"#),
+                ("config.json", r#"{"eos_token_id": 9}"#),
+            ],
+        );
+        let t = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!((t.bos_id(), t.eos_id(), t.eos_ids()), (Some(1), Some(2), &[3, 2][..]));
+        assert_eq!((t.vocab_size(), t.token_to_id("<|eot|>"), t.token_to_id("nope")), (266, Some(3), None));
+        let dir = folder(Value::Null, &[("special_tokens_map.json", r#"{"eos_token": "<|eot|>"}"#)]);
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_id(), Some(3));
+        let dir = folder(Value::Null, &[("config.json", r#"{"eos_token_id": [2, 3], "bos_token_id": 1}"#)]);
+        let t = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!((t.bos_id(), t.eos_id(), t.eos_ids()), (Some(1), Some(2), &[2, 3][..]));
+        let t = Tokenizer::load(folder(Value::Null, &[]).path()).unwrap();
+        assert_eq!((t.bos_id(), t.eos_id(), t.eos_ids().len(), t.adds_bos()), (None, None, 0, false));
+    }
+
+    #[test]
+    fn broken_and_missing_files_are_named() {
+        let empty = tempfile::tempdir().unwrap();
+        let e = Tokenizer::load(empty.path()).unwrap_err();
+        assert!(e.to_string().starts_with("tokenizer not found"), "{e}");
+        let e = Tokenizer::load(&empty.path().join("nope")).unwrap_err();
+        assert!(e.to_string().starts_with("checkpoint folder not found"), "{e}");
+        std::fs::write(empty.path().join("tokenizer.model"), "x").unwrap();
+        let e = Tokenizer::load(empty.path()).unwrap_err();
+        assert!(matches!(e, Error::Unsupported { .. }), "{e}");
+        assert!(e.hint().unwrap().contains("tokenizer.json"));
+        std::fs::write(empty.path().join("tokenizer.json"), "{\n").unwrap();
+        let e = Tokenizer::load(empty.path()).unwrap_err().to_string();
+        assert!(e.contains("tokenizer.json`: not a tokenizer") && !e.contains('\n'), "{e}");
+        for name in ["tokenizer_config.json", "generation_config.json", "config.json", "special_tokens_map.json"] {
+            let e = Tokenizer::load(folder(Value::Null, &[(name, "[1]")]).path()).unwrap_err().to_string();
+            assert!(e.contains(&format!("{name}`: not a JSON object")), "{e}");
+        }
+    }
+
+    /// Llama 3.2 was published with such a file.
+    #[test]
+    fn slips_with_commas_are_mended() {
+        let text =
+            "{\n  \"temperature\": 0.6\n  \"eos_token_id\": [\n 2,\n 3,\n ],\n \"do_sample\": true\n \"x\": {}\n}";
+        let t = Tokenizer::load(folder(Value::Null, &[("generation_config.json", text)]).path()).unwrap();
+        assert_eq!(t.eos_ids(), [2, 3]);
+    }
+
+    #[test]
+    fn chat_templates() {
+        let template = |config: &str| load(Value::Null, config).chat_template().map(str::to_owned);
+        assert_eq!(template("{}"), None);
+        assert_eq!(template(r#"{"chat_template": "x"}"#).unwrap(), "x");
+        let list = r#"{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        assert_eq!(template(list).unwrap(), "d");
+        let dir = folder(Value::Null, &[("chat_template.jinja", "j"), ("tokenizer_config.json", list)]);
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().chat_template(), Some("j"));
+    }
+
+    fn streamed(t: &Tokenizer, ids: &[u32]) -> Vec<String> {
+        let mut stream = t.stream();
+        let mut parts: Vec<String> = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+        parts.extend(stream.finish().unwrap());
+        parts
+    }
+
+    #[test]
+    fn stream_gives_whole_characters_and_the_same_text() {
+        let t = load(Value::Null, r#"{"bos_token": "<s>"}"#);
+        for text in ["a b a", "é a", "你好 a 🙂🙃", "  a  b ", "", "a\u{fffd}b", "e\u{301}"] {
+            let ids = [&[1][..], &t.encode(text).unwrap(), &[2]].concat();
+            let parts = streamed(&t, &ids);
+            assert_eq!(parts.concat(), t.decode(&ids).unwrap(), "{text}");
+            assert!(text.contains('\u{fffd}') || parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
+        }
+        assert_eq!(streamed(&t, &t.encode("a🙂b").unwrap()), ["a", "🙂", "b"]);
+    }
+
+    #[test]
+    fn stream_survives_broken_bytes() {
+        let t = load(Value::Null, "{}");
+        let byte = |byte: u8| 4 + u32::from(byte);
+        let cut_off: Vec<u32> = "é🙂".bytes().take(5).map(byte).collect();
+        assert_eq!(streamed(&t, &cut_off), ["é"]);
+        let a = t.token_to_id("a").unwrap();
+        assert_eq!(streamed(&t, &[a, byte(0xff), a]), ["a", "\u{fffd}a"]);
+        assert_eq!(streamed(&t, &[byte(0xc3), byte(0xa9), byte(0xff), a]), ["é", "\u{fffd}a"]);
+        let garbage = [vec![a], vec![byte(0x80); 40], vec![a]].concat();
+        let text = streamed(&t, &garbage).concat();
+        assert!(text.starts_with('a') && text.ends_with('a') && text.chars().count() == 42, "{text}");
+    }
+
+    #[test]
+    fn policies_are_parsed() {
+        let parse = |text: &str| text.parse::<AddBos>().unwrap();
+        assert_eq!(["auto", "true", "always"].map(parse), [AddBos::Auto, AddBos::Always, AddBos::Always]);
+        assert_eq!(["false", "never"].map(parse), [AddBos::Never, AddBos::Never]);
+        assert!("yes".parse::<AddBos>().is_err());
+        assert_eq!(serde_json::to_string(&AddBos::Never).unwrap(), "\"never\"");
+        assert_eq!(serde_json::from_str::<[AddBos; 3]>("[true, \"auto\", \"never\"]").unwrap()[0], AddBos::Always);
+    }
+}

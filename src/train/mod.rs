@@ -1,0 +1,281 @@
+//! The training loop: micro batches, accumulation, steps, evaluation, checkpoints. It prints nothing and writes no
+//! file itself: it tells a [`Report`] what happens and calls back to save.
+//!
+//! The loss of an optimizer step is the sum over the target tokens of its accumulation window divided by their number,
+//! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
+
+pub mod report;
+pub mod schedule;
+pub mod settings;
+
+use crate::data::sft::{Batches, Sample};
+use crate::error::{Error, Result};
+use crate::model::{Gpt, Tokens, Training};
+use crate::ops::optimizer::{AdamW, Moments, norm};
+use report::{Event, Report, Summary};
+use schedule::Schedule;
+use settings::{EvaluateExample, FinetuneSettings};
+use std::time::Instant;
+
+/// What a run works on.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// The model, its adapters attached and initialized.
+    pub gpt: &'a mut Gpt,
+    /// Training samples.
+    pub train: &'a [Sample],
+    /// Validation samples.
+    pub val: &'a [Sample],
+    /// The resolved run.
+    pub settings: &'a FinetuneSettings,
+    /// Whether blocks keep only their input.
+    pub checkpointing: bool,
+}
+
+/// What a run calls outside: everything that writes files or makes text.
+pub trait Outside: Report {
+    /// Saves the adapters as `name` (`step-000200`, `final`).
+    ///
+    /// # Errors
+    /// When writing fails.
+    fn save(&mut self, gpt: &Gpt, name: &str, step: usize) -> anyhow::Result<()>;
+
+    /// The model's answer to validation sample `index`.
+    ///
+    /// # Errors
+    /// When decoding fails.
+    fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String>;
+}
+
+/// Length of a run, known before it starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// Micro batches of an accumulation window.
+    pub accumulate: usize,
+    /// Micro batches in all.
+    pub iters: usize,
+    /// Optimizer steps in all.
+    pub steps: usize,
+}
+
+impl Plan {
+    /// The plan for `samples` training samples.
+    ///
+    /// # Errors
+    /// When the run would take no optimizer step.
+    pub fn new(settings: &FinetuneSettings, samples: usize) -> Result<Self> {
+        let train = &settings.train;
+        let accumulate = (train.global_batch_size / train.micro_batch_size.max(1)).max(1);
+        let per_epoch = samples.div_ceil(train.micro_batch_size.max(1));
+        let by_epochs = train.epochs.map_or(usize::MAX, |e| e.saturating_mul(per_epoch));
+        let by_steps = train.max_steps.map_or(usize::MAX, |s| s.saturating_mul(accumulate));
+        let iters = by_epochs.min(by_steps);
+        if iters == 0 {
+            let message = "this run would take no optimizer step";
+            return Err(Error::refused(message, "give training samples, --train.epochs 1 or more, and --train.max_steps 1 or more"));
+        }
+        Ok(Self { accumulate, iters, steps: iters.div_ceil(accumulate) })
+    }
+}
+
+/// State of a run between micro batches.
+struct Run<'a, 'b> {
+    job: &'a mut Job<'b>,
+    outside: &'a mut dyn Outside,
+    plan: Plan,
+    schedule: Schedule,
+    optimizer: AdamW,
+    moments: Moments,
+    grads: Vec<f32>,
+    batches: Batches,
+    iter: usize,
+    step: usize,
+    tokens: u64,
+    started: Instant,
+    best: Option<f64>,
+}
+
+/// Trains the adapters of `job` and returns what the run came to.
+///
+/// # Errors
+/// When the run would do nothing, the loss stops being a number, or saving fails.
+pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summary> {
+    let settings = job.settings;
+    let plan = Plan::new(settings, job.train.len())?;
+    let schedule = Schedule::new(settings, plan.steps);
+    let longest = job.train.iter().chain(job.val).map(|s| s.input_ids.len()).max().unwrap_or(1);
+    // Examples are decoded between steps: their answers need positions too.
+    let answer = settings.eval.max_new_tokens.unwrap_or(0);
+    job.gpt.prepare((longest + answer).min(job.gpt.config.block_size));
+    let parameters = job.gpt.parameters.len();
+    let optimizer = AdamW {
+        beta1: settings.optimizer.beta1,
+        beta2: settings.optimizer.beta2,
+        eps: settings.optimizer.eps,
+        weight_decay: settings.optimizer.weight_decay,
+    };
+    let batches = Batches::new(job.train.len(), settings.train.micro_batch_size, settings.data.seed, true);
+    let mut run = Run {
+        job,
+        outside,
+        plan,
+        schedule,
+        optimizer,
+        moments: Moments::new(parameters),
+        grads: vec![0.0; parameters],
+        batches,
+        iter: 0,
+        step: 0,
+        tokens: 0,
+        started: Instant::now(),
+        best: None,
+    };
+    run.outside.event(&Event::Start { plan, schedule })?;
+    run.all()
+}
+
+impl Run<'_, '_> {
+    fn all(&mut self) -> anyhow::Result<Summary> {
+        let settings = self.job.settings;
+        if settings.eval.initial_validation {
+            self.validate(settings.eval.max_iters)?;
+        }
+        self.started = Instant::now();
+        let mut evaluating = 0.0;
+        while self.iter < self.plan.iters && !self.out_of_budget() {
+            self.window()?;
+            let begun = Instant::now();
+            if self.step.is_multiple_of(settings.eval.interval) && self.iter < self.plan.iters {
+                self.validate(settings.eval.max_iters)?;
+                self.example()?;
+            }
+            if settings.train.save_interval.is_some_and(|n| self.step.is_multiple_of(n)) {
+                self.outside.save(self.job.gpt, &format!("step-{:06}", self.step), self.step)?;
+            }
+            evaluating += begun.elapsed().as_secs_f64();
+        }
+        let seconds = self.started.elapsed().as_secs_f64() - evaluating;
+        let val_loss = if settings.eval.final_validation { self.validate(usize::MAX)? } else { None };
+        if settings.eval.final_validation {
+            self.example()?;
+        }
+        self.outside.save(self.job.gpt, "final", self.step)?;
+        let summary = Summary { steps: self.step, iters: self.iter, tokens: self.tokens, seconds, val_loss, best: self.best };
+        self.outside.event(&Event::Finished(summary))?;
+        Ok(summary)
+    }
+
+    fn out_of_budget(&self) -> bool {
+        let train = &self.job.settings.train;
+        train.max_time.is_some_and(|s| self.started.elapsed().as_secs_f64() >= s)
+            || train.max_tokens.is_some_and(|n| self.tokens >= n)
+    }
+
+    /// One accumulation window and its optimizer step.
+    fn window(&mut self) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        self.grads.fill(0.0);
+        let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
+        for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
+            let rows = self.batches.next_batch();
+            let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
+            let training = Training {
+                grads: &mut self.grads,
+                weight: 1.0,
+                seed: dropout_seed(self.job.settings.seed, self.iter),
+                checkpointing: self.job.checkpointing,
+            };
+            let sum = self.job.gpt.loss(&tokens, Some(training));
+            self.require_number(sum, &rows)?;
+            loss += sum;
+            targets += tokens.n_targets();
+            self.tokens += tokens.ids.len() as u64;
+            self.iter += 1;
+        }
+        let learning_rate = self.schedule.at(self.step);
+        let mut scale = 1.0 / targets.max(1) as f64;
+        let grad_norm = norm(&self.grads) * scale;
+        if let Some(limit) = self.job.settings.train.max_norm.filter(|limit| grad_norm > *limit) {
+            // torch's clip_grad_norm_ divides by norm + 1e-6.
+            scale *= limit / (grad_norm + 1e-6);
+        }
+        self.optimizer.step(&mut self.job.gpt.parameters, &self.grads, scale as f32, &mut self.moments, learning_rate);
+        self.step += 1;
+        if self.step.is_multiple_of(self.job.settings.train.log_interval.max(1)) || self.iter == self.plan.iters {
+            self.outside.event(&Event::Step {
+                epoch: self.batches.epoch() + 1,
+                iter: self.iter,
+                step: self.step,
+                loss: loss / targets.max(1) as f64,
+                grad_norm,
+                learning_rate,
+                tokens: self.tokens - tokens_before,
+                total_tokens: self.tokens,
+                seconds: begun.elapsed().as_secs_f64(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn require_number(&self, loss: f64, rows: &[usize]) -> Result<()> {
+        if loss.is_finite() {
+            return Ok(());
+        }
+        let rows: Vec<String> = rows.iter().map(|r| self.job.train[*r].row.row.to_string()).collect();
+        let message = format!("the loss is {loss} at iteration {} (training rows {})", self.iter + 1, rows.join(", "));
+        Err(Error::refused(message, "use a smaller --lr, or --train.max_norm 1; check these rows and the base model's weights"))
+    }
+
+    /// Mean validation loss in nats a target token, over at most `max_iters` micro batches.
+    fn validate(&mut self, max_iters: usize) -> anyhow::Result<Option<f64>> {
+        let settings = self.job.settings;
+        let begun = Instant::now();
+        let (mut loss, mut targets) = (0.0, 0);
+        let samples: Vec<usize> = (0..self.job.val.len()).collect();
+        for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(max_iters) {
+            let tokens = collect(self.job.val, rows, settings.data.ignore_index);
+            loss += self.job.gpt.loss(&tokens, None);
+            targets += tokens.n_targets();
+        }
+        if targets == 0 {
+            return Ok(None);
+        }
+        let loss = loss / targets as f64;
+        self.best = Some(self.best.map_or(loss, |b| b.min(loss)));
+        let seconds = begun.elapsed().as_secs_f64();
+        self.outside.event(&Event::Validation { step: self.step, iter: self.iter, loss, seconds })?;
+        Ok(Some(loss))
+    }
+
+    /// The answer to one validation sample, as text.
+    fn example(&mut self) -> anyhow::Result<()> {
+        let eval = &self.job.settings.eval;
+        if self.job.val.is_empty() || eval.max_new_tokens.is_none_or(|n| n == 0) {
+            return Ok(());
+        }
+        let index = match eval.evaluate_example {
+            EvaluateExample::First => 0,
+            EvaluateExample::Random => dropout_seed(self.job.settings.seed, self.step) as usize % self.job.val.len(),
+            EvaluateExample::Index(index) => index.min(self.job.val.len() - 1),
+        };
+        let text = self.outside.answer(self.job.gpt, index)?;
+        self.outside.event(&Event::Example { step: self.step, text })
+    }
+}
+
+/// Samples end to end as one micro batch.
+fn collect(samples: &[Sample], rows: &[usize], ignore_index: i32) -> Tokens {
+    let mut tokens = Tokens::default();
+    for row in rows {
+        tokens.push(&samples[*row].input_ids, &samples[*row].labels, ignore_index);
+    }
+    tokens
+}
+
+/// Seed of a micro batch's dropout masks (SplitMix64 of run and iteration).
+fn dropout_seed(seed: u64, iter: usize) -> u64 {
+    let mut z = seed ^ (iter as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
