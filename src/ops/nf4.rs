@@ -201,8 +201,7 @@ impl Absmax {
     }
 
     fn double(absmax: &[f32]) -> Self {
-        let sum: f64 = absmax.iter().map(|&a| f64::from(a)).sum();
-        let offset = (sum / absmax.len().max(1) as f64) as f32;
+        let offset = torch_sum(absmax) / absmax.len().max(1) as f32;
         let mut codes = Vec::with_capacity(absmax.len());
         let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
         for block in absmax.chunks(NESTED_BLOCK) {
@@ -216,6 +215,46 @@ impl Absmax {
         }
         Self::Double { codes, nested_absmax, offset }
     }
+}
+
+/// The sum as `torch.sum` adds it up on a processor with AVX2, of which the mean is part of the format's bits.
+///
+/// Four vectors of 8 take rows of 32 values. Every `2^power` rows their sums move up a level, four levels in all, so that
+/// small values do not drown in a large sum; then the levels, the odd vectors, the four vectors, the tail and the 8 lanes
+/// are added in this order.
+fn torch_sum(values: &[f32]) -> f32 {
+    const LANES: usize = 8;
+    const ROW: usize = 4 * LANES;
+    fn add<const N: usize>(to: &mut [f32; N], from: &[f32; N]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to += from;
+        }
+    }
+    let (rows, rest) = values.as_chunks::<ROW>();
+    let power = (rows.len().max(1).next_power_of_two().ilog2() / 4).max(4);
+    let mut levels = [[0f32; ROW]; 4];
+    for (i, row) in rows.iter().enumerate() {
+        add(&mut levels[0], row);
+        let done = i + 1;
+        let mut level = 1;
+        while level < 4 && done.trailing_zeros() >= power * level as u32 {
+            let moved = std::mem::replace(&mut levels[level - 1], [0.0; ROW]);
+            add(&mut levels[level], &moved);
+            level += 1;
+        }
+    }
+    let [mut row, upper @ ..] = levels;
+    for level in &upper {
+        add(&mut row, level);
+    }
+    let (vectors, _) = row.as_chunks::<LANES>();
+    let mut lanes = vectors[0];
+    let (odd, tail) = rest.as_chunks::<LANES>();
+    for vector in odd.iter().chain(&vectors[1..]) {
+        add(&mut lanes, vector);
+    }
+    let tail = tail.iter().fold(0.0, |sum, v| sum + v);
+    lanes.iter().fold(tail, |sum, v| sum + v)
 }
 
 /// The code book of double quantization: bitsandbytes' signed dynamic map of 8 bits, ascending.

@@ -120,7 +120,7 @@ impl Tables {
     /// Number of positions.
     #[must_use]
     pub fn positions(&self) -> usize {
-        if self.rotary_dim == 0 { usize::MAX } else { self.cos.len() / (self.rotary_dim / 2) }
+        self.cos.len() / (self.rotary_dim / 2).max(1)
     }
 
     /// Rotates the heads within `columns` of every row, in place.
