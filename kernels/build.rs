@@ -99,13 +99,16 @@ fn code_flags(capabilities: &str) -> Result<Vec<String>, String> {
             format!("CUDA_COMPUTE_CAP: `{capability}` is not a compute capability\nhint: CUDA_COMPUTE_CAP=90 for an H100, 89 for an RTX 4090, 80 for an A100")
         })?;
         if number < 80 {
-            return Err(format!("CUDA_COMPUTE_CAP: {number} is not supported, bf16 needs 80 (Ampere) or later\nhint: leave out `--features cuda`"));
+            return Err(format!(
+                "CUDA_COMPUTE_CAP: {number} is not supported, bf16 needs 80 (Ampere) or later\nhint: leave out `--features cuda`"
+            ));
         }
         numbers.push(number);
     }
     numbers.sort_unstable();
     numbers.dedup();
-    let newest = *numbers.last().ok_or("CUDA_COMPUTE_CAP is empty\nhint: unset it, or set it to your card's, such as 90")?;
+    let newest =
+        *numbers.last().ok_or("CUDA_COMPUTE_CAP is empty\nhint: unset it, or set it to your card's, such as 90")?;
     let mut flags: Vec<_> = numbers.iter().map(|n| format!("-gencode=arch=compute_{n},code=sm_{n}")).collect();
     flags.push(format!("-gencode=arch=compute_{newest},code=compute_{newest}"));
     Ok(flags)

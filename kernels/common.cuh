@@ -137,3 +137,77 @@ __device__ __forceinline__ float soft_cap_slope(float capped, float cap) {
     const float t = capped / cap;
     return 1.0f - t * t;
 }
+
+// --- Tensor cores and asynchronous copies (sm_80 and later) ---
+
+// Two values as the 32 bits that a fragment holds, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_two(float low, float high) {
+    union {
+        Pack<T, 2> two;
+        uint32_t bits;
+    } u;
+    u.two = Pack<T, 2>{{from_float<T>(low), from_float<T>(high)}};
+    return u.bits;
+}
+
+#ifdef EMULATE
+template <class T>
+void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const emulate::Product out =
+        emulate::mma<T>({{c[0], c[1], c[2], c[3]}}, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, __LINE__);
+    for (int i = 0; i < 4; ++i) c[i] = out.c[i];
+}
+template <bool transposed>
+void load_matrices(uint32_t (&out)[4], const void* row) {
+    const emulate::Matrices m = emulate::load_matrices(row, transposed, __LINE__);
+    for (int i = 0; i < 4; ++i) out[i] = m.v[i];
+}
+inline void copy_async(void* shared, const void* global, bool valid) { emulate::copy_async(shared, global, valid); }
+inline void copy_commit() { emulate::copy_commit(); }
+inline void copy_wait() { emulate::copy_wait(0); }
+#else
+// c (16 x 8, f32) += a (16 x 16) b (16 x 8), held by a warp in the fragments of mma.m16n8k16.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_16x8x16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices from shared memory: lane l brings the address of row l % 8 of matrix l / 8, 16-byte aligned.
+template <bool transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(address)
+                     : "memory");
+}
+
+// 16 bytes into shared memory without passing through registers; zeros where not `valid`.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+// Ends a group of copies; copy_wait waits for all groups of this thread. Other threads' copies need a barrier after it.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+#endif

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::ops::in_pool;
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
@@ -92,7 +93,7 @@ pub fn tokens(gpt: &Gpt, request: &Request<'_>, mut yield_token: impl FnMut(u32)
     let mut begun = Instant::now();
     let mut next = request.prompt.to_vec();
     for index in 0..room {
-        let logits = gpt.next_logits(&next, &mut cache);
+        let logits = in_pool(|| gpt.next_logits(&next, &mut cache));
         let token = processor.sample(&Tensor::from_slice(&logits, logits.cols(), &Device::Cpu)?)?;
         if index == 0 {
             figures.prefill = begun.elapsed();

@@ -1,6 +1,7 @@
 // Attention, forward and backward, against a dense computation in f64, which is itself checked by finite differences.
 #pragma once
 #include "../attention.cu"
+#include "../attention_mma.cu"
 #include "check.h"
 
 // One layer's sizes and rules, and the dense reference.
@@ -130,6 +131,21 @@ struct AttentionKernels;
 #define ATTENTION_NAMES(T, type) ATTENTION_SIZE(T, type, 64) ATTENTION_SIZE(T, type, 128) ATTENTION_SIZE(T, type, 256)
 FOR_EACH_TYPE(ATTENTION_NAMES)
 
+// The same on tensor cores.
+template <class T, int D>
+struct MmaKernels;
+#define MMA_SIZE(T, type, D)                                                \
+    template <>                                                             \
+    struct MmaKernels<T, D> {                                               \
+        static constexpr auto fwd = attention_mma_fwd_##type##_d##D;        \
+        static constexpr auto delta = attention_bwd_delta_##type;           \
+        static constexpr auto dq = attention_mma_bwd_dq_##type##_d##D;      \
+        static constexpr auto dkv = attention_mma_bwd_dkv_##type##_d##D;    \
+    };
+#define MMA_NAMES(T, type) MMA_SIZE(T, type, 64) MMA_SIZE(T, type, 128) MMA_SIZE(T, type, 256)
+MMA_NAMES(__nv_bfloat16, bf16)
+MMA_NAMES(__half, f16)
+
 // How a family of kernels is launched.
 struct AttentionLaunch {
     const char* name;
@@ -250,4 +266,23 @@ void test_attentions() {
     const AttentionCase large = {35, 2, 1, 80, 0.0f, 0, {}}, largest = {20, 1, 1, 256, 0.0f, 12, {0, 3}};
     test_attention<T, AttentionKernels<T, 128>>(large, plain_launch<T>(80));
     test_attention<T, AttentionKernels<T, 256>>(largest, plain_launch<T>(256));
+}
+
+// p and ds are rounded before their products: the error of a sum is below a rounding of its largest terms.
+template <class T, int D>
+AttentionLaunch mma_launch() {
+    const size_t row = (D + 8) * 2;
+    return {"attention_mma", 64, 64, (64 + 2 * FORWARD_TILE<D>) * row, (128 + 2 * BACKWARD_TILE<D>) * row, 128, D == 256 ? 2u : 1u,
+            check::ROUNDING<T>};
+}
+
+template <class T>
+void test_attentions_mma() {
+    for (const AttentionCase& c : attention_cases())
+        if (c.head_size % 8 == 0 && c.gap % 8 == 0) test_attention<T, MmaKernels<T, 64>>(c, mma_launch<T, 64>());
+    // More than one block, tiles that nobody sees, samples that begin inside a tile.
+    test_attention<T, MmaKernels<T, 64>>({150, 2, 1, 64, 3.0f, 50, {0, 7, 90}, 0, 8}, mma_launch<T, 64>());
+    test_attention<T, MmaKernels<T, 128>>({70, 2, 1, 80, 0.0f, 0, {}}, mma_launch<T, 128>());
+    test_attention<T, MmaKernels<T, 128>>({66, 1, 1, 128, 0.0f, 33, {0, 40}, 0, 16}, mma_launch<T, 128>());
+    test_attention<T, MmaKernels<T, 256>>({67, 2, 1, 256, 5.0f, 0, {0, 3}}, mma_launch<T, 256>());
 }

@@ -2,8 +2,8 @@
 //
 // A thread is a fiber. The blocks of a grid run one after another; the threads of a block take turns and hand over at
 // barriers and warp exchanges, which are checked: every live thread must stand at the same source line, else the run
-// stops with both lines. The order of threads changes with `emulate::seed`, so that a missing barrier shows as a
-// result that changes. Dynamic shared memory is NaN before every block and has a guarded end (static shared memory
+// stops with both lines. The order of threads and warps changes with `emulate::seed`, so that a missing barrier
+// shows as a result that changes. Dynamic shared memory is NaN before every block and has a guarded end (static shared memory
 // keeps what the last block left). Asynchronous copies land when they are waited for, not before. Matrix products of
 // the tensor cores (`mma_16x8x16`, `load_matrices`) follow the fragment layouts of the PTX manual. Not covered:
 // streams, clusters, memory ordering, speed. Included by common.cuh when EMULATE is defined; C++17, -O1.
@@ -191,21 +191,35 @@ inline void start_threads() {
     }
 }
 
+// Runs every ready thread of [from, to) once; whether there was any.
+inline bool run_ready(size_t from, size_t to, std::mt19937& rng) {
+    std::vector<size_t> order(to - from);
+    std::iota(order.begin(), order.end(), from);
+    if (seed) std::shuffle(order.begin(), order.end(), rng);
+    bool moved = false;
+    for (size_t t : order) {
+        if (block->threads[t].state != State::ready) continue;
+        resume(t);
+        moved = true;
+    }
+    return moved;
+}
+
+// Even seeds keep the warps in step from one exchange to the next. Odd seeds let each run as far ahead of the others as
+// the block's barriers allow, in a random order: the two show different races.
 inline void run_block(std::mt19937& rng) {
     start_threads();
     const size_t n = block->threads.size();
-    std::vector<size_t> order(n);
-    std::iota(order.begin(), order.end(), size_t(0));
+    std::vector<size_t> warps;
+    for (size_t from = 0; from < n; from += warpSize) warps.push_back(from);
     for (bool moved = true; moved;) {
         moved = false;
-        if (seed) std::shuffle(order.begin(), order.end(), rng);
-        for (size_t t : order) {
-            if (block->threads[t].state != State::ready) continue;
-            resume(t);
-            moved = true;
+        if (seed) std::shuffle(warps.begin(), warps.end(), rng);
+        for (size_t from : warps) {
+            const size_t to = std::min(n, from + warpSize);
+            do moved |= run_ready(from, to, rng);
+            while (release(State::at_warp_barrier, from, to) && (moved = true) && seed % 2);
         }
-        for (size_t from = 0; from < n; from += warpSize)
-            moved |= release(State::at_warp_barrier, from, std::min(n, from + warpSize));
         moved |= release(State::at_block_barrier, 0, n);
     }
     for (const Thread& thread : block->threads)

@@ -484,11 +484,13 @@ void test_type() {
 int main() {
     test_half();
     test_nf4_limits();
-    for (unsigned seed : {0u, 1u, 2u}) {  // seed 0: threads in order; others: shuffled
+    for (unsigned seed : {0u, 1u, 2u}) {  // 0: threads in order, 1: each warp runs ahead, 2: shuffled
         emulate::seed = seed;
         test_type<float>();
         test_type<__nv_bfloat16>();
         test_type<__half>();
+        test_attentions_mma<__nv_bfloat16>();
+        if (seed == 0) test_attentions_mma<__half>();
         for (int n : SIZES) {
             test_casts(n);
             test_scale(n);

@@ -169,6 +169,8 @@ impl Source for Checkpoint {
                     }
                 }
             }
+            // The model has its own copy now; the file's would count twice.
+            self.shards.release(&piece.tensor);
         }
         Ok(())
     }

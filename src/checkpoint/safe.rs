@@ -190,6 +190,19 @@ impl Shards {
         Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
+    /// Lets the system drop a tensor's pages from memory; they are read again when they are wanted again.
+    #[allow(unsafe_code)]
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            let range = &entry.bytes;
+            // SAFETY: the map is read-only and backed by its file, so dropped pages come back with the same content.
+            // A refusal costs memory, nothing else.
+            let _ = unsafe {
+                self.files[entry.file].1.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let mut names: Vec<&str> = self.entries.keys().map(String::as_str).collect();

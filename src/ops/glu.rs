@@ -72,9 +72,10 @@ fn gated_rows(width: usize, gate_up: &[f32], h: &mut [f32], at: impl Fn(f32) -> 
 fn gated_rows_backward(width: usize, dh: &[f32], gate_up: &mut [f32], at: impl Fn(f32) -> (f32, f32)) {
     for (dh, gate_up) in dh.chunks_exact(width).zip(gate_up.chunks_exact_mut(2 * width)) {
         let (gate, up) = gate_up.split_at_mut(width);
-        for ((d, g), u) in dh.iter().zip(gate).zip(up) {
-            let (value, slope) = at(*g);
-            (*g, *u) = (d * *u * slope, d * value);
+        for i in 0..width {
+            let (value, slope) = at(gate[i]);
+            gate[i] = dh[i] * up[i] * slope;
+            up[i] = dh[i] * value;
         }
     }
 }

@@ -15,11 +15,12 @@ static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 fn take(len: usize) -> Vec<f32> {
     let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let fit = free.partition_point(|buffer| buffer.len() < len);
-    // A buffer far too long is left for a request of its own size.
-    if free.get(fit).is_some_and(|buffer| buffer.len() <= 4 * len + 1024) {
+    // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to this factor,
+    // and a run starts with its longest: then every later request finds the buffer of its like.
+    if free.get(fit).is_some_and(|buffer| buffer.len() <= 16 * len + 1024) {
         return free.remove(fit);
     }
-    // Longer batches replace shorter ones: what just missed would otherwise stay for ever beside the new one.
+    // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
     if fit > 0 && 2 * free[fit - 1].len() >= len {
         free.remove(fit - 1);
     }

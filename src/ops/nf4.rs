@@ -7,7 +7,7 @@
 //! arXiv:2305.14314.) Codes and bytes are those of bitsandbytes, so its checkpoints load as they are.
 //!
 //! Here is the format and its CPU code, on plain slices: values come in as f32, and the caller rounds what comes out to
-//! its own type. The CUDA twins are `nf4_*` in `kernels/nf4.cu`; the product with such a weight is `ops/linear.rs`.
+//! its own type. The CUDA twins are `nf4_*` in `kernels/nf4.cu`; the product with such a weight is `ops/weight.rs`.
 
 use candle_core::{Result, bail};
 
@@ -294,7 +294,11 @@ const fn dynamic_map() -> [f32; 256] {
 /// Entry `i` of `torch.linspace(0.1, 1, steps + 1)`, which fuses its multiply and add: in f64 both are exact here.
 const fn boundary(i: usize, steps: usize) -> f32 {
     let step = ((1.0f32 - 0.1) / steps as f32) as f64;
-    if i < steps.div_ceil(2) { (0.1f32 as f64 + step * i as f64) as f32 } else { (1.0 - step * (steps - i) as f64) as f32 }
+    if i < steps.div_ceil(2) {
+        (0.1f32 as f64 + step * i as f64) as f32
+    } else {
+        (1.0 - step * (steps - i) as f64) as f32
+    }
 }
 
 const fn nested_limits() -> [f32; 255] {
@@ -518,7 +522,8 @@ mod tests {
 
     #[test]
     fn double_quantization_restores_scales_closely() {
-        let x: Vec<f32> = values(64 * 700, 5).iter().enumerate().map(|(i, v)| v * (1.0 + (i / 64) as f32 * 1e-3)).collect();
+        let x: Vec<f32> =
+            values(64 * 700, 5).iter().enumerate().map(|(i, v)| v * (1.0 + (i / 64) as f32 * 1e-3)).collect();
         let plain = Quantized::quantize(&x, 700, 64, Kind4::Nf4, false).unwrap();
         let double = Quantized::quantize(&x, 700, 64, Kind4::Nf4, true).unwrap();
         assert_eq!(plain.packed, double.packed);

@@ -11,6 +11,7 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
+use crate::ops::in_pool;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use report::{Event, Report, Summary};
 use schedule::Schedule;
@@ -131,6 +132,7 @@ pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summa
         best: None,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
+    run.rehearse();
     run.all()
 }
 
@@ -165,6 +167,18 @@ impl Run<'_, '_> {
         Ok(summary)
     }
 
+    /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
+    /// buffers that it leaves serve every later micro batch.
+    fn rehearse(&mut self) {
+        let mut rows: Vec<usize> = (0..self.job.train.len()).collect();
+        rows.sort_by_key(|r| std::cmp::Reverse(self.job.train[*r].input_ids.len()));
+        rows.truncate(self.job.settings.train.micro_batch_size);
+        let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
+        let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
+        let gpt = &*self.job.gpt;
+        let _ = in_pool(|| gpt.loss(&tokens, Some(training)));
+    }
+
     fn out_of_budget(&self) -> bool {
         let train = &self.job.settings.train;
         train.max_time.is_some_and(|s| self.started.elapsed().as_secs_f64() >= s)
@@ -185,7 +199,8 @@ impl Run<'_, '_> {
                 seed: dropout_seed(self.job.settings.seed, self.iter),
                 checkpointing: self.job.checkpointing,
             };
-            let sum = self.job.gpt.loss(&tokens, Some(training));
+            let gpt = &*self.job.gpt;
+            let sum = in_pool(|| gpt.loss(&tokens, Some(training)));
             self.require_number(sum, &rows)?;
             loss += sum;
             targets += tokens.n_targets();
@@ -234,7 +249,8 @@ impl Run<'_, '_> {
         let samples: Vec<usize> = (0..self.job.val.len()).collect();
         for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(max_iters) {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
-            loss += self.job.gpt.loss(&tokens, None);
+            let gpt = &*self.job.gpt;
+            loss += in_pool(|| gpt.loss(&tokens, None));
             targets += tokens.n_targets();
         }
         if targets == 0 {

@@ -1,0 +1,109 @@
+//! Times the ops that a training step is made of, at the shapes of SmolLM2-135M and 160 tokens, and sets the products
+//! against the machine's own ceiling, measured in the same run.
+//!
+//! `cargo bench --bench ops [FILTER]` prints a JSON line a row: the median of the repetitions, GFLOP/s or GB/s, and the
+//! share of the ceiling.
+#![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
+
+use half::bf16;
+use litgpt::ops::attention::{Attention, Span};
+use litgpt::ops::glu::{self, Activation};
+use litgpt::ops::matmul::{Side, Threads, ViewMut, matmul};
+use litgpt::ops::norm::{Kind, Norm};
+use litgpt::ops::weight::{Data, Weight};
+use litgpt::ops::{Matrix, View, in_pool};
+use std::time::Instant;
+
+const T: usize = 160;
+
+/// Median duration of `f`, seconds.
+fn time(mut f: impl FnMut() + Send) -> f64 {
+    in_pool(|| {
+        f();
+        let mut times: Vec<f64> = (0..15)
+            .map(|_| {
+                let begun = Instant::now();
+                f();
+                begun.elapsed().as_secs_f64()
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    })
+}
+
+fn values(n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 2_654_435_761) % 2001) as f32 / 1000.0 - 1.0).collect()
+}
+
+/// f32 GFLOP/s of the `gemm` crate on a square product: the ceiling that ratios refer to.
+fn ceiling() -> f64 {
+    let n = 1024;
+    let (a, b) = (values(n * n), values(n * n));
+    let mut c = vec![0.0; n * n];
+    let seconds = time(|| {
+        let (a, b) = (Side::N(View::of(&a, n, n)), Side::N(View::of(&b, n, n)));
+        matmul(Threads::All, ViewMut::of(&mut c, n, n), false, 1.0, a, b);
+    });
+    2.0 * (n as f64).powi(3) / seconds / 1e9
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    let ceiling = ceiling();
+    println!("{{\"op\": \"ceiling\", \"gflops_f32\": {ceiling:.0}, \"threads\": {}}}", rayon::current_num_threads());
+    let report = |op: &str, seconds: f64, flops: f64, bytes: f64| {
+        if !op.contains(&filter) {
+            return;
+        }
+        let (gflops, gbs) = (flops / seconds / 1e9, bytes / seconds / 1e9);
+        let share = gflops / ceiling;
+        println!("{{\"op\": \"{op}\", \"us\": {:.0}, \"gflops\": {gflops:.1}, \"gbs\": {gbs:.2}, \"share\": {share:.2}}}", seconds * 1e6);
+    };
+    for (name, out, inn) in [("qkv", 960, 576), ("o", 576, 576), ("gate_up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)] {
+        products(name, out, inn, &report);
+    }
+    elementwise(&report);
+}
+
+fn products(name: &str, out: usize, inn: usize, report: &dyn Fn(&str, f64, f64, f64)) {
+    let w = values(out * inn);
+    let half: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+    for (store, data) in [("f32", Data::F32(w)), ("bf16", Data::Bf16(half))] {
+        let weight = Weight::new(out, inn, data);
+        let (x, dy) = (Matrix::from_slice(T, inn, &values(T * inn)), Matrix::from_slice(T, out, &values(T * out)));
+        let (mut y, mut dx) = (Matrix::zeros(T, out), Matrix::zeros(T, inn));
+        let flops = 2.0 * (T * out * inn) as f64;
+        let forward = time(|| weight.forward(x.view(), &mut y, false));
+        report(&format!("{name} {store} forward"), forward, flops, 0.0);
+        let backward = time(|| weight.backward(dy.view(), &mut dx, false));
+        report(&format!("{name} {store} backward"), backward, flops, 0.0);
+        let one = Matrix::from_slice(1, inn, x.row(0));
+        let mut y = Matrix::zeros(1, out);
+        let decode = time(|| weight.forward(one.view(), &mut y, false));
+        report(&format!("{name} {store} decode"), decode, 2.0 * (out * inn) as f64, weight.bytes() as f64);
+    }
+}
+
+fn elementwise(report: &dyn Fn(&str, f64, f64, f64)) {
+    let x = Matrix::from_slice(T, 576, &values(T * 576));
+    let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 576, weight: values(576), bias: None };
+    let bytes = (8 * T * 576) as f64;
+    report("norm forward", time(|| drop(norm.forward(&x))), 0.0, bytes);
+    let mut dx = Matrix::zeros(T, 576);
+    report("norm backward", time(|| norm.backward(&x, &x, &mut dx, true)), 0.0, 2.0 * bytes);
+    let gate_up = Matrix::from_slice(T, 3072, &values(T * 3072));
+    report("glu forward", time(|| drop(glu::gated(Activation::Silu, &gate_up))), 0.0, (12 * T * 1536) as f64);
+    let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
+    let mut d = gate_up.clone();
+    report("glu backward", time(|| glu::gated_backward(Activation::Silu, &dh, &mut d)), 0.0, (20 * T * 1536) as f64);
+    let attention = Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
+    let qkv = Matrix::from_slice(T, 960, &values(T * 960));
+    let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
+    let spans = [Span { q: 0..T, k: 0..T }];
+    let (o, saved) = attention.forward(q, k, v, &spans);
+    let flops = 2.0 * (T * T * 576) as f64;
+    report("attention forward", time(|| drop(attention.forward(q, k, v, &spans))), flops, 0.0);
+    let backward = time(|| drop(attention.backward(q, k, v, &o, &o, &saved, &spans)));
+    report("attention backward", backward, 2.5 * flops, 0.0);
+}

@@ -1,0 +1,319 @@
+// Causal attention on tensor cores, bf16 and f16: the same formulas, layout and arguments as the plain twin in
+// attention.cu, which it must agree with. Dao 2023, FlashAttention-2, arXiv:2307.08691.
+//
+// Needs head_size and every ld to be multiples of 8 and pointers aligned to 16 bytes; else use the plain twin. Names end
+// in the head size that tiles are padded to: _d64, _d128, _d256. delta comes from attention_bwd_delta.
+//
+// A block of 4 warps owns 64 rows (queries, or keys in dkv), 16 a warp, in shared memory, and passes over tiles of the
+// other side. All products are of two kinds: own rows with rows of the tile (`multiply_rows`), whose result stays in
+// registers, and that result with the tile (`multiply_tile`). A thread of a warp holds rows g and g + 8, g = lane / 4, of
+// a result, and columns 2 (lane % 4), + 1 of every 8 columns. p and ds are rounded to the type before the second product.
+#include "common.cuh"
+
+constexpr int OWN_ROWS = 64;
+
+// Rows of a tile: as many as registers and 99 KB of shared memory (sm_86, sm_89) allow.
+template <int D>
+constexpr int FORWARD_TILE = D == 256 ? 32 : 64;
+template <int D>
+constexpr int BACKWARD_TILE = D == 64 ? 64 : 32;
+// Elements from a row to the next in shared memory: 16 bytes more, so that 8 rows of a matrix lie in different banks.
+template <int D>
+constexpr int STRIDE = D + 8;
+
+// Starts copying rows first.. of a head; what lies beyond `end` or head_size becomes zero.
+template <int D, int ROWS, class T>
+__device__ __forceinline__ void copy_rows(T* shared, const T* head, i64 ld, int first, int end, int head_size) {
+    constexpr int CHUNKS = D / 8;
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 128) {
+        const int row = i / CHUNKS, channel = i % CHUNKS * 8;
+        const bool valid = first + row < end && channel < head_size;
+        copy_async(shared + row * STRIDE<D> + channel, valid ? head + (first + row) * ld + channel : head, valid);
+    }
+}
+
+// out (16, N) = own (16, D) tileᵀ, tile (N, D), of which the first N rows count.
+template <int D, int N, class T>
+__device__ __forceinline__ void multiply_rows(float (&out)[N / 8][4], const T* own, const T* tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+        for (int i = 0; i < 4; ++i) out[j][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+        uint32_t a[4];
+        load_matrices<false>(a, own + lane % 16 * STRIDE<D> + k + lane / 16 * 8);
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t b[4];
+            load_matrices<false>(b, tile + (n + lane / 16 * 8 + lane % 8) * STRIDE<D> + k + lane / 8 % 2 * 8);
+            mma_16x8x16<T>(out[n / 8], a, b[0], b[1]);
+            mma_16x8x16<T>(out[n / 8 + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// acc (16, C) += weight (16, N) tile (N, C), C columns of the tile. A result's fragments are an operand's, two by two.
+template <int D, int N, int C, class T>
+__device__ __forceinline__ void multiply_tile(float (&acc)[C / 8][4], const float (&weight)[N / 8][4], const T* tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < N; k += 16) {
+        const float(&left)[4] = weight[k / 8];
+        const float(&right)[4] = weight[k / 8 + 1];
+        const uint32_t a[4] = {pack_two<T>(left[0], left[1]), pack_two<T>(left[2], left[3]), pack_two<T>(right[0], right[1]),
+                               pack_two<T>(right[2], right[3])};
+#pragma unroll
+        for (int c = 0; c < C; c += 16) {
+            uint32_t b[4];
+            load_matrices<true>(b, tile + (k + lane % 16) * STRIDE<D> + c + lane / 16 * 8);
+            mma_16x8x16<T>(acc[c / 8], a, b[0], b[1]);
+            mma_16x8x16<T>(acc[c / 8 + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Over the four lanes that hold a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(ALL_LANES, v, 1);
+    return v + __shfl_xor_sync(ALL_LANES, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, 1));
+    return fmaxf(v, __shfl_xor_sync(ALL_LANES, v, 2));
+}
+
+// Rows first.. of acc, times a factor for each of this thread's two rows, columns `from`.. of a head.
+template <int C, class T>
+__device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, int from, int head_size, const float (&acc)[C / 8][4],
+                                           float factor0, float factor1) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first + lane / 4 + half * 8;
+        if (row >= end) continue;
+        const float factor = half ? factor1 : factor0;
+#pragma unroll
+        for (int j = 0; j < C / 8; ++j) {
+            const int channel = from + j * 8 + lane % 4 * 2;
+            if (channel >= head_size) continue;
+            *reinterpret_cast<uint32_t*>(head + row * ld + channel) =
+                pack_two<T>(acc[j][half * 2] * factor, acc[j][half * 2 + 1] * factor);
+        }
+    }
+}
+
+// Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · (D + 8) · 2 bytes.
+template <int D, class T>
+__device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
+                                  int offset, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
+                                  float scale, float soft_cap, int window) {
+    constexpr int TILE = FORWARD_TILE<D>;
+    DYNAMIC_SHARED(T, shared);
+    T* q_rows = shared;
+    T* k_tile = q_rows + OWN_ROWS * STRIDE<D>;
+    T* v_tile = k_tile + TILE * STRIDE<D>;
+    const int first = int(gridDim.x - 1 - blockIdx.x) * OWN_ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16, keys = tokens + offset;
+    k += i64(group) * head_size;
+    v += i64(group) * head_size;
+    const int begin = first_key(segment_start, first, offset, window) / TILE * TILE, end = min(first + OWN_ROWS, tokens) + offset;
+
+    float acc[D / 8][4] = {}, top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};
+    int row[2], low[2];
+    for (int half = 0; half < 2; ++half) {
+        row[half] = first + own + lane / 4 + half * 8;
+        low[half] = row[half] < tokens ? first_key(segment_start, row[half], offset, window) : keys;
+    }
+    copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
+    copy_rows<D, TILE>(k_tile, k, ld_k, begin, keys, head_size);
+    copy_commit();
+    for (int key0 = begin; key0 < end; key0 += TILE) {
+        copy_wait();
+        __syncthreads();  // keys are there, and everyone is done with the last tile's values
+        copy_rows<D, TILE>(v_tile, v, ld_v, key0, keys, head_size);
+        copy_commit();
+        float p[TILE / 8][4];
+        multiply_rows<D, TILE>(p, q_rows + own * STRIDE<D>, k_tile);
+        float new_top[2] = {top[0], top[1]};
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
+                const bool seen = key >= low[i / 2] && key <= row[i / 2] + offset;
+                p[j][i] = seen ? soft_capped(p[j][i] * scale, soft_cap) : MINUS_INFINITY;
+                new_top[i / 2] = fmaxf(new_top[i / 2], p[j][i]);
+            }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            new_top[half] = quad_max(new_top[half]);
+            const float shrink = top[half] > MINUS_INFINITY ? __expf(top[half] - new_top[half]) : 0.0f;
+            top[half] = new_top[half];
+            sum[half] *= shrink;
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j) {
+                acc[j][half * 2] *= shrink;
+                acc[j][half * 2 + 1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                p[j][i] = p[j][i] > MINUS_INFINITY ? __expf(p[j][i] - top[i / 2]) : 0.0f;
+                sum[i / 2] += p[j][i];
+            }
+        copy_wait();
+        __syncthreads();  // values are there, and everyone is done with the keys
+        if (key0 + TILE < end) copy_rows<D, TILE>(k_tile, k, ld_k, key0 + TILE, keys, head_size);
+        copy_commit();
+        multiply_tile<D, TILE, D>(acc, p, v_tile);
+    }
+    for (int half = 0; half < 2; ++half) {
+        sum[half] = quad_sum(sum[half]);
+        if (lse && lane % 4 == 0 && row[half] < tokens) lse[i64(head) * tokens + row[half]] = top[half] + logf(sum[half]);
+    }
+    store_rows<D>(o + i64(head) * head_size, ld_o, first + own, tokens, 0, head_size, acc, 1.0f / sum[0], 1.0f / sum[1]);
+}
+
+// Grid (ceil(tokens / 64), n_head), block 128, shared memory (128 + 2 · BACKWARD_TILE) · (D + 8) · 2 bytes.
+template <int D, class T>
+__device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
+                                     const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q,
+                                     i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
+    constexpr int TILE = BACKWARD_TILE<D>;
+    DYNAMIC_SHARED(T, shared);
+    T* q_rows = shared;
+    T* do_rows = q_rows + OWN_ROWS * STRIDE<D>;
+    T* k_tile = do_rows + OWN_ROWS * STRIDE<D>;
+    T* v_tile = k_tile + TILE * STRIDE<D>;
+    const int first = int(gridDim.x - 1 - blockIdx.x) * OWN_ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+    const int begin = first_key(segment_start, first, 0, window) / TILE * TILE, end = min(first + OWN_ROWS, tokens);
+
+    float acc[D / 8][4] = {}, row_lse[2] = {}, row_delta[2] = {};
+    int row[2], low[2];
+    for (int half = 0; half < 2; ++half) {
+        row[half] = first + own + lane / 4 + half * 8;
+        low[half] = tokens;
+        if (row[half] >= tokens) continue;
+        low[half] = first_key(segment_start, row[half], 0, window);
+        row_lse[half] = lse[i64(head) * tokens + row[half]];
+        row_delta[half] = delta[i64(head) * tokens + row[half]];
+    }
+    copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
+    copy_rows<D, OWN_ROWS>(do_rows, d_o + i64(head) * head_size, ld_do, first, tokens, head_size);
+    for (int key0 = begin; key0 < end; key0 += TILE) {
+        __syncthreads();
+        copy_rows<D, TILE>(k_tile, k + i64(group) * head_size, ld_k, key0, tokens, head_size);
+        copy_rows<D, TILE>(v_tile, v + i64(group) * head_size, ld_v, key0, tokens, head_size);
+        copy_commit();
+        copy_wait();
+        __syncthreads();
+        float s[TILE / 8][4], ds[TILE / 8][4];
+        multiply_rows<D, TILE>(s, q_rows + own * STRIDE<D>, k_tile);
+        multiply_rows<D, TILE>(ds, do_rows + own * STRIDE<D>, v_tile);
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
+                const float capped = soft_capped(s[j][i] * scale, soft_cap);
+                const bool seen = key >= low[i / 2] && key <= row[i / 2];
+                const float p = seen ? __expf(capped - row_lse[i / 2]) : 0.0f;
+                ds[j][i] = p * (ds[j][i] - row_delta[i / 2]) * soft_cap_slope(capped, soft_cap) * scale;
+            }
+        multiply_tile<D, TILE, D>(acc, ds, k_tile);
+    }
+    store_rows<D>(dq + i64(head) * head_size, ld_dq, first + own, tokens, 0, head_size, acc, 1.0f, 1.0f);
+}
+
+// Grid (ceil(tokens / 64), n_query_groups, D == 256 ? 2 : 1), block 128, shared memory as for dq. The block owns keys and
+// passes over the queries of every head that reads them. With 256 channels each of two blocks sums half of them: all
+// would not fit in registers.
+template <int D, class T>
+__device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
+                                      T* dv, const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size,
+                                      i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
+                                      int window) {
+    constexpr int TILE = BACKWARD_TILE<D>, C = D == 256 ? 128 : D;
+    DYNAMIC_SHARED(T, shared);
+    T* k_rows = shared;
+    T* v_rows = k_rows + OWN_ROWS * STRIDE<D>;
+    T* q_tile = v_rows + OWN_ROWS * STRIDE<D>;
+    T* do_tile = q_tile + TILE * STRIDE<D>;
+    const int first = blockIdx.x * OWN_ROWS, group = blockIdx.y, heads = n_head / n_query_groups, from = blockIdx.z * C;
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+
+    float acc_k[C / 8][4] = {}, acc_v[C / 8][4] = {};
+    copy_rows<D, OWN_ROWS>(k_rows, k + i64(group) * head_size, ld_k, first, tokens, head_size);
+    copy_rows<D, OWN_ROWS>(v_rows, v + i64(group) * head_size, ld_v, first, tokens, head_size);
+    for (int head = group * heads; head < (group + 1) * heads; ++head) {
+        for (int row0 = first; row0 < tokens; row0 += TILE) {
+            // From the first tile on whose queries see none of these keys, no later one does.
+            if (first_key(segment_start, row0, 0, window) >= first + OWN_ROWS) break;
+            __syncthreads();
+            copy_rows<D, TILE>(q_tile, q + i64(head) * head_size, ld_q, row0, tokens, head_size);
+            copy_rows<D, TILE>(do_tile, d_o + i64(head) * head_size, ld_do, row0, tokens, head_size);
+            copy_commit();
+            copy_wait();
+            __syncthreads();
+            float p[TILE / 8][4], ds[TILE / 8][4];
+            multiply_rows<D, TILE>(p, k_rows + own * STRIDE<D>, q_tile);
+            multiply_rows<D, TILE>(ds, v_rows + own * STRIDE<D>, do_tile);
+#pragma unroll
+            for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+                for (int column = 0; column < 2; ++column) {
+                    const int row = row0 + j * 8 + lane % 4 * 2 + column;
+                    const bool exists = row < tokens;
+                    const int low = exists ? first_key(segment_start, row, 0, window) : tokens;
+                    const float row_lse = exists ? lse[i64(head) * tokens + row] : 0.0f;
+                    const float row_delta = exists ? delta[i64(head) * tokens + row] : 0.0f;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int i = half * 2 + column, key = first + own + lane / 4 + half * 8;
+                        const float capped = soft_capped(p[j][i] * scale, soft_cap);
+                        p[j][i] = exists && key >= low && key <= row ? __expf(capped - row_lse) : 0.0f;
+                        ds[j][i] = p[j][i] * (ds[j][i] - row_delta) * soft_cap_slope(capped, soft_cap) * scale;
+                    }
+                }
+            multiply_tile<D, TILE, C>(acc_v, p, do_tile + from);
+            multiply_tile<D, TILE, C>(acc_k, ds, q_tile + from);
+        }
+    }
+    store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, tokens, from, head_size, acc_k, 1.0f, 1.0f);
+    store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, tokens, from, head_size, acc_v, 1.0f, 1.0f);
+    copy_wait();  // copies of rows that no query came for must not outlive the block
+}
+
+#define INSTANTIATE_SIZE(T, type, D)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(128) attention_mma_fwd_##type##_d##D(                                        \
+        const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int n_head,   \
+        int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) { \
+        attention_mma_fwd<D>(q, k, v, o, lse, segment_start, tokens, offset, n_head, n_query_groups, head_size, ld_q, ld_k,   \
+                             ld_v, ld_o, scale, soft_cap, window);                                                            \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dq_##type##_d##D(                                     \
+        const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,                        \
+        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
+        i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {                                                      \
+        attention_mma_bwd_dq<D>(q, k, v, d_o, lse, delta, dq, segment_start, tokens, n_head, n_query_groups, head_size, ld_q, \
+                                ld_k, ld_v, ld_do, ld_dq, scale, soft_cap, window);                                           \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dkv_##type##_d##D(                                    \
+        const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk, T* dv,                 \
+        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
+        i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                                           \
+        attention_mma_bwd_dkv<D>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, n_head, n_query_groups, head_size,  \
+                                 ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap, window);                             \
+    }
+#define INSTANTIATE(T, type)      \
+    INSTANTIATE_SIZE(T, type, 64) \
+    INSTANTIATE_SIZE(T, type, 128) \
+    INSTANTIATE_SIZE(T, type, 256)
+INSTANTIATE(__nv_bfloat16, bf16)
+INSTANTIATE(__half, f16)
+#undef INSTANTIATE
+#undef INSTANTIATE_SIZE

@@ -1,0 +1,352 @@
+//! The command line as a user meets it: help, what goes to stdout, and what is said about bad input.
+//!
+//! Every refusal is one `error:` line and at most one `hint:` line, exit code 2 for a wrong command line and 1 for all
+//! else, before anything is written.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::util::{Ran, copy_tiny, finetune, litgpt, names, root, tensors, tiny, write_tensors};
+
+const COMMANDS: [&str; 4] = ["download", "finetune_lora", "generate", "merge_lora"];
+
+fn help(command: &str) -> String {
+    let ran = litgpt(root(), command.split_whitespace().chain(["--help"])).ok();
+    assert_eq!(ran.stderr, "", "{command}");
+    // Lines are wrapped to the terminal.
+    ran.stdout.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn help_shows_defaults_and_examples() {
+    let all = help("");
+    for command in COMMANDS {
+        assert!(all.contains(command), "{command} is not in the overview");
+        let help = help(command);
+        assert!(help.contains("[default: ") && help.contains("Example"), "{command}: {help}");
+        assert!(help.contains(&format!("litgpt {command} ")), "{command}: the example is of another command");
+    }
+    let finetune = help("finetune_lora");
+    assert_eq!(finetune, help("finetune lora"));
+    for (flag, default) in [
+        ("--lora_r <N>", "8"),
+        ("--lora_alpha <X>", "16"),
+        ("--lora_dropout <X>", "0.05"),
+        ("--train.global_batch_size <N>", "16"),
+        ("--train.learning_rate <X>", "0.0002"),
+        ("--out_dir <PATH>", "out/finetune/lora"),
+    ] {
+        let (_, rest) = finetune.split_once(flag).unwrap_or_else(|| panic!("no {flag}"));
+        let (_, rest) = rest.split_once("[default: ").unwrap();
+        assert!(rest.starts_with(default), "{flag}: {}", &rest[..20]);
+    }
+}
+
+#[test]
+fn version_is_the_packages() {
+    assert_eq!(litgpt(root(), ["--version"]).ok().stdout, format!("litgpt {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn no_arguments_show_the_commands() {
+    let ran = litgpt::<&str>(root(), []);
+    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""));
+    assert!(COMMANDS.iter().all(|command| ran.stderr.contains(command)), "{}", ran.stderr);
+}
+
+/// A refusal that names what was probably meant.
+fn meant(ran: Ran, typed: &str, meant: &str) {
+    let ran = ran.refused(2, &[typed]);
+    let says = |line: &str| line.contains("similar") || line.contains("did you mean");
+    let suggestion = ran.stderr.lines().find(|line| says(line)).unwrap_or_else(|| panic!("{ran:#?}"));
+    assert!(suggestion.contains(meant), "{suggestion}");
+}
+
+#[test]
+fn typing_mistakes_are_corrected() {
+    let dir = tempfile::tempdir().unwrap();
+    meant(litgpt(dir.path(), ["finetune_lora", "x", "--lora_rr", "4"]), "--lora_rr", "--lora_r");
+    meant(litgpt(dir.path(), ["generate", "x", "--temprature", "0"]), "--temprature", "--temperature");
+    meant(litgpt(dir.path(), ["merge_lora", "x", "--outdir", "y"]), "--outdir", "--out_dir");
+    meant(litgpt(dir.path(), ["generat", "x"]), "generat", "generate");
+    assert!(names(dir.path()).is_empty());
+}
+
+#[test]
+fn wrong_command_lines_are_usage_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    for (line, says) in [
+        ("generate", "CHECKPOINT_DIR"),
+        ("merge_lora", "CHECKPOINT_DIR"),
+        ("generate x --temperature warm", "warm"),
+        ("generate x --top_p 2", "2"),
+        ("generate x --num_samples 0", "num_samples"),
+        ("generate x --max_new_tokens 0", "max_new_tokens"),
+        ("pretrain x", "pretrain"),
+    ] {
+        litgpt(dir.path(), line.split_whitespace()).refused(2, &[says]);
+    }
+    for (more, says) in [
+        ("--train.max_steps 0", "train.max_steps"),
+        ("--train.epochs 0", "train.epochs"),
+        ("--train.micro_batch_size 3", "train.micro_batch_size"),
+        ("--lora_r 0", "lora_r"),
+        ("--lora_r many", "many"),
+        ("--lora_dropout 1", "lora_dropout"),
+        ("--lora_query false --lora_key false --lora_value false --lora_projection false --lora_mlp false", "lora_query"),
+        ("--lr -1", "learning_rate"),
+        ("--precision 8-true", "8-true"),
+        ("--quantize nf5", "nf5"),
+        ("--data Alpacca", "Alpacca"),
+        ("--data.val_split_fraction 2", "val_split_fraction"),
+        ("--data.prompt_style nope", "nope"),
+        ("--optimizer SGD", "SGD"),
+        ("--devices 2", "devices"),
+    ] {
+        finetune(dir.path(), &tiny(), more).refused(2, &[says]);
+        assert!(names(dir.path()).is_empty(), "{more}: something was written");
+    }
+}
+
+#[test]
+fn quantization_is_refused_for_now() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--quantize nf4").refused(1, &["--quantize nf4", "not supported"]);
+    assert!(names(dir.path()).is_empty());
+    let tiny = tiny();
+    litgpt(dir.path(), ["generate", tiny.to_str().unwrap(), "--quantize", "bnb.nf4"]).refused(1, &["--quantize nf4"]);
+}
+
+#[test]
+fn stdout_is_the_text_alone() {
+    let (dir, tiny) = (tempfile::tempdir().unwrap(), tiny());
+    let generate = |more: &str| {
+        let fixed = ["generate", tiny.to_str().unwrap(), "--prompt", "A fox", "--max_new_tokens", "8"];
+        litgpt(dir.path(), fixed.into_iter().chain(more.split_whitespace())).ok()
+    };
+    let ran = generate("--temperature 0");
+    let text = ran.stdout.strip_suffix('\n').unwrap();
+    assert!(!text.trim().is_empty() && !text.contains('\n'), "{ran:#?}");
+    assert!(ran.stderr.contains("tokens/s") && !ran.stdout.contains("tokens/s"), "{ran:#?}");
+    assert_eq!(generate("--temperature 0 --stream false").stdout, ran.stdout);
+    // The seed decides what is drawn.
+    assert_eq!(generate("--seed 3").stdout, generate("--seed 3").stdout);
+    assert_eq!(generate("--temperature 0 --num_samples 2").stdout, ran.stdout.repeat(2));
+}
+
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let tiny = tiny();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_litgpt"))
+        .args(["generate", tiny.to_str().unwrap(), "--prompt", "A fox", "--max_new_tokens", "100"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn print_config_prints_yaml_and_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let ran = finetune(dir.path(), &tiny(), "--print_config").ok();
+    assert!(ran.stdout.contains("lora_r: 8\n") && ran.stdout.contains("  max_steps: 3\n"), "{}", ran.stdout);
+    assert!(names(dir.path()).is_empty());
+}
+
+fn edit_config(dir: &Path, key: &str, value: Value) {
+    let path = dir.join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config[key] = value;
+    fs::write(path, config.to_string()).unwrap();
+}
+
+fn cut(path: &Path, len: usize) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..len.min(bytes.len() - 1)]).unwrap();
+}
+
+/// Removes a tensor, or gives it half of its rows.
+fn spoil(dir: &Path, name: &str, remove: bool) {
+    let path = dir.join("model.safetensors");
+    let mut all = tensors(&path);
+    let (dtype, mut shape, mut bytes) = all.remove(name).unwrap();
+    if !remove {
+        shape[0] /= 2;
+        bytes.truncate(bytes.len() / 2);
+        all.insert(name.to_owned(), (dtype, shape, bytes));
+    }
+    write_tensors(&path, &all);
+}
+
+/// A name, what is done to the quickstart's model, and what the message has to say.
+type Damage = (&'static str, fn(&Path), &'static [&'static str]);
+
+const DAMAGES: &[Damage] = &[
+    ("no folder", |d| fs::remove_dir_all(d).unwrap(), &["checkpoint folder", "model"]),
+    ("no config", |d| fs::remove_file(d.join("config.json")).unwrap(), &["model/config.json"]),
+    ("cut config", |d| cut(&d.join("config.json"), 60), &["model/config.json", "not JSON"]),
+    ("a list as config", |d| fs::write(d.join("config.json"), "[]").unwrap(), &["model/config.json"]),
+    ("no model type", |d| edit_config(d, "model_type", Value::Null), &["model_type"]),
+    ("unknown model type", |d| edit_config(d, "model_type", json!("lamma")), &["lamma", "llama", "qwen2"]),
+    ("unknown activation", |d| edit_config(d, "hidden_act", json!("mish")), &["hidden_act", "mish"]),
+    ("a size that is a text", |d| edit_config(d, "hidden_size", json!("big")), &["hidden_size"]),
+    ("no layers", |d| edit_config(d, "num_hidden_layers", json!(0)), &["num_hidden_layers"]),
+    ("no weights", |d| fs::remove_file(d.join("model.safetensors")).unwrap(), &["model.safetensors"]),
+    ("empty weights", |d| fs::write(d.join("model.safetensors"), "").unwrap(), &["model.safetensors"]),
+    ("cut header", |d| cut(&d.join("model.safetensors"), 100), &["model.safetensors"]),
+    ("cut weights", |d| cut(&d.join("model.safetensors"), 2_000_000), &["model.safetensors"]),
+    ("weights cut by a byte", |d| cut(&d.join("model.safetensors"), usize::MAX), &["model.safetensors"]),
+    ("no tensor", |d| spoil(d, "model.layers.2.mlp.up_proj.weight", true), &["model.layers.2.mlp.up_proj.weight"]),
+    ("half a matrix", |d| spoil(d, "model.layers.1.self_attn.q_proj.weight", false), &["layers.1.self_attn.q_proj"]),
+    ("half a norm", |d| spoil(d, "model.norm.weight", false), &["model.norm.weight"]),
+    ("a layer too many", |d| edit_config(d, "num_hidden_layers", json!(5)), &["model.layers.4."]),
+    ("a layer too few", |d| edit_config(d, "num_hidden_layers", json!(3)), &["model.layers.3."]),
+    ("fewer tokens than ids", |d| edit_config(d, "vocab_size", json!(1000)), &["embed_tokens"]),
+    ("no tokenizer", |d| fs::remove_file(d.join("tokenizer.json")).unwrap(), &["tokenizer.json"]),
+    ("cut tokenizer", |d| cut(&d.join("tokenizer.json"), 5000), &["tokenizer.json"]),
+    ("an empty tokenizer", |d| fs::write(d.join("tokenizer.json"), "{}").unwrap(), &["tokenizer.json"]),
+    ("cut tokenizer config", |d| cut(&d.join("tokenizer_config.json"), 40), &["tokenizer_config.json"]),
+];
+
+#[test]
+fn damaged_checkpoints_are_named() {
+    for (name, damage, says) in DAMAGES {
+        eprintln!("{name}");
+        let dir = tempfile::tempdir().unwrap();
+        copy_tiny(&dir.path().join("model"));
+        damage(&dir.path().join("model"));
+        let before = names(dir.path());
+        finetune(dir.path(), Path::new("model"), "").refused(1, says);
+        litgpt(dir.path(), ["generate", "model"]).refused(1, says);
+        assert_eq!(names(dir.path()), before, "{name}: something was written");
+    }
+}
+
+#[test]
+fn damaged_adapters_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--train.max_steps 1").ok();
+    let damages: [Damage; 4] = [
+        ("no tensors", |d| fs::remove_file(d.join("adapter_model.safetensors")).unwrap(), &["adapter_model.safetensors"]),
+        ("cut tensors", |d| cut(&d.join("adapter_model.safetensors"), 1000), &["adapter_model.safetensors"]),
+        ("cut config", |d| cut(&d.join("adapter_config.json"), 50), &["adapter_config.json"]),
+        ("cut manifest", |d| cut(&d.join("litgpt.json"), 50), &["litgpt.json"]),
+    ];
+    for (name, damage, says) in damages {
+        eprintln!("{name}");
+        let bad = dir.path().join("bad");
+        fs::create_dir(&bad).unwrap();
+        for file in names(&dir.path().join("out/final")) {
+            fs::copy(dir.path().join("out/final").join(&file), bad.join(&file)).unwrap();
+        }
+        damage(&bad);
+        let before = names(&bad);
+        for command in ["generate", "merge_lora"] {
+            let ran = litgpt(dir.path(), [command, "bad"]).refused(1, says);
+            assert!(!ran.stderr.contains("download"), "{name}: an adapter is not downloaded: {}", ran.stderr);
+        }
+        assert_eq!(names(&bad), before, "{name}: something was written");
+        fs::remove_dir_all(&bad).unwrap();
+    }
+}
+
+#[test]
+fn bad_datasets_are_named_by_file_and_row() {
+    let row = r#"{"instruction": "a", "output": "b"}"#;
+    let other = r#"{"prompt": "a", "answer": "b"}"#;
+    for (file, text, says) in [
+        ("none.json", None, &["none.json"][..]),
+        ("d.json", Some("hello".to_owned()), &["d.json", "line 1", "not JSON"]),
+        ("d.json", Some(format!("[{row}, {other}]")), &["d.json", "row 2", "`instruction`, `output`", "prompt, answer"]),
+        ("d.jsonl", Some(format!("{row}\n{other}\n")), &["d.jsonl", "line 2", "`instruction`, `output`"]),
+        ("d.json", Some(r#"[{"instruction": "a", "output": 3}]"#.to_owned()), &["d.json", "row 1", "`output`"]),
+        ("d.json", Some("[]".to_owned()), &["d.json", "no rows"]),
+        ("d.json", Some(String::new()), &["d.json", "empty"]),
+        ("d.json", Some(format!("[{row}]")), &["d.json", "validation"]),
+        ("d.csv", Some("a,b".to_owned()), &["d.csv", ".jsonl"]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        if let Some(text) = text {
+            fs::write(dir.path().join(file), text).unwrap();
+        }
+        let before = names(dir.path());
+        finetune(dir.path(), &tiny(), &format!("--data.json_path {file}")).refused(1, says);
+        assert_eq!(names(dir.path()), before, "{file}: something was written");
+    }
+}
+
+#[test]
+fn samples_that_teach_nothing_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let says = ["instructions_tiny.json", "row", "masked", "--train.max_seq_length"];
+    finetune(dir.path(), &tiny(), "--data.mask_prompt true --train.max_seq_length 12").refused(1, &says);
+    assert!(names(dir.path()).is_empty());
+}
+
+#[test]
+fn a_prompt_beyond_the_context_is_refused() {
+    let (dir, tiny) = (tempfile::tempdir().unwrap(), tiny());
+    let prompt = "fox ".repeat(600);
+    litgpt(dir.path(), ["generate", tiny.to_str().unwrap(), "--prompt", &prompt]).refused(1, &["512", "shorten"]);
+}
+
+#[test]
+fn out_dir_has_to_be_a_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("taken"), "a file").unwrap();
+    for out in ["taken", "taken/inside"] {
+        finetune(dir.path(), &tiny(), &format!("--out_dir {out}")).refused(1, &["taken"]);
+    }
+    assert_eq!(fs::read_to_string(dir.path().join("taken")).unwrap(), "a file");
+    assert_eq!(names(dir.path()), ["taken"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn out_dir_has_to_be_writable() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let locked = dir.path().join("locked");
+    fs::create_dir(&locked).unwrap();
+    fs::set_permissions(&locked, fs::Permissions::from_mode(0o555)).unwrap();
+    if fs::write(locked.join("probe"), "").is_ok() {
+        eprintln!("skipped: root may write everywhere");
+        return;
+    }
+    for out in ["locked", "locked/inside"] {
+        finetune(dir.path(), &tiny(), &format!("--out_dir {out}")).refused(1, &["locked"]);
+    }
+    fs::set_permissions(&locked, fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(names(&locked).is_empty());
+}
+
+/// README.md names every model type that is read, and no flag that there is not.
+#[test]
+fn the_readme_is_true() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    copy_tiny(&dir.path().join("model"));
+    edit_config(&dir.path().join("model"), "model_type", json!("nope"));
+    let ran = litgpt(dir.path(), ["generate", "model"]).refused(1, &["nope"]);
+    let (_, types) = ran.stderr.split_once("one of these types: ").unwrap();
+    for model_type in types.lines().next().unwrap().split(", ") {
+        assert!(readme.contains(&format!("`{model_type}`")), "`{model_type}` is not in README.md");
+    }
+
+    let cargo = ["--release", "--features", "--path"];
+    let helps: String = COMMANDS.iter().map(|command| help(command) + "\n").collect();
+    let ends = |c: char| !c.is_ascii_alphanumeric() && !"_.-".contains(c);
+    let known: Vec<&str> = helps.split(ends).filter(|word| word.starts_with("--")).collect();
+    for flag in readme.split(ends).filter(|word| word.starts_with("--") && word.len() > 3) {
+        let flag = flag.trim_end_matches(['.', '-']);
+        let group = flag.trim_end_matches('_');
+        let listed = known.iter().any(|k| k.trim_end_matches('.') == flag);
+        assert!(flag.starts_with("---") || cargo.contains(&flag) || listed, "README.md: no flag `{group}`");
+    }
+}

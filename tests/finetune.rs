@@ -1,0 +1,405 @@
+//! The main job through the binary: finetune the quickstart's model, use the adapter, merge it.
+//!
+//! Runs are a few steps on `data/tiny`; what is asserted holds for any seed. Bad input is in `cli.rs`.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use crate::util::{
+    Ran, Stored, column, content, copy_tiny, dataset, finetune, floats, greedy, litgpt, metrics, names, root, tensors,
+    tiny, write_tensors,
+};
+
+/// What README.md says an adapter folder holds.
+const ADAPTER_FILES: [&str; 9] = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "hyperparameters.yaml",
+    "litgpt.json",
+    "prompt_style.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+const COLUMNS: [&str; 12] = [
+    "epoch",
+    "grad_norm",
+    "iter",
+    "iter_time",
+    "learning_rate",
+    "loss",
+    "step",
+    "tokens",
+    "tokens_per_s",
+    "total_tokens",
+    "val_loss",
+    "val_ppl",
+];
+const PROMPTS: [&str; 3] = ["Describe a fox.", "What does a driver do?", "Where does a monkey live?"];
+
+fn adapter_bytes(cwd: &Path, out: &str) -> Vec<u8> {
+    fs::read(cwd.join(out).join("final/adapter_model.safetensors")).unwrap()
+}
+
+fn adapter(cwd: &Path, out: &str) -> BTreeMap<String, Stored> {
+    tensors(&cwd.join(out).join("final/adapter_model.safetensors"))
+}
+
+/// ‖a - b‖ / ‖a‖ over all B matrices, which begin at 0 and so hold nothing but what was learned.
+fn learned_difference(a: &BTreeMap<String, Stored>, b: &BTreeMap<String, Stored>) -> f64 {
+    assert!(a.keys().eq(b.keys()));
+    let (mut difference, mut norm) = (0.0, 0.0);
+    for (name, stored) in a.iter().filter(|(name, _)| name.contains("lora_B")) {
+        for (a, b) in floats(stored).into_iter().zip(floats(&b[name])) {
+            difference += f64::from(a - b).powi(2);
+            norm += f64::from(a).powi(2);
+        }
+    }
+    assert!(norm > 0.0, "nothing was learned");
+    (difference / norm).sqrt()
+}
+
+/// `n` rows of the quickstart's dataset, from `skip` on.
+fn rows(skip: usize, n: usize) -> Vec<Value> {
+    let all: Vec<Value> = serde_json::from_str(&fs::read_to_string(dataset()).unwrap()).unwrap();
+    all.into_iter().skip(skip).take(n).collect()
+}
+
+fn write_json(path: &Path, rows: &[Value]) {
+    fs::write(path, Value::from(rows.to_vec()).to_string()).unwrap();
+}
+
+fn write_lines(path: &Path, rows: &[Value]) {
+    fs::write(path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+}
+
+#[test]
+fn final_has_the_documented_files_and_the_loss_falls() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = content(&tiny());
+    let ran = finetune(dir.path(), &tiny(), "--train.max_steps 12 --eval.interval 6").ok();
+    assert_eq!(ran.stdout, "", "progress is no result");
+    assert_eq!(content(&tiny()), base, "the base model changed");
+    let out = dir.path().join("out");
+    assert_eq!(names(&out), ["final", "metrics.csv"]);
+    assert_eq!(names(&out.join("final")), ADAPTER_FILES);
+
+    assert!(metrics(&out).iter().all(|row| row.keys().eq(&COLUMNS)));
+    assert_eq!(column(&out, "total_tokens").last(), Some(&column(&out, "tokens").iter().sum::<f64>()));
+    assert!(column(&out, "learning_rate").iter().all(|rate| *rate > 0.0), "a step at learning rate 0");
+    let steps: Vec<f64> = metrics(&out).iter().filter(|r| !r["loss"].is_empty()).map(|r| r["step"].parse().unwrap()).collect();
+    assert_eq!(steps, (1..=12).map(f64::from).collect::<Vec<_>>());
+    let losses = column(&out, "loss");
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&losses[9..]) < 0.8 * mean(&losses[..3]), "{losses:?}");
+    let val = column(&out, "val_loss");
+    assert!(val.len() == 2 && val[1] < val[0], "{val:?}");
+}
+
+#[test]
+fn the_adapter_is_pefts() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--lora_r 4 --lora_alpha 24 --lora_mlp false --train.max_steps 1").ok();
+    let text = fs::read_to_string(dir.path().join("out/final/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["peft_type"], "LORA");
+    assert_eq!(config["task_type"], "CAUSAL_LM");
+    assert_eq!((&config["r"], config["lora_alpha"].as_f64()), (&json!(4), Some(24.0)));
+    assert_eq!(config["target_modules"], json!(["k_proj", "o_proj", "q_proj", "v_proj"]));
+    let tensors = adapter(dir.path(), "out");
+    assert_eq!(tensors.len(), 4 * 4 * 2, "layers x modules x (A, B)");
+    let shape = |module: &str| {
+        let (dtype, shape, _) = &tensors[&format!("base_model.model.model.layers.3.self_attn.{module}.weight")];
+        assert_eq!(*dtype, Dtype::F32);
+        shape.clone()
+    };
+    assert_eq!((shape("k_proj.lora_A"), shape("k_proj.lora_B")), (vec![4, 192], vec![64, 4]));
+    assert_eq!((shape("q_proj.lora_A"), shape("q_proj.lora_B")), (vec![4, 192], vec![192, 4]));
+}
+
+#[test]
+fn the_seed_decides_every_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    for (out, seed) in [("a", 1), ("b", 1), ("c", 2)] {
+        finetune(dir.path(), &tiny(), &format!("--seed {seed} --lora_dropout 0.1 --out_dir {out}")).ok();
+    }
+    assert_eq!(adapter_bytes(dir.path(), "a"), adapter_bytes(dir.path(), "b"));
+    assert_ne!(adapter_bytes(dir.path(), "a"), adapter_bytes(dir.path(), "c"));
+}
+
+#[test]
+fn the_recorded_settings_repeat_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--add_bos off --data.prompt_style default --train.max_norm 0.5 --out_dir a").ok();
+    litgpt(dir.path(), ["finetune", "lora", "--config", "a/final/hyperparameters.yaml", "--out_dir", "b"]).ok();
+    assert_eq!(adapter_bytes(dir.path(), "a"), adapter_bytes(dir.path(), "b"));
+}
+
+#[test]
+fn the_loss_does_not_depend_on_the_micro_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    // A large eps keeps Adam from blowing rounding noise of near-zero gradients up to whole steps.
+    let same = "--lora_dropout 0 --optimizer.eps 0.01";
+    for micro in [1, 2, 4] {
+        finetune(dir.path(), &tiny(), &format!("{same} --train.micro_batch_size {micro} --out_dir {micro}")).ok();
+    }
+    let losses = |micro: &str| column(&dir.path().join(micro), "loss");
+    for micro in ["2", "4"] {
+        for (a, b) in losses("1").iter().zip(losses(micro)) {
+            assert!((a - b).abs() < 1e-4, "micro batch {micro}: {a} and {b}");
+        }
+        let difference = learned_difference(&adapter(dir.path(), "1"), &adapter(dir.path(), micro));
+        assert!(difference < 1e-3, "micro batch {micro}: adapters differ by {difference}");
+    }
+}
+
+#[test]
+fn activation_checkpointing_changes_no_number() {
+    let dir = tempfile::tempdir().unwrap();
+    for how in ["on", "off"] {
+        finetune(dir.path(), &tiny(), &format!("--train.activation_checkpointing {how} --out_dir {how}")).ok();
+    }
+    let losses = |out: &str| column(&dir.path().join(out), "loss");
+    assert_eq!(losses("on"), losses("off"));
+    assert!(learned_difference(&adapter(dir.path(), "on"), &adapter(dir.path(), "off")) < 1e-6);
+}
+
+/// The quickstart's model with f32 weights, so that merging rounds nothing that could change an answer.
+fn tiny_f32(to: &Path) {
+    copy_tiny(to);
+    let widen = |stored: Stored| (Dtype::F32, stored.1.clone(), floats(&stored).iter().flat_map(|v| v.to_le_bytes()).collect());
+    let wide = tensors(&tiny().join("model.safetensors")).into_iter().map(|(name, stored)| (name, widen(stored)));
+    write_tensors(&to.join("model.safetensors"), &wide.collect());
+}
+
+#[test]
+fn merged_and_unmerged_give_the_same_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    tiny_f32(&base);
+    finetune(dir.path(), &base, "--train.max_steps 12").ok();
+    let ran = litgpt(dir.path(), ["merge_lora", "--checkpoint_dir", "out/final"]).ok();
+    assert_eq!(ran.stdout, "");
+    for prompt in PROMPTS {
+        let unmerged = greedy(dir.path(), "out/final", prompt);
+        assert_eq!(unmerged, greedy(dir.path(), "out/final/merged", prompt), "{prompt}");
+    }
+    assert_ne!(greedy(dir.path(), "out/final", PROMPTS[0]), greedy(dir.path(), "base", PROMPTS[0]));
+}
+
+/// `W + (alpha / r) B A`, computed here from the files, element by element.
+#[test]
+fn merging_adds_the_update_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--lora_r 4 --lora_alpha 12 --lora_key false").ok();
+    litgpt(dir.path(), ["merge_lora", "out/final", "--out_dir", "merged"]).ok();
+    let (lora, base) = (adapter(dir.path(), "out"), tensors(&tiny().join("model.safetensors")));
+    let merged = tensors(&dir.path().join("merged/model.safetensors"));
+    assert!(base.keys().eq(merged.keys()));
+    for (name, weight) in &base {
+        let module = format!("base_model.model.{}", name.trim_end_matches(".weight"));
+        let Some(a) = lora.get(&format!("{module}.lora_A.weight")) else {
+            assert!(merged[name] == *weight, "{name} has no adapter and changed");
+            continue;
+        };
+        let (columns, a, b) = (weight.1[1], floats(a), floats(&lora[&format!("{module}.lora_B.weight")]));
+        assert!(b.iter().any(|v| *v != 0.0), "{name}: nothing was learned");
+        assert_eq!(merged[name].0, Dtype::BF16);
+        for (i, (got, w)) in floats(&merged[name]).into_iter().zip(floats(weight)).enumerate() {
+            let (row, column) = (i / columns, i % columns);
+            let want = w + 3.0 * (0..4).map(|k| b[row * 4 + k] * a[k * columns + column]).sum::<f32>();
+            assert!((got - want).abs() <= want.abs() / 256.0 + 1e-6, "{name}[{row}, {column}]: {got}, expected {want}");
+        }
+    }
+}
+
+#[test]
+fn merging_twice_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "").ok();
+    litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
+    let merged = content(&dir.path().join("out/final/merged"));
+    litgpt(dir.path(), ["merge_lora", "out/final"]).refused(1, &["out/final/merged"]);
+    litgpt(dir.path(), ["merge_lora", "out/final/merged"]).refused(1, &["nothing to merge"]);
+    litgpt(dir.path(), ["merge_lora", tiny().to_str().unwrap()]).refused(1, &["nothing to merge"]);
+    assert_eq!(content(&dir.path().join("out/final/merged")), merged);
+}
+
+#[test]
+fn merging_into_another_base_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    copy_tiny(&base);
+    finetune(dir.path(), &base, "").ok();
+    let weights = base.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    litgpt(dir.path(), ["merge_lora", "out/final"]).refused(1, &["not what the adapter was trained on", "changed"]);
+    assert_eq!(names(&dir.path().join("out/final")), ADAPTER_FILES);
+    // The right one under another name is fine: its content counts.
+    let right = tiny();
+    litgpt(dir.path(), ["merge_lora", "out/final", "--pretrained_checkpoint_dir", right.to_str().unwrap()]).ok();
+}
+
+#[test]
+fn a_lost_base_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    copy_tiny(&base);
+    finetune(dir.path(), &base, "--train.max_steps 1").ok();
+    fs::remove_dir_all(&base).unwrap();
+    for command in ["generate", "merge_lora"] {
+        litgpt(dir.path(), [command, "out/final"]).refused(1, &["base model", "base"]);
+    }
+}
+
+#[test]
+fn saved_steps_are_adapters() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--train.save_interval 2 --train.max_steps 5").ok();
+    let out = dir.path().join("out");
+    assert_eq!(names(&out), ["final", "metrics.csv", "step-000002", "step-000004"]);
+    for step in ["step-000002", "step-000004"] {
+        assert_eq!(names(&out.join(step)), ADAPTER_FILES);
+        assert!(!greedy(dir.path(), &format!("out/{step}"), "Describe a fox.").trim().is_empty());
+    }
+    let bytes = |name: &str| fs::read(out.join(name).join("adapter_model.safetensors")).unwrap();
+    assert!(bytes("step-000002") != bytes("step-000004") && bytes("step-000004") != bytes("final"));
+}
+
+#[test]
+fn masked_prompts_do_not_count() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--train.max_steps 1 --out_dir all").ok();
+    finetune(dir.path(), &tiny(), "--train.max_steps 1 --data.mask_prompt true --out_dir masked").ok();
+    let of = |out: &str, name: &str| column(&dir.path().join(out), name);
+    assert_eq!(of("all", "tokens"), of("masked", "tokens"));
+    assert!((of("all", "loss")[0] - of("masked", "loss")[0]).abs() > 0.05);
+    let text = fs::read_to_string(dir.path().join("masked/final/hyperparameters.yaml")).unwrap();
+    assert!(text.contains("mask_prompt: true"), "{text}");
+}
+
+#[test]
+fn json_lines_and_folders_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, all) = (dir.path(), rows(0, 20));
+    write_json(&path.join("d.json"), &all);
+    write_lines(&path.join("d.jsonl"), &all);
+    fs::create_dir(path.join("d")).unwrap();
+    write_json(&path.join("d/train.json"), &all[..16]);
+    write_lines(&path.join("d/val.jsonl"), &all[16..]);
+    let same = "--train.max_steps 2 --train.lr_warmup_steps 0";
+    for (out, data) in [("list", "d.json"), ("lines", "d.jsonl")] {
+        let more = format!("{same} --data.json_path {data} --data.val_split_fraction 0.2 --out_dir {out}");
+        finetune(path, &tiny(), &more).ok();
+    }
+    assert_eq!(adapter_bytes(path, "list"), adapter_bytes(path, "lines"));
+    let ran = finetune(path, &tiny(), &format!("{same} --data.json_path d --out_dir folder")).ok();
+    assert!(ran.stderr.contains("16 samples") && ran.stderr.contains("4 samples"), "{}", ran.stderr);
+    // The file alone says that it is JSON.
+    let more = format!("{same} --data d.jsonl --data.json_path d.jsonl --data.val_split_fraction 0.2 --out_dir short");
+    finetune(path, &tiny(), &more).ok();
+    assert_eq!(adapter_bytes(path, "lines"), adapter_bytes(path, "short"));
+}
+
+#[test]
+fn max_norm_clips() {
+    let dir = tempfile::tempdir().unwrap();
+    for (out, more) in [("none", ""), ("loose", "--train.max_norm 1000"), ("tight", "--train.max_norm 1e-6")] {
+        finetune(dir.path(), &tiny(), &format!("{more} --out_dir {out}")).ok();
+    }
+    let norms = column(&dir.path().join("none"), "grad_norm");
+    assert!(norms.iter().all(|norm| *norm > 1e-3 && *norm < 1000.0), "{norms:?}");
+    assert_eq!(adapter_bytes(dir.path(), "none"), adapter_bytes(dir.path(), "loose"));
+    assert_ne!(adapter_bytes(dir.path(), "none"), adapter_bytes(dir.path(), "tight"));
+    // The metric is the norm before clipping.
+    let tight = column(&dir.path().join("tight"), "grad_norm");
+    assert!((tight[0] - norms[0]).abs() < 1e-6 * norms[0], "{tight:?}");
+}
+
+/// A folder dataset of `n` training rows and 2 validation rows, as `data` in `dir`.
+fn folder_data(dir: &Path, n: usize) {
+    fs::create_dir(dir.join("data")).unwrap();
+    write_json(&dir.join("data/train.json"), &rows(0, n));
+    write_json(&dir.join("data/val.json"), &rows(n, 2));
+}
+
+#[test]
+fn epochs_pass_over_the_data() {
+    let dir = tempfile::tempdir().unwrap();
+    folder_data(dir.path(), 8);
+    let more = "--data.json_path data --train.max_steps null --train.epochs 2 --train.global_batch_size 4";
+    finetune(dir.path(), &tiny(), more).ok();
+    let out = dir.path().join("out");
+    assert_eq!(column(&out, "epoch"), [1.0, 1.0, 2.0, 2.0]);
+    let tokens = column(&out, "tokens");
+    assert_eq!(tokens[0] + tokens[1], tokens[2] + tokens[3], "every epoch has the same samples");
+}
+
+#[test]
+fn the_last_partial_window_is_stepped() {
+    let dir = tempfile::tempdir().unwrap();
+    folder_data(dir.path(), 7);
+    let more = "--data.json_path data --train.max_steps null --train.epochs 1 --train.micro_batch_size 1";
+    finetune(dir.path(), &tiny(), &format!("{more} --train.global_batch_size 4 --out_dir two")).ok();
+    assert_eq!(column(&dir.path().join("two"), "iter")[..2], [4.0, 7.0]);
+    // Fewer rows than a step asks for, where LitGPT takes no step at all.
+    finetune(dir.path(), &tiny(), &format!("{more} --train.global_batch_size 16 --out_dir one")).ok();
+    assert_eq!(column(&dir.path().join("one"), "loss").len(), 1);
+    let learned = |out: &str| {
+        adapter(dir.path(), out).iter().any(|(name, b)| name.contains("lora_B") && floats(b).iter().any(|v| *v != 0.0))
+    };
+    assert!(learned("two") && learned("one"));
+}
+
+#[test]
+fn half_precision_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    for precision in ["32-true", "bf16-true", "16-true"] {
+        finetune(dir.path(), &tiny(), &format!("--lora_dropout 0 --precision {precision} --out_dir {precision}")).ok();
+        let args = ["generate", &format!("{precision}/final"), "--precision", precision, "--max_new_tokens", "4"];
+        litgpt(dir.path(), args).ok();
+    }
+    let losses = |out: &str| column(&dir.path().join(out), "loss");
+    for precision in ["bf16-true", "16-true"] {
+        for (half, full) in losses(precision).iter().zip(losses("32-true")) {
+            assert!((half - full).abs() < 0.05, "{precision}: {half}, in f32 {full}");
+        }
+        assert!(adapter(dir.path(), precision).values().all(|(dtype, ..)| *dtype == Dtype::F32));
+    }
+}
+
+#[test]
+fn a_diverging_run_fails_and_leaves_no_final() {
+    let dir = tempfile::tempdir().unwrap();
+    let ran: Ran = finetune(dir.path(), &tiny(), "--lr 1e30 --train.lr_warmup_steps 0 --train.max_steps 4");
+    ran.refused(1, &["the loss is", "--lr"]);
+    assert!(!dir.path().join("out/final").exists());
+}
+
+/// The first command of README.md, cut to a few steps.
+#[test]
+fn the_quickstart_runs() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let line = readme.lines().find(|line| line.contains("finetune lora")).unwrap();
+    let (train, ask) = line.split_once(" && ").unwrap();
+    let words = |command: &str| -> Vec<String> {
+        let command = command.strip_prefix("cargo run --release -- ").unwrap();
+        let (plain, quoted) = command.split_once('"').unwrap_or((command, ""));
+        let quoted = quoted.trim_end_matches('"').to_owned();
+        plain.split_whitespace().map(str::to_owned).chain((!quoted.is_empty()).then_some(quoted)).collect()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    copy_tiny(&dir.path().join("data/tiny"));
+    fs::copy(dataset(), dir.path().join("data/instructions_tiny.json")).unwrap();
+    let short = ["--train.max_steps", "4", "--train.micro_batch_size", "4"].map(str::to_owned);
+    litgpt(dir.path(), words(train).into_iter().chain(short)).ok();
+    assert!(!litgpt(dir.path(), words(ask)).ok().stdout.trim().is_empty());
+}
