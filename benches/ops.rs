@@ -58,9 +58,14 @@ fn main() {
         }
         let (gflops, gbs) = (flops / seconds / 1e9, bytes / seconds / 1e9);
         let share = gflops / ceiling;
-        println!("{{\"op\": \"{op}\", \"us\": {:.0}, \"gflops\": {gflops:.1}, \"gbs\": {gbs:.2}, \"share\": {share:.2}}}", seconds * 1e6);
+        println!(
+            "{{\"op\": \"{op}\", \"us\": {:.0}, \"gflops\": {gflops:.1}, \"gbs\": {gbs:.2}, \"share\": {share:.2}}}",
+            seconds * 1e6
+        );
     };
-    for (name, out, inn) in [("qkv", 960, 576), ("o", 576, 576), ("gate_up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)] {
+    for (name, out, inn) in
+        [("qkv", 960, 576), ("o", 576, 576), ("gate_up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)]
+    {
         products(name, out, inn, &report);
     }
     elementwise(&report);
@@ -97,13 +102,14 @@ fn elementwise(report: &dyn Fn(&str, f64, f64, f64)) {
     let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
     let mut d = gate_up.clone();
     report("glu backward", time(|| glu::gated_backward(Activation::Silu, &dh, &mut d)), 0.0, (20 * T * 1536) as f64);
-    let attention = Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
+    let attention =
+        Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
     let qkv = Matrix::from_slice(T, 960, &values(T * 960));
     let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
     let spans = [Span { q: 0..T, k: 0..T }];
     let (o, saved) = attention.forward(q, k, v, &spans);
     let flops = 2.0 * (T * T * 576) as f64;
     report("attention forward", time(|| drop(attention.forward(q, k, v, &spans))), flops, 0.0);
-    let backward = time(|| drop(attention.backward(q, k, v, &o, &o, &saved, &spans)));
+    let backward = time(|| drop(attention.backward([q, k, v], &o, &o, &saved, &spans)));
     report("attention backward", backward, 2.5 * flops, 0.0);
 }

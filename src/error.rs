@@ -122,7 +122,9 @@ impl Error {
 fn io_hint(source: &std::io::Error) -> Option<&'static str> {
     use std::io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, StorageFull};
     match source.kind() {
-        StorageFull => Some("free some space on that disk or choose another folder with --out_dir; nothing was half written"),
+        StorageFull => {
+            Some("free some space on that disk or choose another folder with --out_dir; nothing was half written")
+        }
         PermissionDenied | ReadOnlyFilesystem => Some("choose a folder that you may write to"),
         NotFound => Some("check the path"),
         NotADirectory => Some("a part of that path is a file, not a folder"),

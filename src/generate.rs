@@ -85,7 +85,11 @@ pub fn room(prompt: usize, max_new_tokens: usize, context: usize) -> Result<usiz
 ///
 /// # Errors
 /// When the prompt does not fit the context, drawing fails, or `yield_token` does.
-pub fn tokens(gpt: &Gpt, request: &Request<'_>, mut yield_token: impl FnMut(u32) -> anyhow::Result<bool>) -> anyhow::Result<Figures> {
+pub fn tokens(
+    gpt: &Gpt,
+    request: &Request<'_>,
+    mut yield_token: impl FnMut(u32) -> anyhow::Result<bool>,
+) -> anyhow::Result<Figures> {
     let room = room(request.prompt.len(), request.max_new_tokens, gpt.prepared())?;
     let mut processor = request.draw.processor();
     let mut cache = gpt.cache();

@@ -93,7 +93,8 @@ fn final_has_the_documented_files_and_the_loss_falls() {
     assert!(metrics(&out).iter().all(|row| row.keys().eq(&COLUMNS)));
     assert_eq!(column(&out, "total_tokens").last(), Some(&column(&out, "tokens").iter().sum::<f64>()));
     assert!(column(&out, "learning_rate").iter().all(|rate| *rate > 0.0), "a step at learning rate 0");
-    let steps: Vec<f64> = metrics(&out).iter().filter(|r| !r["loss"].is_empty()).map(|r| r["step"].parse().unwrap()).collect();
+    let steps: Vec<f64> =
+        metrics(&out).iter().filter(|r| !r["loss"].is_empty()).map(|r| r["step"].parse().unwrap()).collect();
     assert_eq!(steps, (1..=12).map(f64::from).collect::<Vec<_>>());
     let losses = column(&out, "loss");
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
@@ -173,7 +174,8 @@ fn activation_checkpointing_changes_no_number() {
 /// The quickstart's model with f32 weights, so that merging rounds nothing that could change an answer.
 fn tiny_f32(to: &Path) {
     copy_tiny(to);
-    let widen = |stored: Stored| (Dtype::F32, stored.1.clone(), floats(&stored).iter().flat_map(|v| v.to_le_bytes()).collect());
+    let widen =
+        |stored: Stored| (Dtype::F32, stored.1.clone(), floats(&stored).iter().flat_map(|v| v.to_le_bytes()).collect());
     let wide = tensors(&tiny().join("model.safetensors")).into_iter().map(|(name, stored)| (name, widen(stored)));
     write_tensors(&to.join("model.safetensors"), &wide.collect());
 }

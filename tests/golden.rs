@@ -211,7 +211,8 @@ fn check_merge(dir: &Path, checkpoint: &Checkpoint, gpt: &Gpt, rows: &[Vec<i32>]
     let staging = Staging::new(&merged).unwrap();
     merge::merge(checkpoint, gpt, &staging, &mut |_| ()).unwrap();
     staging.commit().unwrap();
-    let (got, want) = (Fixture::read(&merged.join("model.safetensors")), Fixture::read(&dir.join("merged.safetensors")));
+    let (got, want) =
+        (Fixture::read(&merged.join("model.safetensors")), Fixture::read(&dir.join("merged.safetensors")));
     for (name, (shape, values)) in &want.0 {
         let Some((got_shape, got)) = got.0.get(name) else {
             assert!(checkpoint.config.tie_embeddings && name.ends_with("lm_head.weight"), "merged lacks {name}");
@@ -264,7 +265,8 @@ fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &
     for (name, range) in tensors(gpt) {
         let change = |i: usize| want[i] - init[i];
         let error = |i: usize| gpt.parameters[i] - want[i];
-        let rms = |f: &dyn Fn(usize) -> f32| (range.clone().map(|i| f(i).powi(2)).sum::<f32>() / range.len() as f32).sqrt();
+        let rms =
+            |f: &dyn Fn(usize) -> f32| (range.clone().map(|i| f(i).powi(2)).sum::<f32>() / range.len() as f32).sqrt();
         let most = |f: &dyn Fn(usize) -> f32| range.clone().map(|i| f(i).abs()).fold(0.0, f32::max);
         assert!(rms(&error) <= 1e-4 * rms(&change), "{name}: rms {:e} of {:e}", rms(&error), rms(&change));
         assert!(most(&error) <= 3e-4 * most(&change), "{name}: largest {:e} of {:e}", most(&error), most(&change));
@@ -275,9 +277,7 @@ fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &
 fn tensors(gpt: &Gpt) -> Vec<(String, std::ops::Range<usize>)> {
     let parts = gpt.linears().flat_map(|l| &l.parts);
     let named = parts.filter_map(|p| Some((format!("base_model.model.{}", p.name), p.lora.clone()?)));
-    named
-        .flat_map(|(n, l)| [(format!("{n}.lora_A.weight"), l.a), (format!("{n}.lora_B.weight"), l.b)])
-        .collect()
+    named.flat_map(|(n, l)| [(format!("{n}.lora_A.weight"), l.a), (format!("{n}.lora_B.weight"), l.b)]).collect()
 }
 
 fn check_gradients(checkpoint: &Checkpoint, gpt: &Gpt, grads: &[f32], fixture: &Fixture) {

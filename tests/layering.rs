@@ -138,7 +138,8 @@ fn no_room_names_one_above_it() {
 #[test]
 fn rooms_are_named_through_crate() {
     for source in sources() {
-        let top = source.path.matches('/').count() == 1 || source.path.matches('/').count() == 2 && source.path.ends_with("/mod.rs");
+        let top = source.path.matches('/').count() == 1
+            || source.path.matches('/').count() == 2 && source.path.ends_with("/mod.rs");
         let around = source.lines.iter().find(|line| top && line.starts_with("use super::"));
         assert!(around.is_none(), "{}: {around:?}", source.path);
     }

@@ -56,7 +56,10 @@ impl Ran {
         assert!(errors.len() == 1 && hints.len() <= 1, "{self:#?}");
         assert!(!self.stderr.contains("panicked") && !self.stderr.contains("RUST_BACKTRACE"), "{self:#?}");
         for part in parts {
-            assert!(errors[0].contains(part) || hints.iter().any(|hint| hint.contains(part)), "no {part:?} in {self:#?}");
+            assert!(
+                errors[0].contains(part) || hints.iter().any(|hint| hint.contains(part)),
+                "no {part:?} in {self:#?}"
+            );
         }
         // The system's text once, not once for each level of the error.
         assert!(errors[0].matches("(os error").count() <= 1, "{self:#?}");
@@ -115,9 +118,9 @@ pub fn tensors(path: &Path) -> BTreeMap<String, Stored> {
 
 /// Writes a safetensors file.
 pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Stored>) {
-    let views = tensors.iter().map(|(name, (dtype, shape, data))| {
-        (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap())
-    });
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, data))| (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 

@@ -33,6 +33,14 @@ struct Module {
     alpha: f64,
 }
 
+/// A part of a fused module.
+struct Member<'a> {
+    part: &'a Part,
+    inputs: usize,
+    /// Its rows of the file's tensor; `None` for all.
+    rows: Option<Vec<Range<usize>>>,
+}
+
 /// Rows of the file's tensor that a part is, and the file's module.
 fn place(family: &Family, gpt: &Gpt, part: &str) -> (String, Option<Vec<Range<usize>>>) {
     let Piece { tensor, rows } = (family.locate)(&gpt.config, &format!("{part}.weight")).swap_remove(0);
@@ -41,25 +49,26 @@ fn place(family: &Family, gpt: &Gpt, part: &str) -> (String, Option<Vec<Range<us
 
 /// The modules of the file that have adapters.
 fn modules(family: &Family, gpt: &Gpt) -> BTreeMap<String, Module> {
-    let mut groups: BTreeMap<String, Vec<(&Part, usize, Option<Vec<Range<usize>>>)>> = BTreeMap::new();
+    let mut groups: BTreeMap<String, Vec<Member<'_>>> = BTreeMap::new();
     let mut file_rows: HashMap<String, usize> = HashMap::new();
     for linear in gpt.linears() {
         for part in &linear.parts {
             let (module, rows) = place(family, gpt, &part.name);
             *file_rows.entry(module.clone()).or_default() += part.rows.len();
             if part.lora.is_some() {
-                groups.entry(module).or_default().push((part, linear.inputs(), rows));
+                let member = Member { part, inputs: linear.inputs(), rows };
+                groups.entry(module).or_default().push(member);
             }
         }
     }
     groups.into_iter().map(|(module, parts)| (module.clone(), fuse(gpt, &parts, file_rows[&module]))).collect()
 }
 
-fn fuse(gpt: &Gpt, parts: &[(&Part, usize, Option<Vec<Range<usize>>>)], file_rows: usize) -> Module {
-    let r: usize = parts.iter().filter_map(|p| p.0.lora.as_ref()).map(|l| l.config.r).sum();
-    let mut module = Module { a: Vec::new(), b: vec![0.0; file_rows * r], r, inputs: parts[0].1, alpha: 0.0 };
+fn fuse(gpt: &Gpt, members: &[Member<'_>], file_rows: usize) -> Module {
+    let r: usize = members.iter().filter_map(|m| m.part.lora.as_ref()).map(|l| l.config.r).sum();
+    let mut module = Module { a: Vec::new(), b: vec![0.0; file_rows * r], r, inputs: members[0].inputs, alpha: 0.0 };
     let mut rank = 0;
-    for (part, _, rows) in parts {
+    for Member { part, rows, .. } in members {
         let Some(lora) = &part.lora else { continue };
         module.a.extend_from_slice(&gpt.parameters[lora.a.clone()]);
         let all = 0..file_rows;
@@ -108,7 +117,8 @@ pub fn save(staging: &Staging, family: &Family, gpt: &Gpt, base: &str) -> Result
     let mut contents: Vec<&[f32]> = Vec::new();
     for (name, module) in &modules {
         let outputs = module.b.len() / module.r;
-        let shapes = [("lora_A", vec![module.r, module.inputs], &module.a), ("lora_B", vec![outputs, module.r], &module.b)];
+        let shapes =
+            [("lora_A", vec![module.r, module.inputs], &module.a), ("lora_B", vec![outputs, module.r], &module.b)];
         for (side, shape, values) in shapes {
             infos.push(TensorInfo { name: format!("{PREFIX}{name}.{side}.weight"), dtype: Dtype::F32, shape });
             contents.push(values);
@@ -129,10 +139,14 @@ impl PeftConfig {
     fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let again = "save the adapter again, or choose another one";
-        let json: Value = serde_json::from_str(&text).map_err(|e| Error::invalid(path, format!("not JSON: {e}"), again))?;
+        let json: Value =
+            serde_json::from_str(&text).map_err(|e| Error::invalid(path, format!("not JSON: {e}"), again))?;
         if json.get("peft_type").and_then(Value::as_str) != Some("LORA") {
             let found = json.get("peft_type").unwrap_or(&Value::Null);
-            return Err(Error::unsupported(format!("`peft_type` {found} (`{}`)", path.display()), "only LORA adapters are read"));
+            return Err(Error::unsupported(
+                format!("`peft_type` {found} (`{}`)", path.display()),
+                "only LORA adapters are read",
+            ));
         }
         Self::refuse(path, &json)?;
         let number = |key: &str, default: Option<f64>| {
@@ -166,9 +180,21 @@ impl PeftConfig {
             _ => false,
         };
         let keys = [
-            "use_dora", "modules_to_save", "bias", "fan_in_fan_out", "layer_replication", "lora_bias", "use_qalora",
-            "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora", "kasa_config",
-            "arrow_config", "monteclora_config", "velora_config",
+            "use_dora",
+            "modules_to_save",
+            "bias",
+            "fan_in_fan_out",
+            "layer_replication",
+            "lora_bias",
+            "use_qalora",
+            "trainable_token_indices",
+            "target_parameters",
+            "alora_invocation_tokens",
+            "use_bdlora",
+            "kasa_config",
+            "arrow_config",
+            "monteclora_config",
+            "velora_config",
         ];
         for key in keys {
             if let Some(value) = json.get(key).filter(|v| !neutral(key, v)) {
@@ -196,7 +222,12 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
         let hint = "an adapter folder holds adapter_config.json and adapter_model.safetensors".to_owned();
         return Err(Error::Missing { what: "adapter tensors".to_owned(), path, hint });
     }
-    let shards = Shards::of(vec![path.clone()])?;
+    let shards = Shards::of(vec![path]).map_err(|e| match e {
+        Error::Invalid { path, problem, .. } => {
+            Error::invalid(&path, problem, "copy the adapter again from where it was saved")
+        }
+        other => other,
+    })?;
     let mut problems = Vec::new();
     let mut found: HashMap<String, [Option<String>; 2]> = HashMap::new();
     for name in shards.names() {
@@ -228,7 +259,11 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
         problems.sort_unstable();
         problems.truncate(8);
         let what = format!("the adapter `{}` does not fit the model", dir.display());
-        return Err(Error::Mismatch { what, problems, hint: "use it with the base model it was trained on".to_owned() });
+        return Err(Error::Mismatch {
+            what,
+            problems,
+            hint: "use it with the base model it was trained on".to_owned(),
+        });
     }
     gpt.attach(|name| parts.get(name).map(|p| p.1));
     copy_parameters(gpt, family, &shards, &found)
@@ -238,9 +273,10 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
 fn module_of(name: &str) -> Option<(String, usize)> {
     let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
     let name = name.strip_suffix(".default").unwrap_or(name);
-    ["lora_A", "lora_B"].iter().enumerate().find_map(|(side, end)| {
-        Some((name.strip_suffix(end)?.strip_suffix('.')?.to_owned(), side))
-    })
+    ["lora_A", "lora_B"]
+        .iter()
+        .enumerate()
+        .find_map(|(side, end)| Some((name.strip_suffix(end)?.strip_suffix('.')?.to_owned(), side)))
 }
 
 /// The rank of a module's matrices, if they fit a part.
@@ -260,12 +296,20 @@ fn fits(
         Some(rows) => b.shape.len() == 2 && b.shape[1] == r && rows.iter().all(|range| range.end <= b.shape[0]),
     };
     if r == 0 || a.shape != [r, inputs] || !b_fits {
-        return Err(format!("`{module}` has A {:?} and B {:?} for a module of {inputs} inputs and {outputs} outputs", a.shape, b.shape));
+        return Err(format!(
+            "`{module}` has A {:?} and B {:?} for a module of {inputs} inputs and {outputs} outputs",
+            a.shape, b.shape
+        ));
     }
     Ok(r)
 }
 
-fn copy_parameters(gpt: &mut Gpt, family: &Family, shards: &Shards, found: &HashMap<String, [Option<String>; 2]>) -> Result<()> {
+fn copy_parameters(
+    gpt: &mut Gpt,
+    family: &Family,
+    shards: &Shards,
+    found: &HashMap<String, [Option<String>; 2]>,
+) -> Result<()> {
     let mut parameters = std::mem::take(&mut gpt.parameters);
     for part in gpt.linears().flat_map(|l| &l.parts) {
         let Some(lora) = &part.lora else { continue };

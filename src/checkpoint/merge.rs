@@ -85,7 +85,10 @@ pub fn require_adapter(dir: &Path) -> Result<()> {
         return Ok(());
     }
     if dir.join("config.json").is_file() {
-        let message = format!("`{}` is a whole model, with nothing to merge: it is a base model or was merged before", dir.display());
+        let message = format!(
+            "`{}` is a whole model, with nothing to merge: it is a base model or was merged before",
+            dir.display()
+        );
         return Err(Error::refused(message, "use it with `litgpt generate --checkpoint_dir` as it is"));
     }
     let hint = "give the folder that finetuning wrote, as out/lora/final".to_owned();

@@ -84,7 +84,8 @@ impl Checkpoint {
                 }
             }
             if elements != slot.rows * slot.cols && problems.is_empty() {
-                let shape = if slot.vector { format!("({})", slot.cols) } else { format!("({}, {})", slot.rows, slot.cols) };
+                let shape =
+                    if slot.vector { format!("({})", slot.cols) } else { format!("({}, {})", slot.rows, slot.cols) };
                 let names: Vec<&str> = pieces.iter().map(|p| p.tensor.as_str()).collect();
                 problems.push(format!("tensor `{}` does not give {shape}, as config.json wants", names.join("`, `")));
             }
@@ -111,7 +112,8 @@ impl Checkpoint {
 
     /// Elements that a piece gives, if its tensor has the shape for it.
     fn piece_elements(&self, piece: &Piece, raw: &Raw<'_>, slot: &Slot) -> std::result::Result<usize, String> {
-        let wrong = || format!("tensor `{}` has the shape {:?}, which config.json does not give", piece.tensor, raw.shape);
+        let wrong =
+            || format!("tensor `{}` has the shape {:?}, which config.json does not give", piece.tensor, raw.shape);
         let dims = if slot.vector { 1 } else { 2 };
         if raw.shape.len() != dims || (!slot.vector && raw.shape[1] != slot.cols) {
             return Err(wrong());
@@ -119,9 +121,7 @@ impl Checkpoint {
         let width = if slot.vector { 1 } else { slot.cols };
         match &piece.rows {
             None => Ok(raw.shape[0] * width),
-            Some(rows) if rows.iter().all(|r| r.end <= raw.shape[0]) => {
-                Ok(rows.iter().map(|r| r.len() * width).sum())
-            }
+            Some(rows) if rows.iter().all(|r| r.end <= raw.shape[0]) => Ok(rows.iter().map(|r| r.len() * width).sum()),
             Some(_) => Err(wrong()),
         }
     }

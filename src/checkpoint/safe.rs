@@ -125,7 +125,11 @@ impl Shards {
             indexed(dir, &index)?
         } else {
             let hint = "`litgpt download REPO` fetches safetensors; other formats are not read yet".to_owned();
-            return Err(Error::Missing { what: "weights (model.safetensors or its index)".to_owned(), path: single, hint });
+            return Err(Error::Missing {
+                what: "weights (model.safetensors or its index)".to_owned(),
+                path: single,
+                hint,
+            });
         };
         Self::of(paths)
     }
@@ -159,13 +163,18 @@ impl Shards {
                 }
                 other => {
                     let what = format!("dtype {other:?} of tensor `{name}` (`{}`)", path.display());
-                    return Err(Error::unsupported(what, "F32, BF16 and F16 weights are read; choose another checkpoint"));
+                    return Err(Error::unsupported(
+                        what,
+                        "F32, BF16 and F16 weights are read; choose another checkpoint",
+                    ));
                 }
             };
             let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
             let elements = info.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
             if bytes.end > mmap.len() || elements.and_then(|n| n.checked_mul(dtype.size())) != Some(bytes.len()) {
-                return Err(broken(format!("tensor `{name}` reaches beyond the file or has another size than its shape")));
+                return Err(broken(format!(
+                    "tensor `{name}` reaches beyond the file or has another size than its shape"
+                )));
             }
             let entry = Entry { file: self.files.len(), dtype, shape: info.shape.clone(), bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
@@ -198,7 +207,11 @@ impl Shards {
             // SAFETY: the map is read-only and backed by its file, so dropped pages come back with the same content.
             // A refusal costs memory, nothing else.
             let _ = unsafe {
-                self.files[entry.file].1.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+                self.files[entry.file].1.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    range.start,
+                    range.len(),
+                )
             };
         }
     }

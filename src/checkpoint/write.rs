@@ -120,7 +120,11 @@ impl TensorInfo {
 ///
 /// # Errors
 /// When `content` fails or the disk is full.
-pub fn safetensors(path: &Path, tensors: &[TensorInfo], mut content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
+pub fn safetensors(
+    path: &Path,
+    tensors: &[TensorInfo],
+    mut content: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<()> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
     let mut at = 0;

@@ -25,7 +25,14 @@ pub fn run(args: &DownloadArgs, ui: &mut Ui) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Those of the Hub.
-pub fn repository(repo: &str, revision: Option<&str>, token: Option<String>, tokenizer_only: bool, into: &Path, ui: &mut Ui) -> Result<PathBuf> {
+pub fn repository(
+    repo: &str,
+    revision: Option<&str>,
+    token: Option<String>,
+    tokenizer_only: bool,
+    into: &Path,
+    ui: &mut Ui,
+) -> Result<PathBuf> {
     let request = Request { repo_id: repo, revision, into, tokenizer_only };
     let dir = Hub::from_env(token)?.download(&request, &mut Shown(ui));
     ui.end();

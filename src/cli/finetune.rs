@@ -39,9 +39,21 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let base_hash = checkpoint.content_hash()?;
     let mut gpt = weights(&checkpoint, store(settings.precision), ui)?;
     attach(&mut gpt, &settings);
-    ui.note(&format!("{} trainable of {} parameters", millions(gpt.parameters.len()), millions(gpt.config.parameters())));
+    ui.note(&format!(
+        "{} trainable of {} parameters",
+        millions(gpt.parameters.len()),
+        millions(gpt.config.parameters())
+    ));
     let metrics = Metrics::create(&out_dir)?;
-    let mut outside = Run { ui, metrics, settings: &settings, checkpoint: &checkpoint, tokenizer: &tokenizer, dataset: &dataset, base_hash };
+    let mut outside = Run {
+        ui,
+        metrics,
+        settings: &settings,
+        checkpoint: &checkpoint,
+        tokenizer: &tokenizer,
+        dataset: &dataset,
+        base_hash,
+    };
     let checkpointing = settings.train.activation_checkpointing == Switch::On;
     let mut job = Job { gpt: &mut gpt, train: &train, val: &val, settings: &settings, checkpointing };
     let summary = fit(&mut job, &mut outside)?;
@@ -60,10 +72,15 @@ fn fetched(settings: &FinetuneSettings, ui: &mut Ui) -> Result<PathBuf> {
     download::repository(&name, None, settings.access_token.clone(), false, Path::new("checkpoints"), ui)
 }
 
-/// An output folder that cannot be one is found out before the work.
+/// An output folder that cannot be one is found out before the work, and without making it.
 fn check_out_dir(out_dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(out_dir).map_err(Error::io("create", out_dir))?;
-    tempfile::tempfile_in(out_dir).map(drop).map_err(Error::io("write in", out_dir))
+    let existing = out_dir.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    if !existing.is_dir() {
+        let message = format!("--out_dir `{}`: `{}` is a file", out_dir.display(), existing.display());
+        return Err(Error::refused(message, "choose another --out_dir"));
+    }
+    let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
+    tempfile::tempfile_in(existing).map(drop).map_err(Error::io("write in", existing))
 }
 
 fn data_config(settings: &FinetuneSettings) -> DataConfig {
@@ -82,7 +99,13 @@ fn data_config(settings: &FinetuneSettings) -> DataConfig {
 }
 
 /// Training and validation samples, checked and reported on.
-fn encode(settings: &FinetuneSettings, checkpoint: &Checkpoint, tokenizer: &Tokenizer, dataset: &Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
+fn encode(
+    settings: &FinetuneSettings,
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    dataset: &Dataset,
+    ui: &mut Ui,
+) -> Result<(Vec<Sample>, Vec<Sample>)> {
     let context = checkpoint.config.block_size;
     let encoder = Encoder {
         tokenizer,
@@ -100,7 +123,12 @@ fn encode(settings: &FinetuneSettings, checkpoint: &Checkpoint, tokenizer: &Toke
         check_targets(&report, dataset)?;
         ui.note(&format!(
             "{what}: {} samples, {} tokens ({} learned), longest {}, mean {:.0}, {} cut at {}",
-            report.samples, report.tokens, report.target_tokens, report.longest, report.mean, report.truncated,
+            report.samples,
+            report.tokens,
+            report.target_tokens,
+            report.longest,
+            report.mean,
+            report.truncated,
             encoder.max_seq_length.unwrap_or(context)
         ));
     }
@@ -112,7 +140,8 @@ fn check_targets(report: &DataReport, dataset: &Dataset) -> Result<()> {
     let Some(first) = report.all_masked.first() else { return Ok(()) };
     let others = report.all_masked.len() - 1;
     let more = if others > 0 { format!(" and {others} more") } else { String::new() };
-    let message = format!("{}{more}: no token of the sample is learned, all its labels are masked", dataset.locate(*first));
+    let message =
+        format!("{}{more}: no token of the sample is learned, all its labels are masked", dataset.locate(*first));
     Err(Error::refused(message, "remove such rows, raise --train.max_seq_length, or set --data.mask_prompt false"))
 }
 
@@ -120,10 +149,17 @@ fn describe(settings: &FinetuneSettings, dataset: &Dataset, plan: &Plan, ui: &Ui
     let precision = settings.precision.unwrap_or(Precision::F32True);
     ui.note(&format!(
         "{} on the CPU, prompt style {}, {} steps of {} x {} samples, lr {:e}",
-        precision, dataset.style.name(), plan.steps, plan.accumulate, settings.train.micro_batch_size, settings.optimizer.learning_rate
+        precision,
+        dataset.style.name(),
+        plan.steps,
+        plan.accumulate,
+        settings.train.micro_batch_size,
+        settings.optimizer.learning_rate
     ));
     if matches!(precision, Precision::Bf16Mixed | Precision::F16Mixed) {
-        ui.note(&format!("{precision} keeps f32 weights, and the CPU computes in f32 with them: use bf16-true to halve their memory"));
+        ui.note(&format!(
+            "{precision} keeps f32 weights, and the CPU computes in f32 with them: use bf16-true to halve their memory"
+        ));
     }
 }
 
@@ -148,7 +184,10 @@ fn millions(count: usize) -> String {
 
 fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
     let rate = summary.tokens as f64 / summary.seconds;
-    ui.note(&format!("done: {} steps, {} tokens in {:.1} s, {rate:.0} tokens/s", summary.steps, summary.tokens, summary.seconds));
+    ui.note(&format!(
+        "done: {} steps, {} tokens in {:.1} s, {rate:.0} tokens/s",
+        summary.steps, summary.tokens, summary.seconds
+    ));
     if let Some(bytes) = peak_memory() {
         ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
     }

@@ -3,12 +3,18 @@
 use super::args::GenerateArgs;
 use super::load::{model, no_quantization, store};
 use super::ui::{Ui, peak_memory};
+use crate::error::Error;
 use crate::generate::{Draw, Request, room, text};
 
 /// Runs the command.
 pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     args.load.notes().iter().for_each(|line| ui.note(line));
     no_quantization(args.load.quantize.as_deref())?;
+    for (flag, value) in [("num_samples", args.num_samples), ("max_new_tokens", args.sampling.max_new_tokens)] {
+        if value == 0 {
+            return Err(Error::usage(format!("--{flag} is 0, so there is nothing to do"), "give 1 or more").into());
+        }
+    }
     let dir = args.model.path()?;
     let mut loaded = model(&dir, store(args.load.precision), args.load.prompt_style.as_deref(), ui)?;
     let prompt = loaded.style.apply(&args.prompt, None, args.sys_prompt.as_deref());
@@ -38,7 +44,11 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
         })?;
         ui.result(&format!("{whole}\n"))?;
         let rate = figures.tokens.saturating_sub(1) as f64 / figures.decode.as_secs_f64().max(1e-9);
-        ui.note(&format!("{} tokens, first after {:.2} s, then {rate:.1} tokens/s", figures.tokens, figures.prefill.as_secs_f64()));
+        ui.note(&format!(
+            "{} tokens, first after {:.2} s, then {rate:.1} tokens/s",
+            figures.tokens,
+            figures.prefill.as_secs_f64()
+        ));
     }
     if let Some(bytes) = peak_memory() {
         ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));

@@ -54,6 +54,9 @@ fn check_base(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     if manifest.base_hash == checkpoint.content_hash()? {
         return Ok(());
     }
-    let message = format!("the base model `{}` is not what the adapter was trained on: its weights or config.json changed", checkpoint.dir.display());
+    let message = format!(
+        "the base model `{}` is not what the adapter was trained on: its weights or config.json changed",
+        checkpoint.dir.display()
+    );
     Err(Error::refused(message, "restore it, or name the right one with --pretrained_checkpoint_dir"))
 }

@@ -85,8 +85,7 @@ impl Ui {
         {
             return ExitCode::SUCCESS;
         }
-        let message = format!("{error:#}").replace('\n', " ");
-        self.note(&format!("error: {message}"));
+        self.note(&format!("error: {}", message(error)));
         if let Some(hint) = error.chain().find_map(|e| e.downcast_ref::<Error>()).and_then(Error::hint) {
             self.note(&format!("hint: {hint}"));
         }
@@ -100,6 +99,17 @@ impl Ui {
     }
 }
 
+/// An error and its causes on one line, each said once.
+fn message(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
+        }
+    }
+    line.replace('\n', " ")
+}
+
 impl Report for Ui {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         match event {
@@ -107,7 +117,10 @@ impl Report for Ui {
                 self.iters = plan.iters;
                 if let Some(asked) = schedule.shortened_from {
                     let warmup = schedule.warmup;
-                    self.note(&format!("warm-up of {asked} steps is long for {} steps: shortened to {warmup}", schedule.steps));
+                    self.note(&format!(
+                        "warm-up of {asked} steps is long for {} steps: shortened to {warmup}",
+                        schedule.steps
+                    ));
                 }
                 self.begin("train", plan.iters as u64, false);
             }

@@ -120,8 +120,8 @@ impl Attention {
         dx: Option<(&mut Matrix, bool)>,
     ) {
         let [q_cols, k_cols, _] = self.columns();
-        let [q, k, v] = self.columns().map(|c| saved.qkv.columns(c));
-        let mut d = self.core.backward(q, k, v, &saved.o, d_o, &saved.core, pass.spans);
+        let qkv = self.columns().map(|c| saved.qkv.columns(c));
+        let mut d = self.core.backward(qkv, &saved.o, d_o, &saved.core, pass.spans);
         if let Some(tables) = self.rope {
             pass.rope[tables].backward(&mut d, q_cols.start..k_cols.end, self.core.head_size, pass.positions);
         }

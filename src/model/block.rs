@@ -73,7 +73,14 @@ impl Block {
     }
 
     /// `residual += scale · norm(linear(input))`.
-    fn branch_end(&self, pass: &Pass<'_>, linear: &Linear, after: Option<&Norm>, input: &Matrix, residual: &mut Matrix) -> BranchSaved {
+    fn branch_end(
+        &self,
+        pass: &Pass<'_>,
+        linear: &Linear,
+        after: Option<&Norm>,
+        input: &Matrix,
+        residual: &mut Matrix,
+    ) -> BranchSaved {
         if after.is_none() && self.residual_scale == 1.0 {
             let h = linear.forward(pass.parameters, input, pass.seed, residual, true);
             return BranchSaved { h, raw: None };
@@ -131,8 +138,7 @@ impl Block {
         let mut y = x.clone();
         self.branch_end(pass, &self.attention.projection, self.attention_norms.after.as_ref(), &o, &mut y);
         let between = if self.parallel_residual { &x } else { &y };
-        let mlp_in =
-            if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
+        let mlp_in = if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
         let (units, _) = self.mlp.forward(pass, mlp_in.as_ref().unwrap_or(between));
         self.branch_end(pass, &self.mlp.down, self.mlp_norms.after.as_ref(), &units, &mut y);
         y
@@ -143,7 +149,14 @@ impl Block {
     /// # Shapes
     /// `dy`: (T, n_embd); returns (T, n_embd).
     #[must_use]
-    pub fn backward(&self, pass: &Pass<'_>, to: &mut Gradients<'_>, dy: Matrix, saved: Saved, input_needed: bool) -> Option<Matrix> {
+    pub fn backward(
+        &self,
+        pass: &Pass<'_>,
+        to: &mut Gradients<'_>,
+        dy: Matrix,
+        saved: Saved,
+        input_needed: bool,
+    ) -> Option<Matrix> {
         let Saved { x, attention, attention_out, middle, mlp, mlp_out } = saved;
         let mlp_norm = if self.shared_norm { &self.attention_norms.before } else { &self.mlp_norms.before };
         let between = middle.as_ref().unwrap_or(&x);

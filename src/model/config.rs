@@ -236,6 +236,10 @@ impl Config {
         if problems.is_empty() {
             return Ok(self);
         }
-        Err(Error::invalid(path, problems.join("; "), "download the checkpoint again, or compare the file with the model's page"))
+        Err(Error::invalid(
+            path,
+            problems.join("; "),
+            "download the checkpoint again, or compare the file with the model's page",
+        ))
     }
 }

@@ -139,7 +139,14 @@ impl Linear {
     ///
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
-    pub fn forward(&self, parameters: &[f32], x: &Matrix, seed: Option<u64>, y: &mut Matrix, accumulate: bool) -> Saved {
+    pub fn forward(
+        &self,
+        parameters: &[f32],
+        x: &Matrix,
+        seed: Option<u64>,
+        y: &mut Matrix,
+        accumulate: bool,
+    ) -> Saved {
         self.weight.forward(x.view(), y, accumulate);
         if let Some(bias) = &self.bias {
             let cols = y.cols();

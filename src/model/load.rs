@@ -41,7 +41,8 @@ impl Gpt {
     /// Those of the source.
     pub fn load(config: &Config, source: &dyn Source, store: Store, progress: &mut dyn FnMut(usize)) -> Result<Self> {
         let loader = Loader { config, source, store };
-        let embedding = Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
+        let embedding =
+            Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
         let mut blocks = Vec::with_capacity(config.n_layer);
         for layer in 0..config.n_layer {
             blocks.push(loader.block(layer)?);

@@ -74,7 +74,8 @@ pub struct Lora {
 pub fn initialize(lora: &Lora, inputs: usize, seed: u64, parameters: &mut [f32]) {
     let bound = 1.0 / (inputs as f32).sqrt();
     // Seeded by its place, so that a module starts the same whatever else is adapted before it is drawn.
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed ^ (lora.a.start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut rng =
+        rand_chacha::ChaCha8Rng::seed_from_u64(seed ^ (lora.a.start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     parameters[lora.a.clone()].iter_mut().for_each(|v| *v = rng.random_range(-bound..bound));
     parameters[lora.b.clone()].fill(0.0);
 }
@@ -92,7 +93,8 @@ mod tests {
 
     #[test]
     fn a_is_uniform_and_b_zero() {
-        let lora = Lora { config: LoraConfig { r: 8, alpha: 16.0, rslora: false, dropout: 0.0 }, a: 0..800, b: 800..880 };
+        let lora =
+            Lora { config: LoraConfig { r: 8, alpha: 16.0, rslora: false, dropout: 0.0 }, a: 0..800, b: 800..880 };
         let mut p = vec![1.0; 880];
         initialize(&lora, 100, 1337, &mut p);
         assert!(p[..800].iter().all(|v| v.abs() <= 0.1) && p[..800].iter().any(|v| v.abs() > 0.09));

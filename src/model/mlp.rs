@@ -1,7 +1,7 @@
 //! The MLP of a block: gated, plain, or a router over gated experts. The activations are in `ops::glu`.
 
-use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use super::attention::Pass;
+use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::Matrix;
 use crate::ops::glu::{self, Activation};
 

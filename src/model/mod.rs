@@ -234,9 +234,8 @@ impl Gpt {
             }
             x = y;
         }
-        let mut to = training
-            .as_mut()
-            .map(|t| (Gradients { parameters: &self.parameters, grads: &mut *t.grads }, t.weight));
+        let mut to =
+            training.as_mut().map(|t| (Gradients { parameters: &self.parameters, grads: &mut *t.grads }, t.weight));
         let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
         drop(x);
         if let (Some(mut d), Some((to, _))) = (dx, &mut to) {

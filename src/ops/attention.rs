@@ -123,8 +123,11 @@ impl Attention {
                 (0..self.n_head).map(move |head| (span, again(), head))
             })
             .collect();
-        let parts: Vec<(Matrix, Vec<f32>)> =
-            work.par_iter().with_max_len(1).map(|(span, block, head)| self.forward_block(q, k, v, span, block, *head)).collect();
+        let parts: Vec<(Matrix, Vec<f32>)> = work
+            .par_iter()
+            .with_max_len(1)
+            .map(|(span, block, head)| self.forward_block(q, k, v, span, block, *head))
+            .collect();
         for ((_, block, head), (part, part_lse)) in work.iter().zip(&parts) {
             for (i, row) in block.rows.clone().enumerate() {
                 o[row * self.q_cols()..][head * self.head_size..][..self.head_size].copy_from_slice(part.row(i));
@@ -135,18 +138,22 @@ impl Attention {
         (o, Saved { lse })
     }
 
-    fn forward_block(&self, q: View<'_>, k: View<'_>, v: View<'_>, span: &Span, block: &Block, head: usize) -> (Matrix, Vec<f32>) {
+    fn forward_block(
+        &self,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        span: &Span,
+        block: &Block,
+        head: usize,
+    ) -> (Matrix, Vec<f32>) {
         let keys = span.k.start + block.keys.start..span.k.start + block.keys.end;
         let q = self.head(q, head).slice_rows(block.rows.clone());
         let k = self.head(k, self.key_head(head)).slice_rows(keys.clone());
         let v = self.head(v, self.key_head(head)).slice_rows(keys);
         let mut s = self.scores(block, q, k);
         let cols = s.cols();
-        let lse = s
-            .chunks_exact_mut(cols)
-            .enumerate()
-            .map(|(i, row)| softmax_row(row, self.seen(block, i)))
-            .collect();
+        let lse = s.chunks_exact_mut(cols).enumerate().map(|(i, row)| softmax_row(row, self.seen(block, i))).collect();
         let mut o = Matrix::new(block.rows.len(), self.head_size);
         let (rows, cols) = (o.rows(), o.cols());
         matmul(Threads::One, ViewMut::of(&mut o, rows, cols), false, 1.0, Side::N(s.view()), Side::N(v));
@@ -159,7 +166,8 @@ impl Attention {
     /// `q`, `k`, `v`: as in the forward, with as many rows; `o`, `d_o`: (T, n_head · head_size); returns
     /// (T, (n_head + 2 n_query_groups) · head_size). Every row belongs to a span.
     #[must_use]
-    pub fn backward(&self, q: View<'_>, k: View<'_>, v: View<'_>, o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &[Span]) -> Matrix {
+    pub fn backward(&self, qkv: [View<'_>; 3], o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &[Span]) -> Matrix {
+        let [q, k, v] = qkv;
         let work: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..self.n_head).map(move |h| (s, h))).collect();
         let parts: Vec<[Matrix; 3]> = work
             .par_iter()
@@ -210,8 +218,22 @@ impl Attention {
                 vectorized(|| self.score_gradient(p, ds, self.seen(&block, i), lse, correction));
             }
             let keys = block.keys.start * hs..block.keys.end * hs;
-            matmul(Threads::One, ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p.view()), Side::N(d_o));
-            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(ds.view()), Side::N(q));
+            matmul(
+                Threads::One,
+                ViewMut::of(&mut dv[keys.clone()], width, hs),
+                true,
+                1.0,
+                Side::T(p.view()),
+                Side::N(d_o),
+            );
+            matmul(
+                Threads::One,
+                ViewMut::of(&mut dk[keys], width, hs),
+                true,
+                self.scale,
+                Side::T(ds.view()),
+                Side::N(q),
+            );
             let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
             matmul(Threads::One, ViewMut::of(&mut dq[rows], m, hs), false, self.scale, Side::N(ds.view()), Side::N(k));
         }
@@ -243,7 +265,6 @@ impl Attention {
         }
     }
 }
-
 
 /// Softmax over the seen part of a row, zero elsewhere; returns the log-sum-exp.
 fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
@@ -317,14 +338,15 @@ mod tests {
             let [q, k, v] = [qkv.columns(0..40), qkv.columns(40..40 + g), qkv.columns(40 + g..40 + 2 * g)];
             let (o, saved) = attention.forward(q, k, v, &spans);
             assert_close(&o, &oracle.y, 1e-5);
-            let d = attention.backward(q, k, v, &o, &Matrix::from_slice(t, 40, &d_o), &saved, &spans);
+            let d = attention.backward([q, k, v], &o, &Matrix::from_slice(t, 40, &d_o), &saved, &spans);
             assert_close(&d, &oracle.grads[0], 1e-5);
         }
     }
 
     #[test]
     fn later_queries_over_kept_keys_equal_the_whole() {
-        let attention = Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, softcap: None, window: Some(40) };
+        let attention =
+            Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, softcap: None, window: Some(40) };
         let (q, k, v) = (random(90 * 16, 1), random(90 * 8, 2), random(90 * 8, 3));
         let (k, v) = (View::of(&k, 90, 8), View::of(&v, 90, 8));
         let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &[Span { q: 0..90, k: 0..90 }]);

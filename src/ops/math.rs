@@ -23,7 +23,7 @@ pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
 #[inline(always)]
 #[must_use]
 pub fn exp(x: f32) -> f32 {
-    const LN2_HI: f32 = 0.693_359_375;
+    const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
     /// Adding and subtracting 1.5 · 2²³ rounds to an integer.
     const ROUND: f32 = 12_582_912.0;

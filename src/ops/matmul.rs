@@ -80,7 +80,12 @@ fn fits(len: usize, offset: usize, rows: usize, cols: usize, stride: usize) -> b
 pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
     let (m, k, lhs_rs, lhs_cs) = lhs.shape();
     let (k2, n, rhs_rs, rhs_cs) = rhs.shape();
-    assert!(dst.rows == m && dst.cols == n && k == k2, "matmul: ({m}, {k}) x ({k2}, {n}) into ({}, {})", dst.rows, dst.cols);
+    assert!(
+        dst.rows == m && dst.cols == n && k == k2,
+        "matmul: ({m}, {k}) x ({k2}, {n}) into ({}, {})",
+        dst.rows,
+        dst.cols
+    );
     assert!(fits(dst.data.len(), dst.offset, dst.rows, dst.cols, dst.stride), "matmul: destination leaves its data");
     for side in [&lhs, &rhs] {
         let v = side.view();

@@ -184,10 +184,14 @@ mod tests {
 
     #[test]
     fn forward_and_backward_equal_the_reference() {
-        for (kind, biased, cols, group) in
-            [(Kind::Rms, false, 123, 123), (Kind::Layer, true, 123, 123), (Kind::Layer, false, 64, 16), (Kind::Rms, false, 96, 32)]
-        {
-            let norm = Norm { kind, eps: 1e-3, group, weight: random(group, 1), bias: biased.then(|| random(group, 2)) };
+        for (kind, biased, cols, group) in [
+            (Kind::Rms, false, 123, 123),
+            (Kind::Layer, true, 123, 123),
+            (Kind::Layer, false, 64, 16),
+            (Kind::Rms, false, 96, 32),
+        ] {
+            let norm =
+                Norm { kind, eps: 1e-3, group, weight: random(group, 1), bias: biased.then(|| random(group, 2)) };
             let (x, dy) = (random(5 * cols, 3), random(5 * cols, 4));
             let oracle = Oracle::run(&[(&x, 5, cols)], |t| reference(&norm, &t[0]), &dy);
             let matrix = Matrix::from_slice(5, cols, &x);

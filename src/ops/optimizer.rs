@@ -43,7 +43,14 @@ impl AdamW {
     ///
     /// # Panics
     /// When the lengths differ: a trainable parameter would go without its gradient.
-    pub fn step(&self, parameters: &mut [f32], grads: &[f32], grad_scale: f32, moments: &mut Moments, learning_rate: f64) {
+    pub fn step(
+        &self,
+        parameters: &mut [f32],
+        grads: &[f32],
+        grad_scale: f32,
+        moments: &mut Moments,
+        learning_rate: f64,
+    ) {
         assert_eq!(parameters.len(), grads.len(), "optimizer: every parameter has a gradient");
         assert_eq!(parameters.len(), moments.m.len(), "optimizer: every parameter has moments");
         moments.step += 1;

@@ -205,7 +205,8 @@ mod tests {
         assert!((plain[1] - 10_000f64.powf(-0.125)).abs() < 1e-12);
         let linear = inverse_frequencies(10_000.0, 16, &Scaling::Linear { factor: 4.0 });
         assert_eq!(linear[3] * 4.0, plain[3]);
-        let llama3 = Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 64.0 };
+        let llama3 =
+            Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 64.0 };
         let scaled = inverse_frequencies(500_000.0, 16, &llama3);
         let unscaled = inverse_frequencies(500_000.0, 16, &Scaling::None);
         assert_eq!(scaled[0], unscaled[0]);

@@ -87,7 +87,15 @@ pub enum Product {
 ///
 /// # Panics
 /// When the shapes do not fit together.
-pub fn product(level: Level, which: Product, x: View<'_>, w: Rows<'_>, shape: (usize, usize), y: &mut Matrix, accumulate: bool) {
+pub fn product(
+    level: Level,
+    which: Product,
+    x: View<'_>,
+    w: Rows<'_>,
+    shape: (usize, usize),
+    y: &mut Matrix,
+    accumulate: bool,
+) {
     let (rows, cols) = shape;
     let (k, n) = if which == Product::Forward { (cols, rows) } else { (rows, cols) };
     let len = match w {
@@ -398,7 +406,8 @@ impl Tile {
                 let b0: __m512bh = std::mem::transmute(_mm512_loadu_ps(panel.add(k * NR)));
                 let b1: __m512bh = std::mem::transmute(_mm512_loadu_ps(panel.add(k * NR + 16)));
                 for (row, sum) in sums.iter_mut().enumerate() {
-                    let a: __m512bh = std::mem::transmute(_mm512_set1_epi32(x.add(row * self.ldx + k).cast::<i32>().read()));
+                    let a: __m512bh =
+                        std::mem::transmute(_mm512_set1_epi32(x.add(row * self.ldx + k).cast::<i32>().read()));
                     sum[0] = _mm512_dpbf16_ps(sum[0], a, b0);
                     sum[1] = _mm512_dpbf16_ps(sum[1], a, b1);
                 }
@@ -501,7 +510,19 @@ pub fn few_rows(x: View<'_>, all: Rows<'_>, shape: (usize, usize), y: &mut Matri
 /// The processor has the instructions of `level`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
 unsafe fn dot(x: &[f32], w: Rows<'_>) -> f32 {
-    let job = Job { which: Product::Forward, w, cols: 0, k: 0, n: 0, t: 0, ldx: 0, units: 0, depth: 0, pairs: false, accumulate: false };
+    let job = Job {
+        which: Product::Forward,
+        w,
+        cols: 0,
+        k: 0,
+        n: 0,
+        t: 0,
+        ldx: 0,
+        units: 0,
+        depth: 0,
+        pairs: false,
+        accumulate: false,
+    };
     let mut sums = [_mm512_setzero_ps(); 4];
     let mut at = 0;
     while at < x.len() {

@@ -43,6 +43,9 @@ impl Oracle {
         let dy = Tensor::from_slice(dy, y.shape(), &Device::Cpu).unwrap();
         let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
         let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        Self { y: flat(&y), grads: vars.iter().map(|v| flat(grads.get(v).expect("every input has a gradient"))).collect() }
+        Self {
+            y: flat(&y),
+            grads: vars.iter().map(|v| flat(grads.get(v).expect("every input has a gradient"))).collect(),
+        }
     }
 }

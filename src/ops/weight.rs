@@ -171,7 +171,14 @@ impl Weight {
         let total = dx.cols();
         if let Data::F32(w) = &self.data {
             let w = View::of(w, self.rows, self.cols);
-            return matmul(Threads::All, ViewMut::columns(dx, total, 0..total), accumulate, 1.0, Side::N(dy), Side::N(w));
+            return matmul(
+                Threads::All,
+                ViewMut::columns(dx, total, 0..total),
+                accumulate,
+                1.0,
+                Side::N(dy),
+                Side::N(w),
+            );
         }
         let mut scratch = Vec::new();
         for rows in self.panels() {

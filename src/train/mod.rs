@@ -73,7 +73,10 @@ impl Plan {
         let iters = by_epochs.min(by_steps);
         if iters == 0 {
             let message = "this run would take no optimizer step";
-            return Err(Error::refused(message, "give training samples, --train.epochs 1 or more, and --train.max_steps 1 or more"));
+            return Err(Error::refused(
+                message,
+                "give training samples, --train.epochs 1 or more, and --train.max_steps 1 or more",
+            ));
         }
         Ok(Self { accumulate, iters, steps: iters.div_ceil(accumulate) })
     }
@@ -162,7 +165,8 @@ impl Run<'_, '_> {
             self.example()?;
         }
         self.outside.save(self.job.gpt, "final", self.step)?;
-        let summary = Summary { steps: self.step, iters: self.iter, tokens: self.tokens, seconds, val_loss, best: self.best };
+        let summary =
+            Summary { steps: self.step, iters: self.iter, tokens: self.tokens, seconds, val_loss, best: self.best };
         self.outside.event(&Event::Finished(summary))?;
         Ok(summary)
     }
@@ -238,7 +242,10 @@ impl Run<'_, '_> {
         }
         let rows: Vec<String> = rows.iter().map(|r| self.job.train[*r].row.row.to_string()).collect();
         let message = format!("the loss is {loss} at iteration {} (training rows {})", self.iter + 1, rows.join(", "));
-        Err(Error::refused(message, "use a smaller --lr, or --train.max_norm 1; check these rows and the base model's weights"))
+        Err(Error::refused(
+            message,
+            "use a smaller --lr, or --train.max_norm 1; check these rows and the base model's weights",
+        ))
     }
 
     /// Mean validation loss in nats a target token, over at most `max_iters` micro batches.

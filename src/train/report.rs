@@ -98,7 +98,8 @@ pub struct Metrics {
     file: File,
 }
 
-const COLUMNS: &str = "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s";
+const COLUMNS: &str =
+    "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s";
 
 impl Metrics {
     /// Starts the file in `dir`, which is made if need be.
@@ -117,11 +118,15 @@ impl Metrics {
 impl Report for Metrics {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         let line = match event {
-            Event::Step { epoch, iter, step, loss, grad_norm, learning_rate, tokens, total_tokens, seconds } => format!(
-                "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{}",
-                *tokens as f64 / seconds
-            ),
-            Event::Validation { step, iter, loss, seconds } => format!(",{iter},{step},,{loss},{},,,,,{seconds},", loss.exp()),
+            Event::Step { epoch, iter, step, loss, grad_norm, learning_rate, tokens, total_tokens, seconds } => {
+                format!(
+                    "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{}",
+                    *tokens as f64 / seconds
+                )
+            }
+            Event::Validation { step, iter, loss, seconds } => {
+                format!(",{iter},{step},,{loss},{},,,,,{seconds},", loss.exp())
+            }
             _ => return Ok(()),
         };
         Ok(writeln!(self.file, "{line}").map_err(Error::io("write", &self.path))?)

@@ -43,11 +43,8 @@ fn locate(config: &Config, name: &str) -> Vec<Piece> {
         return Piece::rows(format!("{prefix}query_key_value.{suffix}"), qkv_rows(config, part));
     }
     let two_norms = config.parallel_residual && !config.shared_norm;
-    let renames: &[(&str, &str)] = if two_norms {
-        &[("input_layernorm", "ln_attn"), ("post_attention_layernorm", "ln_mlp")]
-    } else {
-        &[]
-    };
+    let renames: &[(&str, &str)] =
+        if two_norms { &[("input_layernorm", "ln_attn"), ("post_attention_layernorm", "ln_mlp")] } else { &[] };
     let name = renamed(name, renames);
     let inner = [
         ("self_attn.o_proj", "self_attention.dense"),

@@ -46,7 +46,8 @@ impl HfConfig {
     /// # Errors
     /// When there is none.
     pub fn model_type(&self) -> Result<&str> {
-        let none = || Error::invalid(&self.path, "no `model_type`", "a checkpoint's config.json names its architecture");
+        let none =
+            || Error::invalid(&self.path, "no `model_type`", "a checkpoint's config.json names its architecture");
         self.keys.get("model_type").and_then(Value::as_str).ok_or_else(none)
     }
 
@@ -89,7 +90,8 @@ impl HfConfig {
     /// When it is no count.
     pub fn count_or(&self, key: &str, default: impl Into<Option<usize>>) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(default.into()) };
-        let whole = value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
+        let whole =
+            value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
         whole.and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| self.wrong(key, value, "a count"))
     }
 
@@ -204,7 +206,11 @@ impl HfConfig {
         let kind = self.get("rope_type").or_else(|| self.get("type")).and_then(Value::as_str).unwrap_or("default");
         let needed = |key: &str| {
             self.number_if_any(key)?.ok_or_else(|| {
-                Error::invalid(&self.path, format!("`rope_scaling` of type {kind} has no `{key}`"), "download the checkpoint again")
+                Error::invalid(
+                    &self.path,
+                    format!("`rope_scaling` of type {kind} has no `{key}`"),
+                    "download the checkpoint again",
+                )
             })
         };
         let original = self

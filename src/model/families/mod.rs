@@ -185,7 +185,10 @@ fn same_names(_: &Config, name: &str) -> Vec<Piece> {
 
 /// `name` with the first of `renames` (part of ours, theirs) that it holds replaced, or as it is.
 fn renamed(name: &str, renames: &[(&str, &str)]) -> String {
-    renames.iter().find(|(ours, _)| name.contains(ours)).map_or_else(|| name.to_owned(), |(ours, theirs)| name.replacen(ours, theirs, 1))
+    renames
+        .iter()
+        .find(|(ours, _)| name.contains(ours))
+        .map_or_else(|| name.to_owned(), |(ours, theirs)| name.replacen(ours, theirs, 1))
 }
 
 /// Which of q, k, v a tensor belongs to, and the name around it: `("model.layers.0.self_attn.", 1, "weight")`.

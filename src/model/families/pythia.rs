@@ -27,10 +27,20 @@ fn config(hf: &HfConfig) -> Result<Config> {
 
 fn locate(config: &Config, name: &str) -> Vec<Piece> {
     if let Some((prefix, part, suffix)) = split_qkv(name) {
-        let file = format!("{}query_key_value.{suffix}", prefix.replace("model.layers", "gpt_neox.layers").replace("self_attn", "attention"));
+        let file = format!(
+            "{}query_key_value.{suffix}",
+            prefix.replace("model.layers", "gpt_neox.layers").replace("self_attn", "attention")
+        );
         return Piece::rows(file, interleaved_rows(config.n_head, config.head_size, part));
     }
-    let name = renamed(name, &[("self_attn.o_proj", "attention.dense"), ("mlp.up_proj", "mlp.dense_h_to_4h"), ("mlp.down_proj", "mlp.dense_4h_to_h")]);
+    let name = renamed(
+        name,
+        &[
+            ("self_attn.o_proj", "attention.dense"),
+            ("mlp.up_proj", "mlp.dense_h_to_4h"),
+            ("mlp.down_proj", "mlp.dense_4h_to_h"),
+        ],
+    );
     let heads = [
         ("lm_head", "embed_out"),
         ("model.embed_tokens", "gpt_neox.embed_in"),
