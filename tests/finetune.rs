@@ -258,7 +258,11 @@ fn a_lost_base_is_named() {
     finetune(dir.path(), &base, "--train.max_steps 1").ok();
     fs::remove_dir_all(&base).unwrap();
     for command in ["generate", "merge_lora"] {
-        litgpt(dir.path(), [command, "out/final"]).refused(1, &["base model", "base"]);
+        let ran = litgpt(dir.path(), [command, "out/final"]).refused(1, &["base model", "base"]);
+        // The hint names no flag that the command lacks.
+        let flag = "--pretrained_checkpoint_dir";
+        let help = litgpt(dir.path(), [command, "--help"]).ok().stdout;
+        assert!(!ran.stderr.contains(flag) || help.contains(flag), "{}", ran.stderr);
     }
 }
 

@@ -209,7 +209,7 @@ fn check_merge(dir: &Path, checkpoint: &Checkpoint, gpt: &Gpt, rows: &[Vec<i32>]
     let out = tempfile::tempdir().unwrap();
     let merged = out.path().join("merged");
     let staging = Staging::new(&merged).unwrap();
-    merge::merge(checkpoint, gpt, &staging, &mut |_| ()).unwrap();
+    merge::merge(checkpoint, gpt, &staging, None, &mut |_| ()).unwrap();
     staging.commit().unwrap();
     let (got, want) =
         (Fixture::read(&merged.join("model.safetensors")), Fixture::read(&dir.join("merged.safetensors")));

@@ -8,11 +8,18 @@ use crate::model::Gpt;
 use serde_json::Value;
 use std::path::Path;
 
-/// Writes the base of `checkpoint` with the adapters of `gpt` merged into `staging`; `progress` is told of each tensor.
+/// Writes the base of `checkpoint` with the adapters of `gpt` merged into `staging`, in `dtype` or the base's own;
+/// `progress` is told of each tensor.
 ///
 /// # Errors
 /// When a file cannot be read or written.
-pub fn merge(checkpoint: &Checkpoint, gpt: &Gpt, staging: &Staging, progress: &mut dyn FnMut(&str)) -> Result<()> {
+pub fn merge(
+    checkpoint: &Checkpoint,
+    gpt: &Gpt,
+    staging: &Staging,
+    dtype: Option<Dtype>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<()> {
     let deltas = adapter::deltas(checkpoint, gpt);
     // A tied head has no tensor of its own; an adapter on it unties it.
     let head = checkpoint.locate("lm_head.weight").swap_remove(0).tensor;
@@ -29,22 +36,28 @@ pub fn merge(checkpoint: &Checkpoint, gpt: &Gpt, staging: &Staging, progress: &m
         let mut infos = Vec::new();
         for (name, source) in &sources {
             let raw = checkpoint.raw(source)?;
-            infos.push(TensorInfo { name: name.clone(), dtype: raw.dtype, shape: raw.shape });
+            infos.push(TensorInfo { name: name.clone(), dtype: dtype.unwrap_or(raw.dtype), shape: raw.shape });
         }
         let file = path.file_name().unwrap_or(path.as_os_str());
         safetensors(&staging.dir().join(file), &infos, |index| {
             let (name, source) = &sources[index];
             progress(name);
             let raw = checkpoint.raw(source)?;
-            let Some(deltas) = deltas.get(name) else { return Ok(raw.bytes.into_owned()) };
+            let (to, deltas) = (infos[index].dtype, deltas.get(name));
+            if deltas.is_none() && to == raw.dtype {
+                return Ok(raw.bytes.into_owned());
+            }
             let mut weight = raw.to_f32();
-            deltas.iter().for_each(|d| d.add_to(&gpt.parameters, &mut weight));
-            check_finite(&weight, raw.dtype, name)?;
-            Ok(raw.dtype.encode(&weight))
+            deltas.into_iter().flatten().for_each(|d| d.add_to(&gpt.parameters, &mut weight));
+            check_finite(&weight, to, name)?;
+            Ok(to.encode(&weight))
         })?;
     }
     staging.copy(&checkpoint.dir, COMPANIONS)?;
     staging.copy(&checkpoint.dir, &["model.safetensors.index.json"])?;
+    if let Some(dtype) = dtype {
+        record_dtype(staging, dtype)?;
+    }
     if untied { untie(staging, &head, &embedding) } else { Ok(()) }
 }
 
@@ -57,20 +70,35 @@ fn check_finite(weight: &[f32], dtype: Dtype, name: &str) -> Result<()> {
     Err(Error::refused(message, "the adapter diverged in training; train again with a smaller learning rate"))
 }
 
+/// Changes a JSON file of the folder, if it is there.
+fn edit(staging: &Staging, name: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
+    let path = staging.dir().join(name);
+    if !path.is_file() {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::invalid(&path, e.to_string(), ""))?;
+    change(&mut json);
+    staging.write(name, format!("{json:#}").as_bytes())
+}
+
+/// config.json of a model in another dtype than its base; transformers 5 calls the key `dtype`.
+fn record_dtype(staging: &Staging, dtype: Dtype) -> Result<()> {
+    let name = match dtype {
+        Dtype::F32 => "float32",
+        Dtype::Bf16 => "bfloat16",
+        Dtype::F16 => "float16",
+    };
+    edit(staging, "config.json", |json| {
+        let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        json[key] = Value::from(name);
+    })
+}
+
 /// config.json and the index of a model whose head is now its own.
 fn untie(staging: &Staging, head: &str, embedding: &str) -> Result<()> {
-    let edit = |name: &str, change: &dyn Fn(&mut Value)| -> Result<()> {
-        let path = staging.dir().join(name);
-        if !path.is_file() {
-            return Ok(());
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let mut json: Value = serde_json::from_str(&text).map_err(|e| Error::invalid(&path, e.to_string(), ""))?;
-        change(&mut json);
-        staging.write(name, format!("{json:#}").as_bytes())
-    };
-    edit("config.json", &|json| json["tie_word_embeddings"] = Value::Bool(false))?;
-    edit("model.safetensors.index.json", &|json| {
+    edit(staging, "config.json", |json| json["tie_word_embeddings"] = Value::Bool(false))?;
+    edit(staging, "model.safetensors.index.json", |json| {
         let file = json["weight_map"][embedding].clone();
         json["weight_map"][head] = file;
     })

@@ -6,9 +6,10 @@ use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::merge::{merge, require_adapter};
 use crate::checkpoint::write::Staging;
-use crate::checkpoint::{Checkpoint, adapter};
+use crate::checkpoint::{Checkpoint, Dtype, adapter};
 use crate::error::{Error, Result};
 use crate::ops::weight::Store;
+use crate::train::settings::Precision;
 use std::path::Path;
 
 /// Runs the command.
@@ -16,9 +17,6 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if args.format != MergeFormat::Hf {
         let what = "merge_lora --format other than hf";
         return Err(Error::unsupported(what, "merge as hf; other programs convert that folder").into());
-    }
-    if args.precision.is_some() {
-        ui.note("--precision is ignored: the merged model has the base model's dtypes");
     }
     let dir = args.model.path()?;
     require_adapter(&dir)?;
@@ -36,7 +34,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let staging = Staging::new(&out_dir)?;
     let tensors: usize = checkpoint.files().values().map(Vec::len).sum();
     ui.begin("merge", tensors as u64, false);
-    merge(&checkpoint, &gpt, &staging, &mut |_| ui.advance(1))?;
+    merge(&checkpoint, &gpt, &staging, dtype(args.precision)?, &mut |_| ui.advance(1))?;
     ui.end();
     staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
     if let Some(manifest) = Manifest::read(&dir)? {
@@ -46,6 +44,20 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     ui.note(&format!("merged into {}", out_dir.display()));
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
     Ok(())
+}
+
+/// The dtype that a precision writes; `None` for the base's own.
+fn dtype(precision: Option<Precision>) -> Result<Option<Dtype>> {
+    match precision {
+        None => Ok(None),
+        Some(Precision::F32True) => Ok(Some(Dtype::F32)),
+        Some(Precision::Bf16True) => Ok(Some(Dtype::Bf16)),
+        Some(Precision::F16True) => Ok(Some(Dtype::F16)),
+        Some(mixed) => {
+            let message = format!("--precision {mixed}: a merged model has one precision");
+            Err(Error::usage(message, "give 32-true, bf16-true or 16-true, or leave it out for the base model's"))
+        }
+    }
 }
 
 /// Refuses a base that is not the one the adapter was trained on.
