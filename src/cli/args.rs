@@ -220,6 +220,7 @@ pub const FLAGS: &[Flag] = &[
     row("train.lr_warmup_steps", Whole, TRAINING, "Steps over which the learning rate rises, at most the whole run"),
     row("train.lr_warmup_fraction", Number, TRAINING,
         "The same as a share of the run; replaces --train.lr_warmup_steps"),
+    row("train.lr_schedule", Text, TRAINING, "cosine, linear, constant, or litgpt (LitGPT's own: begins and ends at 0)"),
     row("train.min_lr", Number, TRAINING, "Where the cosine ends, at most the learning rate (LitGPT: ends at 0)"),
     row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm"),
     row("train.save_interval", Whole, TRAINING, "Steps between two saved adapters; null: only at the end"),

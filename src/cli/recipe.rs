@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{self, FLAGS, FinetuneArgs, Flag, Kind, LOG_FLAGS};
 use crate::error::{Error, Result};
-use crate::train::settings::{DATA_MODULES, DataModule, DataSettings, FinetuneSettings, Switch};
+use crate::train::settings::{DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch};
 
 /// Name of the file with the resolved settings in each saved adapter's folder.
 pub const HYPERPARAMETERS: &str = "hyperparameters.yaml";
@@ -495,10 +495,14 @@ fn to_tree(settings: &FinetuneSettings) -> Value {
     if let Some(map) = tree.as_object_mut().filter(|_| settings.add_bos == Switch::Auto) {
         map.shift_remove("add_bos");
     }
-    if let Some(map) = tree["train"].as_object_mut()
-        && settings.train.activation_checkpointing == Switch::Auto
-    {
-        map.shift_remove("activation_checkpointing");
+    // LitGPT has no such keys, and reads the file where they are left out.
+    if let Some(map) = tree["train"].as_object_mut() {
+        if settings.train.activation_checkpointing == Switch::Auto {
+            map.shift_remove("activation_checkpointing");
+        }
+        if settings.train.lr_schedule == LrSchedule::Cosine {
+            map.shift_remove("lr_schedule");
+        }
     }
     tree
 }

@@ -136,8 +136,9 @@ impl Report for Ui {
                     ));
                 }
             }
-            Event::Validation { step, loss, seconds, .. } => {
-                self.note(&format!("step {step} | val loss {loss:.4} | val ppl {:.2} | {seconds:.1} s", loss.exp()));
+            Event::Validation { step, loss, mean_of_batches, seconds, .. } => {
+                self.note(&format!("step {step} | val loss {loss:.4} (mean of batches {mean_of_batches:.4}) | val ppl {:.2} | {seconds:.1} s",
+                    loss.exp()));
             }
             Event::Example { text, .. } => self.note(&format!("example: {}", text.trim())),
             Event::Saved { path } => self.note(&format!("saved {}", path.display())),

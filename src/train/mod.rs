@@ -252,12 +252,14 @@ impl Run<'_, '_> {
     fn validate(&mut self, max_iters: usize) -> anyhow::Result<Option<f64>> {
         let settings = self.job.settings;
         let begun = Instant::now();
-        let (mut loss, mut targets) = (0.0, 0);
+        let (mut loss, mut targets, mut means) = (0.0, 0, Vec::new());
         let samples: Vec<usize> = (0..self.job.val.len()).collect();
         for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(max_iters) {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
             let gpt = &*self.job.gpt;
-            loss += in_pool(|| gpt.loss(&tokens, None));
+            let sum = in_pool(|| gpt.loss(&tokens, None));
+            means.push(sum / tokens.n_targets().max(1) as f64);
+            loss += sum;
             targets += tokens.n_targets();
         }
         if targets == 0 {
@@ -266,7 +268,9 @@ impl Run<'_, '_> {
         let loss = loss / targets as f64;
         self.best = Some(self.best.map_or(loss, |b| b.min(loss)));
         let seconds = begun.elapsed().as_secs_f64();
-        self.outside.event(&Event::Validation { step: self.step, iter: self.iter, loss, seconds })?;
+        let mean_of_batches = means.iter().sum::<f64>() / means.len() as f64;
+        let (step, iter) = (self.step, self.iter);
+        self.outside.event(&Event::Validation { step, iter, loss, mean_of_batches, seconds })?;
         Ok(Some(loss))
     }
 

@@ -46,6 +46,8 @@ pub enum Event {
         iter: usize,
         /// Loss, nats a target token.
         loss: f64,
+        /// Mean of the micro batches' mean losses, which is LitGPT's validation loss.
+        mean_of_batches: f64,
         /// Duration.
         seconds: f64,
     },
@@ -124,7 +126,7 @@ impl Report for Metrics {
                     *tokens as f64 / seconds
                 )
             }
-            Event::Validation { step, iter, loss, seconds } => {
+            Event::Validation { step, iter, loss, seconds, .. } => {
                 format!(",{iter},{step},,{loss},{},,,,,{seconds},", loss.exp())
             }
             _ => return Ok(()),
@@ -153,7 +155,7 @@ mod tests {
             seconds: 0.5,
         };
         metrics.event(&step).unwrap();
-        metrics.event(&Event::Validation { step: 1, iter: 4, loss: 2.0, seconds: 0.1 }).unwrap();
+        metrics.event(&Event::Validation { step: 1, iter: 4, loss: 2.0, mean_of_batches: 2.1, seconds: 0.1 }).unwrap();
         let text = std::fs::read_to_string(dir.path().join("metrics.csv")).unwrap();
         let counts: Vec<usize> = text.lines().map(|l| l.split(',').count()).collect();
         assert_eq!(counts, [12, 12, 12]);

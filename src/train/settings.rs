@@ -131,6 +131,21 @@ impl<'de> Deserialize<'de> for Switch {
     }
 }
 
+/// How the learning rate goes over a run, after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// Along a cosine to `min_lr`.
+    #[default]
+    Cosine,
+    /// Along a straight line to `min_lr`.
+    Linear,
+    /// Not at all.
+    Constant,
+    /// As LitGPT does: the warm-up begins at 0, and the cosine ends there.
+    Litgpt,
+}
+
 /// Which validation sample the model answers during an evaluation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EvaluateExample {
@@ -256,6 +271,8 @@ pub struct TrainSettings {
     pub max_norm: Option<f64>,
     /// Where the cosine ends, at most the learning rate itself; LitGPT ignores it.
     pub min_lr: f64,
+    /// How the learning rate goes after the warm-up.
+    pub lr_schedule: LrSchedule,
     /// Keep only each block's input and compute the rest again in the backward pass; not in LitGPT.
     pub activation_checkpointing: Switch,
 }
@@ -277,6 +294,7 @@ impl Default for TrainSettings {
             tie_embeddings: None,
             max_norm: None,
             min_lr: 6e-5,
+            lr_schedule: LrSchedule::default(),
             activation_checkpointing: Switch::Auto,
         }
     }
