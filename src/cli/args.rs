@@ -161,9 +161,9 @@ pub const FLAGS: &[Flag] = &[
         "Folder for adapters and logs; a relative one lies in $LIGHTNING_ARTIFACTS_DIR if that is set")
         .also(&["out_dir", "io.out_dir"]),
     row("precision", Text, MODEL,
-        "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: bf16-true on a GPU, 32-true without]"),
+        "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true]"),
     row("quantize", Text, MODEL,
-        "Keep the frozen weights in few bits: nf4, nf4-dq, fp4, fp4-dq, int8-training; `bnb.` in front is fine"),
+        "Weights in few bits (nf4, nf4-dq, fp4, fp4-dq, int8-training): read from recipes, refused until it is built"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
@@ -183,7 +183,7 @@ pub const FLAGS: &[Flag] = &[
     row("lora_head", Boolean, LORA, "Adapt the LM head"),
 
     row("data.name", Text, DATA,
-        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Deita, Dolly, FLAN, JSON, LIMA, LongForm; or a .json or \
+        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Dolly, JSON, LongForm; or a .json or \
          .jsonl file")
         .also(&["data", "data.class_path"]),
     row("data.json_path", File, DATA, "JSON: a .json or .jsonl file, or a folder with a train and a val file"),
@@ -270,7 +270,7 @@ pub const LOG_FLAGS: &[&str] = &[
 const FINETUNE_EXAMPLES: &str = "\
 Examples:
   litgpt finetune_lora microsoft/phi-2 --data JSON --data.json_path my_data.json --out_dir out/phi-2
-  litgpt finetune_lora meta-llama/Llama-3.2-1B --quantize nf4 --lr 1e-4 --train.max_steps 200
+  litgpt finetune_lora meta-llama/Llama-3.2-1B --precision bf16-true --lr 1e-4 --train.max_steps 200
   litgpt finetune_lora --config lora.yaml --lora_r 4     (flags beat files, wherever they stand)
 
 Differences from LitGPT, on purpose: the loss of a step is the mean over its target tokens, the last partial window is
@@ -425,7 +425,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "P", default_value = "1.0", value_parser = top_p, overrides_with = "top_p")]
     pub top_p: f64,
     /// Flatten (above 1) or sharpen (below 1) the probabilities; 0: always the likeliest token
-    #[arg(long, value_name = "T", default_value = "0.8", value_parser = temperature, overrides_with = "temperature")]
+    #[arg(long, value_name = "T", default_value = "0.8", allow_negative_numbers = true, value_parser = temperature, overrides_with = "temperature")]
     pub temperature: f64,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 1234, overrides_with = "seed")]
@@ -437,10 +437,10 @@ pub struct SamplingArgs {
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
 #[group(skip)]
 pub struct LoadArgs {
-    /// Keep the weights in few bits: nf4, nf4-dq, fp4, fp4-dq, int8; `bnb.` in front is fine
+    /// Weights in few bits (nf4, nf4-dq, fp4, fp4-dq, int8): refused until it is built
     #[arg(long, value_name = "NAME", value_parser = quantizer, overrides_with = "quantize")]
     pub quantize: Option<String>,
-    /// 32-true, bf16-true or 16-true [default: bf16-true on a GPU, 32-true without]
+    /// 32-true, bf16-true or 16-true [default: 32-true]
     #[arg(long, value_name = "NAME", overrides_with = "precision")]
     pub precision: Option<Precision>,
     /// Accepted for LitGPT's sake and not needed: there is nothing to compile
@@ -533,7 +533,7 @@ pub enum MergeFormat {
     /// Hugging Face folder with safetensors
     #[default]
     Hf,
-    /// One GGUF file
+    /// One GGUF file (refused until it is built)
     Gguf,
     /// LitGPT's lit_model.pth
     Litgpt,

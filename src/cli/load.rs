@@ -129,7 +129,7 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
     candidates.into_iter().find(|c| c.is_dir()).ok_or_else(|| Error::Missing {
         what: format!("base model of the adapter `{}`", dir.display()),
         path: named,
-        hint: "put it there, or name its folder with --pretrained_checkpoint_dir".to_owned(),
+        hint: "put it back there, or write its folder into the adapter's litgpt.json as `base_model`".to_owned(),
     })
 }
 

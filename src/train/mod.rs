@@ -266,6 +266,10 @@ impl Run<'_, '_> {
             return Ok(None);
         }
         let loss = loss / targets as f64;
+        if !loss.is_finite() {
+            let message = format!("the validation loss is {loss} after step {}", self.step);
+            return Err(Error::refused(message, "the run diverged: use a smaller --lr, or --train.max_norm 1").into());
+        }
         self.best = Some(self.best.map_or(loss, |b| b.min(loss)));
         let seconds = begun.elapsed().as_secs_f64();
         let mean_of_batches = means.iter().sum::<f64>() / means.len() as f64;

@@ -29,7 +29,7 @@ impl Schedule {
             Some(fraction) => (fraction * steps as f64).round() as usize,
             None => train.lr_warmup_steps.unwrap_or(0),
         };
-        let too_long = 2 * asked > steps && train.lr_warmup_fraction.is_none();
+        let too_long = 2 * asked > steps && asked > (steps / 10).max(1) && train.lr_warmup_fraction.is_none();
         let warmup = if too_long { (steps / 10).max(1) } else { asked };
         let peak = settings.optimizer.learning_rate;
         let shortened_from = too_long.then_some(asked);
