@@ -3,6 +3,7 @@
 
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::attention::{self, Span};
+use crate::ops::clip;
 use crate::ops::norm::Norm;
 use crate::ops::rope::Tables;
 use crate::ops::{Matrix, View};
@@ -34,11 +35,20 @@ pub struct LayerCache {
 #[derive(Debug)]
 pub struct Saved {
     qkv: Matrix,
+    clipped: Option<clip::Saved>,
     before_norm: Option<[Matrix; 2]>,
     h: LinearSaved,
     core: attention::Saved,
     /// The heads' outputs, which are the output projection's input.
     pub o: Matrix,
+}
+
+/// q, k and v, and what their backward needs.
+struct Projected {
+    qkv: Matrix,
+    clipped: Option<clip::Saved>,
+    before_norm: Option<[Matrix; 2]>,
+    h: LinearSaved,
 }
 
 /// Attention up to its output projection, and that projection.
@@ -50,6 +60,8 @@ pub struct Attention {
     pub projection: Linear,
     /// Norms of queries and keys.
     pub qk_norm: Option<[Norm; 2]>,
+    /// Largest magnitude of what q, k and v give.
+    pub clip: Option<f32>,
     /// Shape and rule of the scores.
     pub core: attention::Attention,
     /// Index of the rotary tables; `None` for no rotation.
@@ -63,18 +75,19 @@ impl Attention {
         [0..q, q..q + kv, q + kv..q + 2 * kv]
     }
 
-    /// q, k, v: projected, normalized, rotated.
-    fn project(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, Option<[Matrix; 2]>, LinearSaved) {
+    /// q, k, v: projected, clipped, normalized, rotated.
+    fn project(&self, pass: &Pass<'_>, x: &Matrix) -> Projected {
         let mut qkv = Matrix::new(x.rows(), self.qkv.outputs());
         let h = self.qkv.forward(pass.parameters, x, pass.seed, &mut qkv, false);
+        let clipped = self.clip.map(|limit| clip::forward(&mut qkv, limit));
         let [q, k, _] = self.columns();
-        let before = self.qk_norm.as_ref().map(|[q_norm, k_norm]| {
+        let before_norm = self.qk_norm.as_ref().map(|[q_norm, k_norm]| {
             [q_norm.forward_columns(&mut qkv, q.clone()), k_norm.forward_columns(&mut qkv, k.clone())]
         });
         if let Some(tables) = self.rope {
             pass.rope[tables].forward(&mut qkv, q.start..k.end, self.core.head_size, pass.positions);
         }
-        (qkv, before, h)
+        Projected { qkv, clipped, before_norm, h }
     }
 
     /// Attention over the samples of a micro batch, up to the output projection.
@@ -83,10 +96,10 @@ impl Attention {
     /// `x`: (T, n_embd).
     #[must_use]
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> Saved {
-        let (qkv, before_norm, h) = self.project(pass, x);
+        let Projected { qkv, clipped, before_norm, h } = self.project(pass, x);
         let [q, k, v] = self.columns().map(|c| qkv.columns(c));
         let (o, core) = self.core.forward(q, k, v, pass.spans);
-        Saved { qkv, before_norm, h, core, o }
+        Saved { qkv, clipped, before_norm, h, core, o }
     }
 
     /// Attention of new tokens over the kept keys and values, which they join; up to the output projection.
@@ -95,7 +108,7 @@ impl Attention {
     /// `x`: (T, n_embd); returns (T, n_head · head_size).
     #[must_use]
     pub fn decode(&self, pass: &Pass<'_>, x: &Matrix, cache: &mut LayerCache) -> Matrix {
-        let (qkv, _, _) = self.project(pass, x);
+        let qkv = self.project(pass, x).qkv;
         let [q, k, v] = self.columns().map(|c| qkv.columns(c));
         for row in 0..qkv.rows() {
             cache.k.extend_from_slice(k.row(row));
@@ -128,6 +141,9 @@ impl Attention {
         if let (Some([q_norm, k_norm]), Some([q_before, k_before])) = (&self.qk_norm, &saved.before_norm) {
             q_norm.backward_columns(&mut d, q_before, q_cols.clone());
             k_norm.backward_columns(&mut d, k_before, k_cols.clone());
+        }
+        if let Some(clipped) = &saved.clipped {
+            clip::backward(&mut d, clipped);
         }
         self.qkv.backward(to, &d, x, &saved.h, pass.seed, dx);
     }

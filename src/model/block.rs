@@ -39,18 +39,12 @@ pub struct Block {
 pub struct Saved {
     x: Matrix,
     attention: attention::Saved,
-    attention_out: BranchSaved,
+    attention_h: LinearSaved,
+    attention_raw: Option<Matrix>,
     /// The residual stream between the branches; `None` where they are parallel.
     middle: Option<Matrix>,
     mlp: mlp::Saved,
-    mlp_out: BranchSaved,
-}
-
-/// What the end of a branch saves: its projection's `h`, and its output before a norm.
-#[derive(Debug)]
-struct BranchSaved {
-    h: LinearSaved,
-    raw: Option<Matrix>,
+    mlp_raw: Option<Matrix>,
 }
 
 fn normed(norm: Option<&Norm>, x: &Matrix) -> Option<Matrix> {
@@ -65,42 +59,42 @@ impl Block {
     /// Whether any of its projections has an adapter.
     #[must_use]
     pub fn adapted(&self) -> bool {
-        self.attention_adapted() || self.mlp.up.adapted() || self.mlp.down.adapted()
+        self.attention_adapted() || self.mlp.linears().any(Linear::adapted)
     }
 
     fn attention_adapted(&self) -> bool {
         self.attention.qkv.adapted() || self.attention.projection.adapted()
     }
 
-    /// `residual += scale · norm(linear(input))`.
-    fn branch_end(
+    /// `residual += scale · norm(branch)`, where `branch(y, accumulate)` writes or adds its output; returns what it saved
+    /// and, where there is a norm, its output.
+    fn add_branch<S>(
         &self,
-        pass: &Pass<'_>,
-        linear: &Linear,
         after: Option<&Norm>,
-        input: &Matrix,
         residual: &mut Matrix,
-    ) -> BranchSaved {
+        branch: impl FnOnce(&mut Matrix, bool) -> S,
+    ) -> (S, Option<Matrix>) {
         if after.is_none() && self.residual_scale == 1.0 {
-            let h = linear.forward(pass.parameters, input, pass.seed, residual, true);
-            return BranchSaved { h, raw: None };
+            return (branch(residual, true), None);
         }
-        let mut out = Matrix::new(input.rows(), linear.outputs());
-        let h = linear.forward(pass.parameters, input, pass.seed, &mut out, false);
-        let raw = after.is_some().then(|| out.clone());
-        let out = normed(after, &out).unwrap_or(out);
-        add_scaled(residual, &out, self.residual_scale);
-        BranchSaved { h, raw }
+        let mut out = Matrix::new(residual.rows(), residual.cols());
+        let saved = branch(&mut out, false);
+        let Some(norm) = after else {
+            add_scaled(residual, &out, self.residual_scale);
+            return (saved, None);
+        };
+        add_scaled(residual, &norm.forward(&out), self.residual_scale);
+        (saved, Some(out))
     }
 
-    /// Gradient of a branch's projection output from that of the residual stream.
-    fn branch_end_backward(&self, after: Option<&Norm>, dy: &Matrix, saved: &BranchSaved) -> Option<Matrix> {
+    /// Gradient of a branch's output from that of the residual stream.
+    fn add_branch_backward(&self, after: Option<&Norm>, dy: &Matrix, raw: Option<&Matrix>) -> Option<Matrix> {
         if after.is_none() && self.residual_scale == 1.0 {
             return None;
         }
         let mut d = dy.clone();
         d.iter_mut().for_each(|v| *v *= self.residual_scale);
-        if let (Some(norm), Some(raw)) = (after, &saved.raw) {
+        if let (Some(norm), Some(raw)) = (after, raw) {
             let scaled = d.clone();
             norm.backward(&scaled, raw, &mut d, false);
         }
@@ -116,8 +110,11 @@ impl Block {
         let attention_in = normed(self.attention_norms.before.as_ref(), &x);
         let attention = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
         let mut y = x.clone();
-        let after = self.attention_norms.after.as_ref();
-        let attention_out = self.branch_end(pass, &self.attention.projection, after, &attention.o, &mut y);
+        let projection = &self.attention.projection;
+        let (attention_h, attention_raw) =
+            self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
+                projection.forward(pass.parameters, &attention.o, pass.seed, y, accumulate)
+            });
         let middle = (!self.parallel_residual).then(|| y.clone());
         let mlp_in = match (self.shared_norm, &middle) {
             (true, _) => attention_in,
@@ -125,9 +122,10 @@ impl Block {
             (false, None) => normed(self.mlp_norms.before.as_ref(), &x),
         };
         let mlp_in = mlp_in.as_ref().or(middle.as_ref()).unwrap_or(&x);
-        let (units, mlp) = self.mlp.forward(pass, mlp_in);
-        let mlp_out = self.branch_end(pass, &self.mlp.down, self.mlp_norms.after.as_ref(), &units, &mut y);
-        (y, Saved { x, attention, attention_out, middle, mlp, mlp_out })
+        let after = self.mlp_norms.after.as_ref();
+        let (mlp, mlp_raw) =
+            self.add_branch(after, &mut y, |y, accumulate| self.mlp.forward(pass, mlp_in, y, accumulate));
+        (y, Saved { x, attention, attention_h, attention_raw, middle, mlp, mlp_raw })
     }
 
     /// Output of the block for new tokens after those that `cache` keeps.
@@ -136,11 +134,15 @@ impl Block {
         let attention_in = normed(self.attention_norms.before.as_ref(), &x);
         let o = self.attention.decode(pass, attention_in.as_ref().unwrap_or(&x), cache);
         let mut y = x.clone();
-        self.branch_end(pass, &self.attention.projection, self.attention_norms.after.as_ref(), &o, &mut y);
+        let projection = &self.attention.projection;
+        self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
+            projection.forward(pass.parameters, &o, pass.seed, y, accumulate)
+        });
         let between = if self.parallel_residual { &x } else { &y };
         let mlp_in = if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
-        let (units, _) = self.mlp.forward(pass, mlp_in.as_ref().unwrap_or(between));
-        self.branch_end(pass, &self.mlp.down, self.mlp_norms.after.as_ref(), &units, &mut y);
+        let mlp_in = mlp_in.unwrap_or_else(|| between.clone());
+        let after = self.mlp_norms.after.as_ref();
+        self.add_branch(after, &mut y, |y, accumulate| self.mlp.forward(pass, &mlp_in, y, accumulate));
         y
     }
 
@@ -157,17 +159,17 @@ impl Block {
         saved: Saved,
         input_needed: bool,
     ) -> Option<Matrix> {
-        let Saved { x, attention, attention_out, middle, mlp, mlp_out } = saved;
+        let Saved { x, attention, attention_h, attention_raw, middle, mlp, mlp_raw } = saved;
         let mlp_norm = if self.shared_norm { &self.attention_norms.before } else { &self.mlp_norms.before };
         let between = middle.as_ref().unwrap_or(&x);
         let mlp_in = || normed(mlp_norm.as_ref(), between).unwrap_or_else(|| between.clone());
         let attention_needed = input_needed || self.attention_adapted();
-        let d_out = self.branch_end_backward(self.mlp_norms.after.as_ref(), &dy, &mlp_out);
+        let d_out = self.add_branch_backward(self.mlp_norms.after.as_ref(), &dy, mlp_raw.as_ref());
         let mut d_mlp_in = Matrix::new(dy.rows(), dy.cols());
         // A parallel attention reads no gradient of the MLP, but the block's input does.
         let mlp_input_needed = if self.parallel_residual { input_needed } else { attention_needed };
         let d_mlp = mlp_input_needed.then_some((&mut d_mlp_in, false));
-        self.mlp.backward(pass, to, d_out.as_ref().unwrap_or(&dy), mlp_in, mlp, &mlp_out.h, d_mlp);
+        self.mlp.backward(pass, to, d_out.as_ref().unwrap_or(&dy), mlp_in, mlp, d_mlp);
         if !attention_needed {
             return None;
         }
@@ -175,7 +177,8 @@ impl Block {
         if !self.parallel_residual {
             add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, between, &mut d);
         }
-        let d_attention_in = self.attention_backward(pass, to, &d, &x, attention, &attention_out, input_needed)?;
+        let d_attention_in =
+            self.attention_backward(pass, to, &d, &x, (attention, &attention_h, attention_raw.as_ref()), input_needed)?;
         if self.parallel_residual {
             add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, &x, &mut d);
         }
@@ -190,16 +193,15 @@ impl Block {
         to: &mut Gradients<'_>,
         d: &Matrix,
         x: &Matrix,
-        saved: attention::Saved,
-        out: &BranchSaved,
+        (saved, h, raw): (attention::Saved, &LinearSaved, Option<&Matrix>),
         input_needed: bool,
     ) -> Option<Matrix> {
         let norms = &self.attention_norms;
-        let d_out = self.branch_end_backward(norms.after.as_ref(), d, out);
+        let d_out = self.add_branch_backward(norms.after.as_ref(), d, raw);
         let mut d_o = Matrix::new(d.rows(), saved.o.cols());
         let d_projection = d_out.as_ref().unwrap_or(d);
         let projection = &self.attention.projection;
-        projection.backward(to, d_projection, || saved.o.clone(), &out.h, pass.seed, Some((&mut d_o, false)));
+        projection.backward(to, d_projection, || saved.o.clone(), h, pass.seed, Some((&mut d_o, false)));
         let input = || normed(norms.before.as_ref(), x).unwrap_or_else(|| x.clone());
         let mut dx = input_needed.then(|| Matrix::new(d.rows(), d.cols()));
         self.attention.backward(pass, to, &d_o, input, saved, dx.as_mut().map(|dx| (dx, false)));

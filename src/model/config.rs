@@ -78,7 +78,7 @@ pub struct Config {
     pub n_query_groups: usize,
     /// Channels of a head.
     pub head_size: usize,
-    /// Channels inside the MLP.
+    /// Channels inside the MLP, or inside each expert.
     pub intermediate_size: usize,
     /// Longest context, tokens.
     pub block_size: usize,
@@ -92,6 +92,8 @@ pub struct Config {
     pub norm_weight: bool,
     /// Where the norms stand.
     pub placement: Placement,
+    /// Largest magnitude of queries, keys and values before norm and rope.
+    pub clip_qkv: Option<f32>,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
     /// Attention and MLP both read the block's input.
@@ -151,6 +153,7 @@ impl Config {
             norm_unit_offset: false,
             norm_weight: true,
             placement: Placement::Pre,
+            clip_qkv: None,
             qk_norm: QkNorm::None,
             parallel_residual: false,
             shared_norm: false,
@@ -229,6 +232,11 @@ impl Config {
         }
         if self.rotary_dim > self.head_size || !self.rotary_dim.is_multiple_of(2) {
             problems.push(format!("{} rotated channels do not fit a head of {}", self.rotary_dim, self.head_size));
+        }
+        if let Mlp::Experts { n_expert, n_expert_per_token, .. } = self.mlp
+            && !(1..=n_expert).contains(&n_expert_per_token)
+        {
+            problems.push(format!("a token cannot visit {n_expert_per_token} of {n_expert} experts"));
         }
         if self.n_layer > 4096 {
             problems.push(format!("{} layers are more than any model has", self.n_layer));

@@ -3,8 +3,9 @@
 use super::attention::Attention;
 use super::block::{Block, Norms};
 use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
+use super::experts::Experts;
 use super::linear::Linear;
-use super::mlp::Mlp;
+use super::mlp::{Dense, Mlp};
 use super::{Gpt, attention};
 use crate::error::Result;
 use crate::ops::attention::Attention as Core;
@@ -166,6 +167,7 @@ impl Loader<'_> {
             qkv: self.linear(&prefix, &parts, config.n_embd, config.biases.qkv)?,
             projection: self.linear(&prefix, &[("o_proj", config.n_embd)], q, config.biases.projection)?,
             qk_norm: qk_norm("q_norm", q)?.zip(qk_norm("k_norm", kv)?).map(|(q, k)| [q, k]),
+            clip: config.clip_qkv,
             core: Core {
                 n_head: config.n_head,
                 n_query_groups: config.n_query_groups,
@@ -180,11 +182,22 @@ impl Loader<'_> {
     }
 
     fn mlp(&self, prefix: &str) -> Result<Mlp> {
+        let MlpKind::Experts { n_expert, n_expert_per_token, norm_topk } = self.config.mlp else {
+            return Ok(Mlp::Dense(self.dense(prefix)?));
+        };
+        // The router decides by small differences and is small itself: it stays in 32 bit.
+        let exact = Loader { store: Store::F32, ..*self };
+        let router = exact.weight(&[(format!("{prefix}.gate"), n_expert)], self.config.n_embd)?;
+        let experts = (0..n_expert).map(|n| self.dense(&format!("{prefix}.experts.{n}"))).collect::<Result<_>>()?;
+        Ok(Mlp::Experts(Experts { router, experts, n_expert_per_token, norm_topk }))
+    }
+
+    fn dense(&self, prefix: &str) -> Result<Dense> {
         let config = self.config;
         let width = config.intermediate_size;
         let gated = [("gate_proj", width), ("up_proj", width)];
         let up = if config.mlp == MlpKind::Plain { &gated[1..] } else { &gated[..] };
-        Ok(Mlp {
+        Ok(Dense {
             up: self.linear(prefix, up, config.n_embd, config.biases.mlp)?,
             down: self.linear(prefix, &[("down_proj", config.n_embd)], width, config.biases.mlp)?,
             activation: config.activation,

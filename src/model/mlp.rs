@@ -1,13 +1,95 @@
-//! The MLP of a block: gated, plain, or a router over gated experts. The activations are in `ops::glu`.
+//! The MLP of a block: gated, plain, or experts. The activations are in `ops::glu`, the experts in `experts`.
 
 use super::attention::Pass;
+use super::experts::{self, Experts};
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::Matrix;
 use crate::ops::glu::{self, Activation};
 
+/// The MLP of a block.
+#[derive(Debug, Clone)]
+pub enum Mlp {
+    /// One MLP for every token.
+    Dense(Dense),
+    /// Those of a router's choice.
+    Experts(Experts),
+}
+
+/// What the backward needs besides the MLP's input.
+#[derive(Debug)]
+pub enum Saved {
+    /// Of one MLP.
+    Dense(DenseSaved),
+    /// Of the visited experts.
+    Experts(experts::Saved),
+}
+
+impl Mlp {
+    fn parts(&self) -> &[Dense] {
+        match self {
+            Self::Dense(dense) => std::slice::from_ref(dense),
+            Self::Experts(experts) => &experts.experts,
+        }
+    }
+
+    /// Its projections.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.parts().iter().flat_map(|dense| [&dense.up, &dense.down])
+    }
+
+    /// Its projections.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let parts = match self {
+            Self::Dense(dense) => std::slice::from_mut(dense),
+            Self::Experts(experts) => &mut experts.experts[..],
+        };
+        parts.iter_mut().flat_map(|dense| [&mut dense.up, &mut dense.down])
+    }
+
+    /// Bytes of the weights that are no projection of [`Self::linears`].
+    #[must_use]
+    pub fn router_bytes(&self) -> usize {
+        if let Self::Experts(experts) = self { experts.router.bytes() } else { 0 }
+    }
+
+    /// `y = mlp(x)`, added to `y` where `accumulate`.
+    ///
+    /// # Shapes
+    /// `x`, `y`: (T, n_embd).
+    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> Saved {
+        match self {
+            Self::Dense(dense) => Saved::Dense(dense.forward(pass, x, y, accumulate)),
+            Self::Experts(experts) => Saved::Experts(experts.forward(pass, x, y, accumulate)),
+        }
+    }
+
+    /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
+    ///
+    /// # Shapes
+    /// `dy`, `dx`: (T, n_embd); `x` gives the input (T, n_embd).
+    ///
+    /// # Panics
+    /// When `saved` is not what this MLP's forward saved.
+    pub fn backward(
+        &self,
+        pass: &Pass<'_>,
+        to: &mut Gradients<'_>,
+        dy: &Matrix,
+        x: impl FnOnce() -> Matrix,
+        saved: Saved,
+        dx: Option<(&mut Matrix, bool)>,
+    ) {
+        match (self, saved) {
+            (Self::Dense(dense), Saved::Dense(saved)) => dense.backward(pass, to, dy, x, saved, dx),
+            (Self::Experts(experts), Saved::Experts(saved)) => experts.backward(pass, to, dy, x, saved, dx),
+            _ => unreachable!("a backward takes what its own forward saved"),
+        }
+    }
+}
+
 /// `down(act(gate) · up)` or `down(act(up))`.
 #[derive(Debug, Clone)]
-pub struct Mlp {
+pub struct Dense {
     /// gate and up below one another, or up alone.
     pub up: Linear,
     /// Back to the residual stream.
@@ -16,14 +98,15 @@ pub struct Mlp {
     pub activation: Activation,
 }
 
-/// What the backward needs besides the MLP's input.
+/// What the backward of a [`Dense`] needs besides its input.
 #[derive(Debug)]
-pub struct Saved {
+pub struct DenseSaved {
     up: Matrix,
     h_up: LinearSaved,
+    h_down: LinearSaved,
 }
 
-impl Mlp {
+impl Dense {
     fn gated(&self) -> bool {
         self.up.outputs() == 2 * self.down.inputs()
     }
@@ -32,35 +115,32 @@ impl Mlp {
         if self.gated() { glu::gated(self.activation, up) } else { glu::plain(self.activation, up) }
     }
 
-    /// The MLP up to its down projection: what to save, and that projection's input.
+    /// `y = down(units(x))`, added to `y` where `accumulate`.
     ///
     /// # Shapes
-    /// `x`: (T, n_embd); returns (T, intermediate_size).
-    #[must_use]
-    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, Saved) {
+    /// `x`, `y`: (T, n_embd).
+    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
         let mut up = Matrix::new(x.rows(), self.up.outputs());
         let h_up = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
-        (self.activate(&up), Saved { up, h_up })
+        let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
+        DenseSaved { up, h_up, h_down }
     }
 
-    /// Through the down projection and the units: adds the adapters' gradients; writes or adds that of the input where
-    /// `dx` is asked for.
+    /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
     ///
     /// # Shapes
     /// `dy`, `dx`: (T, n_embd).
-    #[allow(clippy::too_many_arguments)] // a backward takes what its forward saved
     pub fn backward(
         &self,
         pass: &Pass<'_>,
         to: &mut Gradients<'_>,
         dy: &Matrix,
         x: impl FnOnce() -> Matrix,
-        mut saved: Saved,
-        h_down: &LinearSaved,
+        mut saved: DenseSaved,
         dx: Option<(&mut Matrix, bool)>,
     ) {
         let mut d = Matrix::new(dy.rows(), self.down.inputs());
-        self.down.backward(to, dy, || self.activate(&saved.up), h_down, pass.seed, Some((&mut d, false)));
+        self.down.backward(to, dy, || self.activate(&saved.up), &saved.h_down, pass.seed, Some((&mut d, false)));
         if self.gated() {
             glu::gated_backward(self.activation, &d, &mut saved.up);
         } else {

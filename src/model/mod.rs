@@ -9,6 +9,7 @@
 pub mod attention;
 pub mod block;
 pub mod config;
+pub mod experts;
 pub mod families;
 pub mod linear;
 pub mod load;
@@ -153,7 +154,7 @@ impl Gpt {
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         let blocks = self.blocks.iter();
         blocks
-            .flat_map(|b| [&b.attention.qkv, &b.attention.projection, &b.mlp.up, &b.mlp.down])
+            .flat_map(|b| [&b.attention.qkv, &b.attention.projection].into_iter().chain(b.mlp.linears()))
             .chain(std::iter::once(&self.head))
     }
 
@@ -161,7 +162,7 @@ impl Gpt {
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         let blocks = self.blocks.iter_mut();
         blocks
-            .flat_map(|b| [&mut b.attention.qkv, &mut b.attention.projection, &mut b.mlp.up, &mut b.mlp.down])
+            .flat_map(|b| [&mut b.attention.qkv, &mut b.attention.projection].into_iter().chain(b.mlp.linears_mut()))
             .chain(std::iter::once(&mut self.head))
     }
 
@@ -190,7 +191,8 @@ impl Gpt {
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
         let tied = if self.config.tie_embeddings { 0 } else { self.embedding.bytes() };
-        tied + self.linears().map(|l| l.weight().bytes()).sum::<usize>()
+        let routers: usize = self.blocks.iter().map(|b| b.mlp.router_bytes()).sum();
+        tied + routers + self.linears().map(|l| l.weight().bytes()).sum::<usize>()
     }
 
     fn embed(&self, ids: &[u32]) -> Matrix {

@@ -16,6 +16,8 @@
 //! | rotary embedding | [`rope`] | in place | in place, the angle negated |
 //! | attention | [`attention`] | causal, grouped, windowed | `q`, `k`, `v` |
 //! | gated and plain units | [`glu`] | `act(gate) up` | `gate`, `up` |
+//! | routing to experts | [`moe`] | softmax, best k | logits, experts' outputs |
+//! | clipping | [`clip`] | in place | in place |
 //! | cross-entropy | [`head`] | per chunk of rows, in place | logits |
 //! | AdamW | [`optimizer`] | in place, one flat buffer | |
 //!
@@ -25,12 +27,14 @@
 //! checkpoints are read with, the oracle of the tests, and the ground of the CUDA side.
 
 pub mod attention;
+pub mod clip;
 pub mod glu;
 pub mod head;
 pub mod lora;
 pub mod math;
 pub mod matmul;
 pub mod matrix;
+pub mod moe;
 pub mod nf4;
 pub mod norm;
 pub mod optimizer;

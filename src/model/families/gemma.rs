@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::model::Config;
 use crate::model::config::{Placement, QkNorm};
 use crate::ops::glu::Activation;
-use crate::ops::rope::Scaling;
 use serde_json::{Value, json};
 
 /// `GemmaForCausalLM`.
@@ -66,30 +65,12 @@ fn gemma2(hf: &HfConfig) -> Result<Config> {
 
 fn gemma3(hf: &HfConfig) -> Result<Config> {
     hf.refuse_unless("use_bidirectional_attention", &json!(false))?;
+    // transformers has this key in the config and does not apply it.
+    hf.refuse_unless("attn_logit_softcapping", &Value::Null)?;
     let mut config = later(hf)?;
     config.qk_norm = QkNorm::Head;
-    let cap = |key: &str| -> Result<Option<f32>> { Ok(hf.number_if_any(key)?.map(|v| v as f32)) };
-    config.attention_softcap = cap("attn_logit_softcapping")?;
-    config.final_softcap = cap("final_logit_softcapping")?;
-    config.rotary_dim = config.head_size;
-    config.rope_theta = 1_000_000.0;
-    match hf.get("rope_parameters").and_then(|p| Some((p.get("full_attention")?, p.get("sliding_attention")?))) {
-        // transformers 5 has parameters for each kind of layer.
-        Some((full, sliding)) => {
-            let theta = |v: &Value, default: f64| v.get("rope_theta").and_then(Value::as_f64).unwrap_or(default);
-            config.rope_theta = theta(full, 1_000_000.0);
-            config.rope_local_theta = Some(theta(sliding, 10_000.0));
-            config.rope_scaling = hf.nested("rope_parameters", "full_attention").scaling(hf, config.block_size)?;
-            let local = hf.nested("rope_parameters", "sliding_attention").scaling(hf, config.block_size)?;
-            if local != Scaling::None {
-                hf.refuse_unless("rope_parameters", &Value::Null)?;
-            }
-        }
-        None => {
-            hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
-            config.rope_local_theta = Some(hf.number("rope_local_base_freq", 10_000.0)?);
-        }
-    }
+    config.final_softcap = hf.number_if_any("final_logit_softcapping")?.map(|v| v as f32);
+    hf.rope_by_layer_type(&mut config, 1_000_000.0, |_| hf.number("rope_local_base_freq", 10_000.0))?;
     let pattern = hf.count_or("sliding_window_pattern", 6)?.unwrap_or(6).max(1);
     let window = hf.count_or("sliding_window", 4096)?;
     hf.windows(&mut config, window, |layer| !(layer + 1).is_multiple_of(pattern))?;

@@ -15,6 +15,13 @@ pub struct HfConfig {
 }
 
 impl HfConfig {
+    /// A config.json of this text.
+    #[cfg(test)]
+    pub(super) fn of(text: &str) -> Self {
+        let keys = serde_json::from_str(text).expect("a JSON object");
+        Self { path: PathBuf::from("config.json"), keys }
+    }
+
     /// Reads the file at `path`.
     ///
     /// # Errors
@@ -198,6 +205,44 @@ impl HfConfig {
         let share = nested.number("partial_rotary_factor", self.number(share_key, default_share)?)?;
         config.rotary_dim = (config.head_size as f64 * share) as usize;
         config.rope_scaling = nested.scaling(self, config.block_size)?;
+        Ok(())
+    }
+
+    /// Rotary embedding of a model whose windowed layers have their own, unscaled: `rope_parameters` by layer type
+    /// (transformers 5) or the older keys, where the windowed layers' base, if not said, is `local` of the
+    /// other's.
+    ///
+    /// # Errors
+    /// When the scaling is unknown or incomplete, or windowed layers have one.
+    pub(super) fn rope_by_layer_type(
+        &self,
+        config: &mut Config,
+        default_theta: f64,
+        local: impl FnOnce(f64) -> Result<f64>,
+    ) -> Result<()> {
+        config.rotary_dim = config.head_size;
+        config.rope_theta = default_theta;
+        let kinds = self.get("rope_parameters").filter(|p| p.get("full_attention").is_some());
+        if kinds.is_none() {
+            self.rope(config, "rope_theta", "partial_rotary_factor", 1.0)?;
+            config.rope_local_theta = Some(local(config.rope_theta)?);
+            return Ok(());
+        }
+        let (full, windowed) =
+            (self.nested("rope_parameters", "full_attention"), self.nested("rope_parameters", "sliding_attention"));
+        config.rope_theta = full.number("rope_theta", default_theta)?;
+        config.rope_scaling = full.scaling(self, config.block_size)?;
+        config.rope_local_theta = match windowed.number_if_any("rope_theta")? {
+            Some(theta) => Some(theta),
+            None => Some(local(config.rope_theta)?),
+        };
+        if windowed.scaling(self, config.block_size)? != Scaling::None {
+            let what = format!("`rope_parameters`: scaling in sliding_attention (`{}`)", self.path.display());
+            return Err(Error::unsupported(
+                what,
+                "only layers with full attention may have one; choose another checkpoint",
+            ));
+        }
         Ok(())
     }
 

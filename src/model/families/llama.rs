@@ -1,9 +1,10 @@
 //! Llama and what computes the same: Llama 1 to 3.3, TinyLlama, SmolLM2, CodeLlama, Vicuna, ...; Mistral with its
-//! sliding window; SmolLM3 with layers without rope.
+//! sliding window; Mixtral with its experts; SmolLM3 with layers without rope.
 
-use super::{Family, HfConfig, same_names};
+use super::{Family, HfConfig, Piece, renamed, same_names};
 use crate::error::Result;
 use crate::model::Config;
+use crate::model::config::Mlp;
 use serde_json::Value;
 
 /// `LlamaForCausalLM`.
@@ -11,6 +12,9 @@ pub const LLAMA: Family = Family { model_types: &["llama"], config: llama, locat
 
 /// `MistralForCausalLM`.
 pub const MISTRAL: Family = Family { model_types: &["mistral"], config: mistral, locate: same_names };
+
+/// `MixtralForCausalLM`.
+pub const MIXTRAL: Family = Family { model_types: &["mixtral"], config: mixtral, locate: mixtral_names };
 
 /// `SmolLM3ForCausalLM`.
 pub const SMOLLM3: Family = Family { model_types: &["smollm3"], config: smollm3, locate: same_names };
@@ -36,6 +40,30 @@ fn mistral(hf: &HfConfig) -> Result<Config> {
     config.finish(hf.path())
 }
 
+fn mixtral(hf: &HfConfig) -> Result<Config> {
+    let mut config = hf.sizes()?;
+    config.n_query_groups = hf.count_or("num_key_value_heads", 8)?.unwrap_or(8);
+    config.intermediate_size = hf.count_or("intermediate_size", 14336)?.unwrap_or(14336);
+    config.block_size = hf.count_or("max_position_embeddings", 131_072)?.unwrap_or(131_072);
+    config.norm_eps = hf.number("rms_norm_eps", 1e-5)? as f32;
+    config.activation = hf.activation("hidden_act", "silu")?;
+    config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
+    config.mlp = Mlp::Experts {
+        n_expert: hf.count_or("num_local_experts", hf.count_or("num_experts", 8)?)?.unwrap_or(8),
+        n_expert_per_token: hf.count_or("num_experts_per_tok", 2)?.unwrap_or(2),
+        norm_topk: true,
+    };
+    config.rope_theta = 1_000_000.0;
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    config.windows = vec![hf.count_or("sliding_window", None)?; config.n_layer];
+    config.finish(hf.path())
+}
+
+fn mixtral_names(_: &Config, name: &str) -> Vec<Piece> {
+    let name = renamed(name, &[("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")]);
+    Piece::whole(renamed(&name, &[("mlp.", "block_sparse_moe.")]))
+}
+
 fn smollm3(hf: &HfConfig) -> Result<Config> {
     let mut config = llama(hf)?;
     config.n_query_groups = hf.count_or("num_key_value_heads", 4)?.unwrap_or(4);
@@ -53,6 +81,6 @@ fn smollm3(hf: &HfConfig) -> Result<Config> {
     let used = hf.flag("use_sliding_window", false)?;
     let window = hf.count_or("sliding_window", None)?.filter(|_| used);
     let no_rope = config.no_rope.clone();
-    hf.windows(&mut config, window, |layer| !no_rope[layer])?;
+    hf.windows(&mut config, window, |layer| no_rope[layer])?;
     config.finish(hf.path())
 }

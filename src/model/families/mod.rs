@@ -40,9 +40,11 @@ impl std::fmt::Debug for Family {
 pub const FAMILIES: &[Family] = &[
     llama::LLAMA,
     llama::MISTRAL,
+    llama::MIXTRAL,
     llama::SMOLLM3,
     qwen::QWEN2,
     qwen::QWEN3,
+    qwen::QWEN3_MOE,
     pythia::GPT_NEOX,
     stablelm::STABLELM,
     falcon::FALCON,
@@ -53,6 +55,7 @@ pub const FAMILIES: &[Family] = &[
     gemma::GEMMA3,
     olmo::OLMO,
     olmo::OLMO2,
+    olmo::OLMO3,
     granite::GRANITE,
 ];
 
@@ -132,12 +135,7 @@ pub fn slots(config: &Config) -> Vec<Slot> {
             slots.norm(config, &format!("{layer}.self_attn.q_norm"), q, false);
             slots.norm(config, &format!("{layer}.self_attn.k_norm"), k, false);
         }
-        let (width, bias) = (config.intermediate_size, config.biases.mlp);
-        if config.mlp != Mlp::Plain {
-            slots.matrix(&format!("{layer}.mlp.gate_proj"), width, config.n_embd, bias);
-        }
-        slots.matrix(&format!("{layer}.mlp.up_proj"), width, config.n_embd, bias);
-        slots.matrix(&format!("{layer}.mlp.down_proj"), config.n_embd, width, bias);
+        slots.mlp(config, &format!("{layer}.mlp"));
     }
     slots.norm(config, "model.norm", config.n_embd, norm_bias);
     if !config.tie_embeddings {
@@ -166,6 +164,21 @@ impl Slots {
         if bias {
             self.0.push(Slot { name: format!("{name}.bias"), rows: 1, cols: rows, vector: true });
         }
+    }
+
+    fn mlp(&mut self, config: &Config, prefix: &str) {
+        let Mlp::Experts { n_expert, .. } = config.mlp else { return self.dense(config, prefix) };
+        self.matrix(&format!("{prefix}.gate"), n_expert, config.n_embd, false);
+        (0..n_expert).for_each(|n| self.dense(config, &format!("{prefix}.experts.{n}")));
+    }
+
+    fn dense(&mut self, config: &Config, prefix: &str) {
+        let (width, bias) = (config.intermediate_size, config.biases.mlp);
+        if config.mlp != Mlp::Plain {
+            self.matrix(&format!("{prefix}.gate_proj"), width, config.n_embd, bias);
+        }
+        self.matrix(&format!("{prefix}.up_proj"), width, config.n_embd, bias);
+        self.matrix(&format!("{prefix}.down_proj"), config.n_embd, width, bias);
     }
 
     fn norm(&mut self, config: &Config, name: &str, len: usize, bias: bool) {
@@ -210,6 +223,107 @@ mod tests {
         types.sort_unstable();
         types.dedup();
         assert_eq!(types.len(), all);
+    }
+
+    fn read(model_type: &str, keys: &str) -> Result<Config> {
+        let sizes = r#""vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 8"#;
+        let hf = HfConfig::of(&format!(r#"{{"model_type": "{model_type}", {sizes} {keys}}}"#));
+        (by_config(&hf)?.config)(&hf)
+    }
+
+    #[test]
+    fn mixtral_defaults_are_those_of_transformers() {
+        let config = read("mixtral", "").unwrap();
+        assert_eq!((config.n_query_groups, config.intermediate_size, config.block_size), (8, 14336, 131_072));
+        assert_eq!((config.norm_eps, config.rope_theta), (1e-5, 1_000_000.0));
+        assert_eq!(config.mlp, Mlp::Experts { n_expert: 8, n_expert_per_token: 2, norm_topk: true });
+        assert_eq!(config.windows, vec![None; 8]);
+        assert!(read("mixtral", r#", "num_experts_per_tok": 9"#).is_err());
+    }
+
+    #[test]
+    fn mixtral_experts_have_their_names() {
+        let config = read("mixtral", "").unwrap();
+        let names = |name: &str| (llama::MIXTRAL.locate)(&config, name).remove(0).tensor;
+        let expert = "model.layers.1.mlp.experts.2";
+        assert_eq!(names("model.layers.1.mlp.gate.weight"), "model.layers.1.block_sparse_moe.gate.weight");
+        for (ours, theirs) in [("gate", "w1"), ("up", "w3"), ("down", "w2")] {
+            let want = format!("model.layers.1.block_sparse_moe.experts.2.{theirs}.weight");
+            assert_eq!(names(&format!("{expert}.{ours}_proj.weight")), want);
+        }
+        assert_eq!(names("model.layers.1.self_attn.q_proj.weight"), "model.layers.1.self_attn.q_proj.weight");
+        let slots = slots(&config);
+        let slot = slots.iter().find(|s| s.name == format!("{expert}.down_proj.weight")).unwrap();
+        assert_eq!((slot.rows, slot.cols), (64, 14336));
+    }
+
+    #[test]
+    fn qwen3_moe_defaults_are_those_of_transformers() {
+        let config = read("qwen3_moe", "").unwrap();
+        assert_eq!((config.n_query_groups, config.head_size, config.intermediate_size), (4, 8, 768));
+        assert_eq!((config.norm_eps, config.rope_theta), (1e-6, 10_000.0));
+        assert_eq!(config.mlp, Mlp::Experts { n_expert: 128, n_expert_per_token: 8, norm_topk: false });
+        assert_eq!((config.qk_norm, config.biases.qkv), (QkNorm::Head, false));
+        assert_eq!(read("qwen3_moe", r#", "num_local_experts": 128, "sliding_window": 9"#).unwrap(), config);
+        assert!(read("qwen3_moe", r#", "mlp_only_layers": []"#).is_ok());
+        for dense in [r#", "mlp_only_layers": [0]"#, r#", "decoder_sparse_step": 2"#] {
+            assert!(matches!(read("qwen3_moe", dense), Err(Error::Unsupported { .. })));
+        }
+    }
+
+    #[test]
+    fn olmo3_defaults_are_those_of_transformers() {
+        let config = read("olmo3", r#", "intermediate_size": 96"#).unwrap();
+        assert_eq!((config.n_query_groups, config.norm_eps), (8, 1e-5));
+        assert_eq!((config.rope_theta, config.rope_local_theta), (500_000.0, Some(500_000.0)));
+        let (window, full) = (Some(4096), None);
+        assert_eq!(config.windows, [window, window, window, full, window, window, window, full]);
+        assert_eq!((config.placement, config.qk_norm), (Placement::Post, QkNorm::Full));
+        assert!(matches!(read("olmo3", r#", "rope_theta": 1e4"#), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn olmo_defaults_are_those_of_transformers() {
+        let config = read("olmo", r#", "intermediate_size": 96"#).unwrap();
+        assert_eq!((config.clip_qkv, config.norm_weight, config.norm_eps), (None, false, 1e-5));
+        assert_eq!((config.tie_embeddings, config.n_query_groups, config.rope_theta), (false, 8, 10_000.0));
+        assert_eq!(read("olmo", r#", "intermediate_size": 96, "clip_qkv": 8.0"#).unwrap().clip_qkv, Some(8.0));
+    }
+
+    #[test]
+    fn smollm3_defaults_are_those_of_transformers() {
+        let sizes = r#", "intermediate_size": 96"#;
+        let config = read("smollm3", sizes).unwrap();
+        assert_eq!((config.n_query_groups, config.tie_embeddings, config.rope_theta), (4, true, 2_000_000.0));
+        let no_rope = [false, false, false, true, false, false, false, true];
+        assert_eq!((config.no_rope, config.windows), (no_rope.to_vec(), vec![None; 8]));
+        // The windowed layers are those without rope, as transformers has them.
+        let windowed =
+            read("smollm3", &format!(r#"{sizes}, "use_sliding_window": true, "sliding_window": 5"#)).unwrap();
+        assert_eq!(windowed.windows, no_rope.map(|n| n.then_some(5)));
+    }
+
+    #[test]
+    fn granite_defaults_are_those_of_transformers() {
+        let config = read("granite", r#", "intermediate_size": 96"#).unwrap();
+        assert_eq!((config.embedding_scale, config.attention_scale), (1.0, 1.0));
+        assert_eq!((config.residual_scale, config.logit_scale, config.norm_eps), (1.0, 1.0, 1e-6));
+    }
+
+    #[test]
+    fn gemma3_defaults_are_those_of_transformers() {
+        let config = read("gemma3_text", r#", "intermediate_size": 96"#).unwrap();
+        assert_eq!((config.head_size, config.n_query_groups, config.attention_scale), (256, 4, 0.0625));
+        assert_eq!((config.rope_theta, config.rope_local_theta), (1_000_000.0, Some(10_000.0)));
+        assert_eq!(config.windows.iter().position(Option::is_none), Some(5));
+        assert_eq!((config.windows[0], config.tie_embeddings, config.final_softcap), (Some(4096), true, None));
+        assert!(matches!(read("gemma3_text", r#", "attn_logit_softcapping": 50.0"#), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn phi3_with_scaled_rope_is_refused() {
+        let scaling = r#", "intermediate_size": 96, "rope_scaling": {"type": "yarn", "factor": 4.0}"#;
+        assert!(matches!(read("phi3", scaling), Err(Error::Unsupported { .. })));
     }
 
     #[test]

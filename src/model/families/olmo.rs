@@ -1,11 +1,11 @@
-//! OLMo (layer norm without weights) and OLMo 2 (norms after the branches and over all queries and keys).
+//! OLMo (layer norm without weights), OLMo 2 (norms after the branches and over all queries and keys), OLMo 3 (the same
+//! with sliding windows, whose layers rotate by unscaled frequencies).
 
 use super::{Family, HfConfig, same_names};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::model::config::{Placement, QkNorm};
 use crate::ops::norm::Kind;
-use serde_json::Value;
 
 /// `OlmoForCausalLM`.
 pub const OLMO: Family = Family { model_types: &["olmo"], config: olmo, locate: same_names };
@@ -13,19 +13,24 @@ pub const OLMO: Family = Family { model_types: &["olmo"], config: olmo, locate: 
 /// `Olmo2ForCausalLM`.
 pub const OLMO2: Family = Family { model_types: &["olmo2"], config: olmo2, locate: same_names };
 
+/// `Olmo3ForCausalLM`.
+pub const OLMO3: Family = Family { model_types: &["olmo3"], config: olmo3, locate: same_names };
+
+const DEFAULT_THETA: f64 = 500_000.0;
+
 fn base(hf: &HfConfig) -> Result<Config> {
     let mut config = hf.sizes()?;
     config.activation = hf.activation("hidden_act", "silu")?;
     config.biases.qkv = hf.flag("attention_bias", false)?;
     config.biases.projection = config.biases.qkv;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     Ok(config)
 }
 
 fn olmo(hf: &HfConfig) -> Result<Config> {
-    hf.refuse_unless("clip_qkv", &Value::Null)?;
     let mut config = base(hf)?;
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    config.clip_qkv = hf.number_if_any("clip_qkv")?.map(|v| v as f32);
     config.norm = Kind::Layer;
     config.norm_eps = 1e-5;
     config.norm_weight = false;
@@ -33,9 +38,35 @@ fn olmo(hf: &HfConfig) -> Result<Config> {
 }
 
 fn olmo2(hf: &HfConfig) -> Result<Config> {
+    let mut config = later(hf)?;
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    config.finish(hf.path())
+}
+
+fn olmo3(hf: &HfConfig) -> Result<Config> {
+    let mut config = later(hf)?;
+    hf.rope_by_layer_type(&mut config, DEFAULT_THETA, |full| windowed_theta(hf, full))?;
+    // A key that is left out means transformers' default; null means no window.
+    let window = if hf.has("sliding_window") { hf.count_or("sliding_window", None)? } else { Some(4096) };
+    hf.windows(&mut config, window, |layer| !(layer + 1).is_multiple_of(4))?;
+    config.finish(hf.path())
+}
+
+/// transformers 5 gives windowed layers its default base where one `rope_theta` stands for all layers; that is no matter
+/// as long as both are the same.
+fn windowed_theta(hf: &HfConfig, full: f64) -> Result<f64> {
+    if full == DEFAULT_THETA {
+        return Ok(full);
+    }
+    let what = format!("`rope_theta`: {full} without one for sliding_attention (`{}`)", hf.path().display());
+    Err(Error::unsupported(what, "name the base of both kinds of layers in `rope_parameters`"))
+}
+
+/// What OLMo 2 and 3 share.
+fn later(hf: &HfConfig) -> Result<Config> {
     let mut config = base(hf)?;
     config.norm_eps = hf.number("rms_norm_eps", 1e-5)? as f32;
     config.placement = Placement::Post;
     config.qk_norm = QkNorm::Full;
-    config.finish(hf.path())
+    Ok(config)
 }

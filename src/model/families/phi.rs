@@ -1,10 +1,11 @@
 //! Phi 1, 1.5, 2 (parallel, biased) and Phi 3, 3.5, 4 (llama-like with fused projections).
 
 use super::{Family, HfConfig, Piece, renamed, split_qkv};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::model::config::{Biases, Mlp};
 use crate::ops::norm::Kind;
+use crate::ops::rope::Scaling;
 use serde_json::json;
 
 /// `PhiForCausalLM`.
@@ -44,6 +45,11 @@ fn phi3(hf: &HfConfig) -> Result<Config> {
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
     hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    // transformers reads a phi3 with yarn as one with longrope, and knows no third.
+    if config.rope_scaling != Scaling::None {
+        let what = format!("rope scaling of a phi3 (`{}`)", hf.path().display());
+        return Err(Error::unsupported(what, "choose a checkpoint without `rope_scaling`, as the 4k variants"));
+    }
     let window = hf.count_or("sliding_window", None)?;
     hf.windows(&mut config, window, |_| true)?;
     config.finish(hf.path())
