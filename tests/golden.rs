@@ -25,17 +25,17 @@ pub fn root() -> Option<PathBuf> {
 }
 
 /// Folders below `root/kind` that hold `file`, sorted.
-fn cases(root: &Path, kind: &str, file: &str) -> Vec<PathBuf> {
+pub fn cases(root: &Path, kind: &str, file: &str) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(root.join(kind)) else { return Vec::new() };
     let mut dirs: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).filter(|p| p.join(file).is_file()).collect();
     dirs.sort();
     dirs
 }
 
-struct Fixture(HashMap<String, (Vec<usize>, Vec<f32>)>);
+pub struct Fixture(pub HashMap<String, (Vec<usize>, Vec<f32>)>);
 
 impl Fixture {
-    fn read(path: &Path) -> Self {
+    pub fn read(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let values = |view: &safetensors::tensor::TensorView<'_>| match view.dtype() {
@@ -50,18 +50,18 @@ impl Fixture {
         Self(tensors.tensors().iter().map(|(n, v)| (n.clone(), (v.shape().to_vec(), values(v)))).collect())
     }
 
-    fn get(&self, name: &str) -> &(Vec<usize>, Vec<f32>) {
+    pub fn get(&self, name: &str) -> &(Vec<usize>, Vec<f32>) {
         &self.0[name]
     }
 
     /// Rows of an integer tensor, the last dimension a row.
-    fn rows(&self, name: &str) -> Vec<Vec<i32>> {
+    pub fn rows(&self, name: &str) -> Vec<Vec<i32>> {
         let (shape, values) = self.get(name);
         values.chunks_exact(*shape.last().unwrap()).map(|r| r.iter().map(|v| *v as i32).collect()).collect()
     }
 }
 
-fn json(path: &Path) -> Value {
+pub fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -70,7 +70,7 @@ fn ids(row: &[i32]) -> Vec<u32> {
 }
 
 /// The model of a folder, or `None` for a family that is not supported.
-fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
+pub fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
         Err(error @ Error::Unsupported { .. }) => {
@@ -84,22 +84,22 @@ fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
     Some((checkpoint, gpt))
 }
 
-fn logits(gpt: &Gpt, rows: &[Vec<i32>]) -> Vec<f32> {
+pub fn logits(gpt: &Gpt, rows: &[Vec<i32>]) -> Vec<f32> {
     rows.iter().flat_map(|row| gpt.all_logits(&ids(row), &mut gpt.cache()).to_vec()).collect()
 }
 
-fn deviation(values: &[f32]) -> f32 {
+pub fn deviation(values: &[f32]) -> f32 {
     let mean = values.iter().sum::<f32>() / values.len() as f32;
     (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / values.len() as f32).sqrt()
 }
 
-fn largest_difference(got: &[f32], want: &[f32]) -> f32 {
+pub fn largest_difference(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |m, d| if d.is_nan() { f32::NAN } else { m.max(d) })
 }
 
 #[track_caller]
-fn within(what: &str, value: f32, limit: f32) {
+pub fn within(what: &str, value: f32, limit: f32) {
     println!("  {what}: {value:.1e} (limit {limit:.0e})");
     assert!(value <= limit, "{what}: {value:e} is over {limit:e}");
 }
@@ -143,7 +143,7 @@ fn golden_models() {
 }
 
 /// Runs every case, whatever becomes of the others, and returns those that failed.
-fn each(cases: &[PathBuf], mut run: impl FnMut(&Path)) -> Vec<String> {
+pub fn each(cases: &[PathBuf], mut run: impl FnMut(&Path)) -> Vec<String> {
     let mut failed = Vec::new();
     for dir in cases {
         println!("{}", dir.display());

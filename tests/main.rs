@@ -6,6 +6,7 @@ mod command_lines;
 mod download;
 mod finetune;
 mod golden;
+mod golden_litgpt;
 mod kernels;
 mod layering;
 mod text;

@@ -6,7 +6,7 @@
 
 use super::safe::Shards;
 use super::write::{Staging, TensorInfo, safetensors};
-use super::{Checkpoint, Dtype};
+use super::{Checkpoint, Dtype, litgpt};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::model::families::{Family, Piece};
@@ -21,6 +21,8 @@ use std::path::Path;
 pub const CONFIG: &str = "adapter_config.json";
 /// Tensors of an adapter folder.
 pub const TENSORS: &str = "adapter_model.safetensors";
+/// The same as older versions of PEFT wrote them.
+const OLD_TENSORS: &str = "adapter_model.bin";
 /// What stands before a module's name in a PEFT file.
 const PREFIX: &str = "base_model.model.";
 
@@ -211,13 +213,19 @@ impl PeftConfig {
     }
 }
 
-/// Attaches the adapters of the PEFT folder `dir` to `gpt`.
+/// Attaches the adapters of the folder `dir`, PEFT's or LitGPT's, to `gpt`.
 ///
 /// # Errors
 /// When the folder is broken, asks for what is not implemented, or does not fit the model: all misfits are listed.
 pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
+    if !dir.join(CONFIG).is_file() && dir.join(litgpt::ADAPTER).is_file() {
+        return litgpt::adapter::load(dir, gpt);
+    }
     let config = PeftConfig::read(&dir.join(CONFIG))?;
-    let path = dir.join(TENSORS);
+    let mut path = dir.join(TENSORS);
+    if !path.is_file() && dir.join(OLD_TENSORS).is_file() {
+        path = dir.join(OLD_TENSORS);
+    }
     if !path.is_file() {
         let hint = "an adapter folder holds adapter_config.json and adapter_model.safetensors".to_owned();
         return Err(Error::Missing { what: "adapter tensors".to_owned(), path, hint });
@@ -328,18 +336,27 @@ fn copy_parameters(
     Ok(())
 }
 
-/// Whether `dir` is an adapter folder.
+/// Whether `dir` is an adapter folder: PEFT's, or one that LitGPT finetuned and did not merge.
 #[must_use]
 pub fn is_adapter(dir: &Path) -> bool {
-    dir.join(CONFIG).is_file()
+    dir.join(CONFIG).is_file() || dir.join(litgpt::ADAPTER).is_file() && !dir.join(litgpt::WEIGHTS).is_file()
 }
 
-/// The base that an adapter folder names: its `base_model_name_or_path`.
+/// Whether `dir` holds an adapter, merged already or not.
+#[must_use]
+pub fn has_adapter(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file() || dir.join(litgpt::ADAPTER).is_file()
+}
+
+/// The base that an adapter folder names: PEFT's `base_model_name_or_path`, LitGPT's `checkpoint_dir`.
 ///
 /// # Errors
 /// When the file is broken or names none.
 pub fn base_of(dir: &Path) -> Result<String> {
     let path = dir.join(CONFIG);
+    if !path.is_file() && dir.join(litgpt::ADAPTER).is_file() {
+        return litgpt::adapter::base_of(dir);
+    }
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let json: Value = serde_json::from_str(&text)
         .map_err(|e| Error::invalid(&path, format!("not JSON: {e}"), "save the adapter again"))?;

@@ -1,15 +1,17 @@
 //! Merging an adapter into its base: a Hugging Face folder, written one tensor at a time in the base's dtypes with the
 //! sum taken in f32.
 
+use super::convert::Export;
 use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
-use super::{Checkpoint, Dtype, adapter};
+use super::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use serde_json::Value;
 use std::path::Path;
 
 /// Writes the base of `checkpoint` with the adapters of `gpt` merged into `staging`, in `dtype` or the base's own;
-/// `progress` is told of each tensor.
+/// `progress` is told of each tensor. Files and tensors are the base's, one for one, where those are safetensors;
+/// others become safetensors.
 ///
 /// # Errors
 /// When a file cannot be read or written.
@@ -20,6 +22,10 @@ pub fn merge(
     dtype: Option<Dtype>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
+    let safetensors_only = checkpoint.files().keys().all(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    if checkpoint.layout != Layout::HuggingFace || !safetensors_only {
+        return Export { checkpoint, adapters: Some(gpt), dtype }.hugging_face(staging, progress);
+    }
     let deltas = adapter::deltas(checkpoint, gpt);
     // A tied head has no tensor of its own; an adapter on it unties it.
     let head = checkpoint.locate("lm_head.weight").swap_remove(0).tensor;
@@ -61,7 +67,11 @@ pub fn merge(
     if untied { untie(staging, &head, &embedding) } else { Ok(()) }
 }
 
-fn check_finite(weight: &[f32], dtype: Dtype, name: &str) -> Result<()> {
+/// Refuses a sum that its dtype cannot hold.
+///
+/// # Errors
+/// When an element is too large.
+pub(super) fn check_finite(weight: &[f32], dtype: Dtype, name: &str) -> Result<()> {
     let limit = if dtype == Dtype::F16 { 65504.0 } else { f32::MAX };
     if weight.iter().all(|w| w.abs() <= limit) {
         return Ok(());
@@ -109,7 +119,7 @@ fn untie(staging: &Staging, head: &str, embedding: &str) -> Result<()> {
 /// # Errors
 /// When `dir` is no adapter folder.
 pub fn require_adapter(dir: &Path) -> Result<()> {
-    if adapter::is_adapter(dir) {
+    if adapter::has_adapter(dir) {
         return Ok(());
     }
     if dir.join("config.json").is_file() {

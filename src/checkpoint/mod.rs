@@ -1,9 +1,14 @@
-//! Checkpoint folders as Hugging Face has them, read in place: config.json, tokenizer files, safetensors with or
-//! without an index. Adapters are in `adapter`, merging in `merge`, writing in `write`, the Hub in `hub`.
+//! Checkpoint folders, read in place: Hugging Face's (config.json, tokenizer files, safetensors or pytorch_model.bin,
+//! with or without an index) and LitGPT's (lit_model.pth; names and settings in `litgpt`). Adapters are in `adapter`,
+//! merging in `merge`, turning one kind of folder into the other in `convert`, writing in `write`, the Hub in `hub`.
 
 pub mod adapter;
+mod archive;
+pub mod convert;
 pub mod hub;
+pub mod litgpt;
 pub mod merge;
+pub mod pickle;
 mod safe;
 pub mod write;
 
@@ -15,12 +20,22 @@ use crate::model::{Config, Source};
 use crate::ops::weight::Data;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use litgpt::Qkv;
 use rayon::prelude::*;
 use safe::Shards;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 const AGAIN: &str = "download the checkpoint again; what is complete is kept";
+
+/// What the tensors of a folder are called, and how they are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// As Hugging Face has the family.
+    HuggingFace,
+    /// As LitGPT has all families.
+    Litgpt(Qkv),
+}
 
 /// An open checkpoint folder.
 #[derive(Debug)]
@@ -31,6 +46,10 @@ pub struct Checkpoint {
     pub config: Config,
     /// Its family.
     pub family: &'static Family,
+    /// Its tensors' names.
+    pub layout: Layout,
+    /// Its config.json, or what it would be.
+    pub hf: HfConfig,
     shards: Shards,
 }
 
@@ -52,11 +71,38 @@ impl Checkpoint {
             let hint = "`litgpt download REPO` fetches a model; `--checkpoint_dir` takes its folder".to_owned();
             return Err(Error::Missing { what: "checkpoint folder".to_owned(), path: dir.to_owned(), hint });
         }
+        if litgpt_only(dir) { Self::open_litgpt(dir) } else { Self::open_hf(dir) }
+    }
+
+    fn open_hf(dir: &Path) -> Result<Self> {
         let hf = HfConfig::read(&dir.join("config.json"))?;
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
         let shards = Shards::open(dir)?;
-        let checkpoint = Self { dir: dir.to_owned(), config, family, shards };
+        let checkpoint = Self { dir: dir.to_owned(), config, family, layout: Layout::HuggingFace, hf, shards };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    /// Opens LitGPT's files in the folder `dir`, whatever else is there.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn open_litgpt(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let hf = if path.is_file() { HfConfig::read(&path)? } else { litgpt::config::hf_config(dir)? };
+        let family = by_config(&hf)?;
+        let mut config = (family.config)(&hf)?;
+        let shards = Shards::of(vec![dir.join(litgpt::WEIGHTS)])?;
+        // LitGPT pads the vocabulary and writes the head beside the embedding it is tied to: the file says what is.
+        let (embedding, head) = ("transformer.wte.weight", "lm_head.weight");
+        if let Some(rows) = shards.get(embedding).ok().and_then(|raw| raw.shape.first().copied()) {
+            config.vocab_size = rows;
+        }
+        config.tie_embeddings = shards.get(head).is_err() || shards.equal(embedding, head);
+        let old = shards.names().any(|n| n.contains(".attn.attn."));
+        let layout = Layout::Litgpt(if old { Qkv::Interleaved } else { Qkv::Below });
+        let checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -64,7 +110,16 @@ impl Checkpoint {
     /// Where our tensor `name` stands.
     #[must_use]
     pub fn locate(&self, name: &str) -> Vec<Piece> {
-        (self.family.locate)(&self.config, name)
+        self.locate_in(self.layout, name)
+    }
+
+    /// Where our tensor `name` stands in a folder of this architecture and of `layout`.
+    #[must_use]
+    pub fn locate_in(&self, layout: Layout, name: &str) -> Vec<Piece> {
+        match layout {
+            Layout::HuggingFace => (self.family.locate)(&self.config, name),
+            Layout::Litgpt(qkv) => litgpt::locate(&self.config, qkv, name),
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -146,12 +201,19 @@ impl Checkpoint {
     /// When a file cannot be read.
     pub fn content_hash(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
-        let config = self.dir.join("config.json");
-        for path in self.files().into_keys().chain(std::iter::once(config)) {
+        let configs = ["config.json", litgpt::CONFIG].map(|name| self.dir.join(name));
+        let config = configs.into_iter().find(|path| path.is_file());
+        for path in self.files().into_keys().chain(config) {
             hasher.update_mmap_rayon(&path).map_err(Error::io("read", &path))?;
         }
         Ok(hasher.finalize().to_hex().to_string())
     }
+}
+
+/// Whether a folder's only weights are LitGPT's.
+#[must_use]
+pub fn litgpt_only(dir: &Path) -> bool {
+    !Shards::present(dir) && dir.join(litgpt::WEIGHTS).is_file()
 }
 
 impl Source for Checkpoint {

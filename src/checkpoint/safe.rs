@@ -1,6 +1,7 @@
-//! The safetensors files of a folder, memory-mapped: names, dtypes, shapes, bytes.
+//! The files of a folder that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here,
+//! files of `torch.save` in `pickle`.
 
-use super::AGAIN;
+use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -96,7 +97,7 @@ struct Entry {
     bytes: Range<usize>,
 }
 
-/// Memory-mapped safetensors files and where each tensor stands in them.
+/// Memory-mapped files and where each tensor stands in them.
 #[derive(Debug)]
 pub struct Shards {
     files: Vec<(PathBuf, Mmap)>,
@@ -112,29 +113,33 @@ fn map(path: &Path) -> Result<Mmap> {
 }
 
 impl Shards {
-    /// Maps `model.safetensors`, or the files of its index.
+    /// Maps the weights of a Hugging Face folder: `model.safetensors`, `pytorch_model.bin`, or the files of their index.
     ///
     /// # Errors
     /// When none is there, or one is broken.
     pub fn open(dir: &Path) -> Result<Self> {
-        let index = dir.join("model.safetensors.index.json");
-        let single = dir.join("model.safetensors");
-        let paths = if single.is_file() {
-            vec![single]
-        } else if index.is_file() {
-            indexed(dir, &index)?
-        } else {
-            let hint = "`litgpt download REPO` fetches safetensors; other formats are not read yet".to_owned();
-            return Err(Error::Missing {
-                what: "weights (model.safetensors or its index)".to_owned(),
-                path: single,
-                hint,
-            });
-        };
-        Self::of(paths)
+        for name in ["model.safetensors", "pytorch_model.bin"] {
+            let (single, index) = (dir.join(name), dir.join(format!("{name}.index.json")));
+            if single.is_file() {
+                return Self::of(vec![single]);
+            }
+            if index.is_file() {
+                return Self::of(indexed(dir, &index)?);
+            }
+        }
+        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin and LitGPT's lit_model.pth are read".to_owned();
+        Err(Error::Missing { what: "weights".to_owned(), path: dir.join("model.safetensors"), hint })
     }
 
-    /// Maps these files.
+    /// Whether `dir` has weights that [`Shards::open`] reads.
+    #[must_use]
+    pub fn present(dir: &Path) -> bool {
+        ["model.safetensors", "pytorch_model.bin"]
+            .iter()
+            .any(|name| dir.join(name).is_file() || dir.join(format!("{name}.index.json")).is_file())
+    }
+
+    /// Maps these files: safetensors by the ending of their name, others as files of `torch.save`.
     ///
     /// # Errors
     /// When one is missing or broken.
@@ -148,41 +153,52 @@ impl Shards {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let mmap = map(&path)?;
-        let broken = |e: String| Error::invalid(&path, format!("not a whole safetensors file: {e}"), AGAIN);
-        let (header, metadata) = SafeTensors::read_metadata(&mmap).map_err(|e| broken(e.to_string()))?;
-        let data = header + 8;
-        for (name, info) in metadata.tensors() {
-            let dtype = match info.dtype {
-                safetensors::Dtype::F32 => Dtype::F32,
-                safetensors::Dtype::BF16 => Dtype::Bf16,
-                safetensors::Dtype::F16 => Dtype::F16,
-                other if name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids") => {
-                    // Masks and index buffers of old exports: no weights.
-                    let _ = other;
-                    continue;
-                }
+        let tensors = if path.extension().is_some_and(|e| e == "safetensors") {
+            safetensors(&path, &mmap)?
+        } else {
+            pickle::tensors(&path, &mmap)?
+                .into_iter()
+                .map(|(name, t)| (name, t.dtype.to_owned(), t.shape, t.bytes))
+                .collect()
+        };
+        for (name, dtype, shape, bytes) in tensors {
+            let dtype = match dtype.as_str() {
+                "F32" => Dtype::F32,
+                "BF16" => Dtype::Bf16,
+                "F16" => Dtype::F16,
+                // Masks and index buffers of old exports: no weights.
+                _ if name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids") => continue,
                 other => {
-                    let what = format!("dtype {other:?} of tensor `{name}` (`{}`)", path.display());
+                    let what = format!("dtype {other} of tensor `{name}` (`{}`)", path.display());
                     return Err(Error::unsupported(
                         what,
                         "F32, BF16 and F16 weights are read; choose another checkpoint",
                     ));
                 }
             };
-            let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
-            let elements = info.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-            if bytes.end > mmap.len() || elements.and_then(|n| n.checked_mul(dtype.size())) != Some(bytes.len()) {
-                return Err(broken(format!(
-                    "tensor `{name}` reaches beyond the file or has another size than its shape"
-                )));
-            }
-            let entry = Entry { file: self.files.len(), dtype, shape: info.shape.clone(), bytes };
+            let entry = Entry { file: self.files.len(), dtype, shape, bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
-                return Err(broken(format!("tensor `{name}` is in another file of the folder too")));
+                return Err(Error::invalid(
+                    &path,
+                    format!("tensor `{name}` is in another file of the folder too"),
+                    AGAIN,
+                ));
             }
         }
         self.files.push((path, mmap));
         Ok(())
+    }
+
+    /// Whether both names are of the same bytes, or of equal ones.
+    #[must_use]
+    pub fn equal(&self, a: &str, b: &str) -> bool {
+        match (self.entries.get(a), self.entries.get(b)) {
+            (Some(a), Some(b)) if a.dtype == b.dtype && a.shape == b.shape => {
+                let bytes = |e: &Entry| &self.files[e.file].1[e.bytes.clone()];
+                a.file == b.file && a.bytes == b.bytes || bytes(a) == bytes(b)
+            }
+            _ => false,
+        }
     }
 
     /// The tensor `name`.
@@ -239,6 +255,28 @@ impl Shards {
             })
             .collect()
     }
+}
+
+/// A tensor of a file: name, dtype, shape, where its bytes are.
+type Found = (String, String, Vec<usize>, Range<usize>);
+
+/// The tensors of a safetensors file.
+fn safetensors(path: &Path, file: &[u8]) -> Result<Vec<Found>> {
+    let broken = |e: String| Error::invalid(path, format!("not a whole safetensors file: {e}"), AGAIN);
+    let (header, metadata) = SafeTensors::read_metadata(file).map_err(|e| broken(e.to_string()))?;
+    let data = header + 8;
+    let mut found = Vec::new();
+    for (name, info) in metadata.tensors() {
+        let dtype = info.dtype;
+        let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
+        let elements = info.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        let fits = elements.and_then(|n| n.checked_mul(dtype.bitsize())) == bytes.len().checked_mul(8);
+        if bytes.end > file.len() || !fits {
+            return Err(broken(format!("tensor `{name}` reaches beyond the file or has another size than its shape")));
+        }
+        found.push((name, dtype.to_string(), info.shape.clone(), bytes));
+    }
+    Ok(found)
 }
 
 /// The files that an index names, each a plain name within the folder.

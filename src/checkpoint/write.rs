@@ -111,7 +111,7 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.size()
     }
 }

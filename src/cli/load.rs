@@ -121,15 +121,22 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
     if let Some(given) = given {
         return Ok(super::args::checkpoint_dir(given));
     }
-    let named = match Manifest::read(dir)? {
-        Some(manifest) => manifest.base_model,
-        None => PathBuf::from(adapter::base_of(dir)?),
+    let (named, recorded) = match Manifest::read(dir)? {
+        Some(manifest) => (manifest.base_model, "litgpt.json as `base_model`"),
+        None if dir.join(adapter::CONFIG).is_file() => {
+            (adapter::base_of(dir)?.into(), "adapter_config.json as `base_model_name_or_path`")
+        }
+        None => (adapter::base_of(dir)?.into(), "hyperparameters.yaml as `checkpoint_dir`"),
     };
-    let candidates = [named.clone(), dir.join(&named), PathBuf::from("checkpoints").join(&named)];
-    candidates.into_iter().find(|c| c.is_dir()).ok_or_else(|| Error::Missing {
+    // LitGPT records the path as it was typed: relative to where it ran, which is often above the output.
+    let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    let above = absolute.ancestors().flat_map(|dir| [dir.join(&named), dir.join("checkpoints").join(&named)]);
+    let candidates = [named.clone(), PathBuf::from("checkpoints").join(&named)].into_iter().chain(above);
+    let usable = |c: &PathBuf| c.is_dir() && c.canonicalize().is_ok_and(|c| c != absolute);
+    candidates.into_iter().find(usable).ok_or_else(|| Error::Missing {
         what: format!("base model of the adapter `{}`", dir.display()),
         path: named,
-        hint: "put it back there, or write its folder into the adapter's litgpt.json as `base_model`".to_owned(),
+        hint: format!("put it back there, or write its folder into the adapter's {recorded}"),
     })
 }
 

@@ -1,30 +1,31 @@
-//! `litgpt merge_lora`: adapter and base become one Hugging Face folder.
+//! `litgpt merge_lora`: adapter and base become one folder, Hugging Face's or LitGPT's.
 
 use super::args::{MergeArgs, MergeFormat};
+use super::convert::refuse_existing;
 use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
+use crate::checkpoint::convert::{Export, litgpt_name};
+use crate::checkpoint::litgpt::{self, Qkv};
 use crate::checkpoint::merge::{merge, require_adapter};
 use crate::checkpoint::write::Staging;
-use crate::checkpoint::{Checkpoint, Dtype, adapter};
+use crate::checkpoint::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
+use crate::model::Gpt;
 use crate::ops::weight::Store;
 use crate::train::settings::Precision;
 use std::path::Path;
 
 /// Runs the command.
 pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
-    if args.format != MergeFormat::Hf {
-        let what = "merge_lora --format other than hf";
+    if args.format == MergeFormat::Gguf {
+        let what = "merge_lora --format gguf";
         return Err(Error::unsupported(what, "merge as hf; other programs convert that folder").into());
     }
     let dir = args.model.path()?;
     require_adapter(&dir)?;
     let out_dir = args.out_dir.clone().unwrap_or_else(|| dir.join("merged"));
-    if out_dir.join("config.json").exists() {
-        let message = format!("`{}` is there already", out_dir.display());
-        return Err(Error::refused(message, "use it as it is, delete it, or give another --out_dir").into());
-    }
+    refuse_existing(&out_dir, &["config.json", litgpt::WEIGHTS])?;
     let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
     let checkpoint = Checkpoint::open(&base)?;
     check_base(&dir, &checkpoint)?;
@@ -32,10 +33,8 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut gpt = weights(&checkpoint, Store::Bf16, ui)?;
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
     let staging = Staging::new(&out_dir)?;
-    let tensors: usize = checkpoint.files().values().map(Vec::len).sum();
-    ui.begin("merge", tensors as u64, false);
-    merge(&checkpoint, &gpt, &staging, dtype(args.precision)?, &mut |_| ui.advance(1))?;
-    ui.end();
+    let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype: dtype(args.precision)? };
+    write(args.format, &export, &gpt, &staging, ui)?;
     staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
     if let Some(manifest) = Manifest::read(&dir)? {
         staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
@@ -43,6 +42,20 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     staging.commit()?;
     ui.note(&format!("merged into {}", out_dir.display()));
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
+    Ok(())
+}
+
+/// Fills `staging` with the merged model.
+fn write(format: MergeFormat, export: &Export<'_>, gpt: &Gpt, staging: &Staging, ui: &mut Ui) -> Result<()> {
+    let checkpoint = export.checkpoint;
+    if format == MergeFormat::Litgpt {
+        ui.begin("merge", export.len(Layout::Litgpt(Qkv::Below))? as u64, false);
+        export.litgpt(staging, &litgpt_name(checkpoint, &checkpoint.dir), &mut |_| ui.advance(1))?;
+    } else {
+        ui.begin("merge", checkpoint.files().values().map(Vec::len).sum::<usize>() as u64, false);
+        merge(checkpoint, gpt, staging, export.dtype, &mut |_| ui.advance(1))?;
+    }
+    ui.end();
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod compat;
+mod convert;
 mod download;
 mod finetune;
 mod generate;
@@ -40,6 +41,10 @@ enum Command {
     Generate(args::GenerateArgs),
     /// Merge an adapter into its base model
     MergeLora(args::MergeArgs),
+    /// Write LitGPT's lit_model.pth and model_config.yaml into a Hugging Face folder
+    ConvertToLitgpt(args::ConvertToArgs),
+    /// Write a Hugging Face folder from LitGPT's files (safetensors, where LitGPT wrote model.pth)
+    ConvertFromLitgpt(args::ConvertFromArgs),
 }
 
 /// Runs the command line `argv`, program name first, and says how it went.
@@ -59,6 +64,8 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Command::FinetuneLora(args) => finetune::run(&args, &mut ui),
         Command::Generate(args) => generate::run(&args, &mut ui),
         Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
+        Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
+        Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

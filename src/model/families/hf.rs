@@ -42,6 +42,18 @@ impl HfConfig {
         }
     }
 
+    /// The config.json of these keys, for which `path` stands in messages.
+    #[must_use]
+    pub fn of(path: &Path, keys: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), keys }
+    }
+
+    /// All keys.
+    #[must_use]
+    pub fn keys(&self) -> &Map<String, Value> {
+        &self.keys
+    }
+
     /// The file.
     #[must_use]
     pub fn path(&self) -> &Path {
