@@ -1,5 +1,5 @@
 //! The one integration test binary: a list of modules.
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, clippy::type_complexity)]
 
 mod cli;
 mod command_lines;

@@ -91,7 +91,11 @@ impl Export<'_> {
                 let len = rows.as_ref().map_or(share, |rows| rows.iter().map(Range::len).sum());
                 let from = at..at + len;
                 at += len;
-                let part = Part { name: slot.name.clone(), from, to: rows.unwrap_or_else(|| vec![0..share]) };
+                let part = Part {
+                    name: slot.name.clone(),
+                    from,
+                    to: rows.unwrap_or_else(|| std::iter::once(0..share).collect()),
+                };
                 if let Some(target) = targets.iter_mut().rev().find(|t| t.info.name == tensor) {
                     target.info.shape[0] += len;
                     target.parts.push(part);

@@ -17,7 +17,7 @@ pub struct HfConfig {
 impl HfConfig {
     /// A config.json of this text.
     #[cfg(test)]
-    pub(super) fn of(text: &str) -> Self {
+    pub(super) fn from_text(text: &str) -> Self {
         let keys = serde_json::from_str(text).expect("a JSON object");
         Self { path: PathBuf::from("config.json"), keys }
     }

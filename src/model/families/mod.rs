@@ -227,7 +227,7 @@ mod tests {
 
     fn read(model_type: &str, keys: &str) -> Result<Config> {
         let sizes = r#""vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 8"#;
-        let hf = HfConfig::of(&format!(r#"{{"model_type": "{model_type}", {sizes} {keys}}}"#));
+        let hf = HfConfig::from_text(&format!(r#"{{"model_type": "{model_type}", {sizes} {keys}}}"#));
         (by_config(&hf)?.config)(&hf)
     }
 
