@@ -131,6 +131,54 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Ids of an answer: without a BOS that begins its own text, and with one EOS at its end.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`]; `Unsupported` if the tokenizer has no EOS token.
+    pub fn encode_answer(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text)?;
+        if self.bos_id.is_some() && ids.first().copied() == self.bos_id {
+            ids.remove(0);
+        }
+        let eos = self.require_eos()?;
+        if ids.last() != Some(&eos) {
+            ids.push(eos);
+        }
+        Ok(ids)
+    }
+
+    /// [`Tokenizer::eos_id`] for training, which cannot do without.
+    ///
+    /// # Errors
+    /// `Unsupported` if there is none.
+    pub fn require_eos(&self) -> Result<u32> {
+        self.eos_id.ok_or_else(|| {
+            let hint = "name an eos_token in the checkpoint's tokenizer_config.json";
+            Error::unsupported("training with a tokenizer that has no EOS token", hint)
+        })
+    }
+
+    /// Ids of `text` as [`Tokenizer::encode`] gives them, each with the byte of `text` at which it begins.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        let encoding = self.inner.encode(text, false).map_err(|e| self.failed("encode a text", &e))?;
+        Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(|(id, span)| (*id, span.0)).collect())
+    }
+
+    /// The checkpoint's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How the token `id` is written.
+    #[must_use]
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// Whether a prompt begins with BOS.
     #[must_use]
     pub fn adds_bos(&self) -> bool {
@@ -178,6 +226,14 @@ impl Tokenizer {
     /// When the tokenizer fails on the ids.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(|e| self.failed("decode ids", &e))
+    }
+
+    /// Text of `ids` with the special tokens written out.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, false).map_err(|e| self.failed("decode ids", &e))
     }
 
     /// Decodes ids one by one, as they are generated.
@@ -376,7 +432,8 @@ fn mend_commas(text: &str) -> Option<String> {
     Some(trailing.replace_all(&lacking.replace_all(text, "$1,\n$2"), "$1").into_owned())
 }
 
-/// `chat_template.jinja`, else `chat_template` of the config: a text, or a list of which `default` counts.
+/// `chat_template.jinja`, else `chat_template` of `chat_template.json` or of the config: a text, or a list of which
+/// `default` counts.
 fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
     let path = dir.join("chat_template.jinja");
     match std::fs::read_to_string(&path) {
@@ -384,7 +441,8 @@ fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<Strin
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io("read", &path)(e)),
     }
-    let template = match config.get("chat_template") {
+    let own = read_object(&dir.join("chat_template.json"))?;
+    let template = match own.get("chat_template").or_else(|| config.get("chat_template")) {
         Some(Value::Array(list)) => {
             list.iter().find(|entry| entry["name"] == "default").or(list.first()).map(|entry| &entry["template"])
         }

@@ -9,5 +9,6 @@ mod golden;
 mod golden_litgpt;
 mod kernels;
 mod layering;
+mod pains;
 mod text;
 mod util;

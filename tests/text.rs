@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use litgpt::data::prompt::{self, PromptStyle};
 use litgpt::data::sft::{Encoder, Sample, collate_padded};
-use litgpt::data::{Origin, Record};
+use litgpt::data::{Content, Origin, Record};
 use litgpt::tokenizer::{AddBos, Tokenizer};
 use serde_json::Value;
 
@@ -55,8 +55,9 @@ fn prompts_are_litgpts() {
     for (name, expected) in styles {
         let style = PromptStyle::by_name(name).unwrap();
         assert_eq!(style.name(), name);
-        let apply =
-            |sample: &Value, sys| style.apply(sample["instruction"].as_str().unwrap(), sample["input"].as_str(), sys);
+        let apply = |sample: &Value, sys| {
+            style.apply(sample["instruction"].as_str().unwrap(), sample["input"].as_str(), sys).unwrap()
+        };
         for (sample, text) in samples.iter().zip(expected["prompts"].as_array().unwrap()) {
             assert_eq!(apply(sample, None), text.as_str().unwrap(), "{name}");
         }
@@ -108,9 +109,11 @@ fn records(dir: &Path, golden: &Value) -> Option<Vec<Record>> {
     };
     let rows: Value = serde_json::from_str(&text).unwrap();
     let record = |&row: &usize| Record {
-        instruction: list(&rows[row]["instruction"]),
-        input: list(&rows[row]["input"]),
-        output: list(&rows[row]["output"]),
+        content: Content::Instruction {
+            instruction: list(&rows[row]["instruction"]),
+            input: list(&rows[row]["input"]),
+            output: list(&rows[row]["output"]),
+        },
         row: Origin { file: 0, row: row + 1 },
     };
     Some(list::<Vec<usize>>(&golden["rows"]).iter().map(record).collect())
@@ -125,7 +128,8 @@ fn samples_are_litgpts() {
     for tokenizer in &tokenizers(&dir) {
         for (variant, expected) in golden["variants"].as_object().unwrap() {
             let (mask_prompt, max_seq_length) = settings(variant);
-            let encoder = Encoder { tokenizer, style: &style, mask_prompt, ignore_index, max_seq_length };
+            let encoder =
+                Encoder { tokenizer, style: &style, mask_prompt: Some(mask_prompt), ignore_index, max_seq_length };
             let samples = encoder.encode_all(&records, &|_| ()).unwrap();
             let expected = expected.as_array().unwrap();
             assert_eq!(samples.len(), expected.len());

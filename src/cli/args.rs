@@ -183,16 +183,17 @@ pub const FLAGS: &[Flag] = &[
     row("lora_head", Boolean, LORA, "Adapt the LM head"),
 
     row("data.name", Text, DATA,
-        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Dolly, JSON, LongForm; or a .json or \
-         .jsonl file")
+        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Dolly, JSON, LongForm; or a .json, \
+         .jsonl or .csv file")
         .also(&["data", "data.class_path"]),
-    row("data.json_path", File, DATA, "JSON: a .json or .jsonl file, or a folder with a train and a val file"),
-    row("data.mask_prompt", Boolean, DATA, "Train on the answers only")
+    row("data.json_path", File, DATA, "JSON: a .json, .jsonl or .csv file, or a folder with a train and a val file"),
+    row("data.columns", Text, DATA, "JSON: what the file calls the keys of a row, e.g. instruction=question,output=answer"),
+    row("data.mask_prompt", Boolean, DATA, "Train on the answers only [default: true for conversations, else false]")
         .also(&["data.mask_prompt", "data.mask_inputs"]),
     row("data.val_split_fraction", Number, DATA,
         "Share of the samples held out for validation [default: the module's own]")
         .also(&["data.val_split_fraction", "data.test_split_fraction"]),
-    row("data.prompt_style", Text, DATA, "Prompt style, e.g. alpaca, llama3 [default: the module's own]")
+    row("data.prompt_style", Text, DATA, "Prompt style, e.g. alpaca, llama3, or chat, the model's chat template [default: the module's own]")
         .also(&["data.prompt_style", "data.prompt_style.class_path"]),
     row("data.ignore_index", Whole, DATA, "Label of tokens that do not count in the loss"),
     row("data.seed", Whole, DATA, "Seed of the split and of the order of samples"),

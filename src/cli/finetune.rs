@@ -7,7 +7,7 @@ use super::{args, download, recipe};
 use crate::checkpoint::write::{COMPANIONS, Staging};
 use crate::checkpoint::{Checkpoint, adapter, hub};
 use crate::data::prompt::PromptStyle;
-use crate::data::sft::{Encoder, Report as DataReport, Sample};
+use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
 use crate::error::{Error, Result};
 use crate::generate::{Draw, Request, text};
@@ -32,8 +32,13 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
-    let dataset = crate::data::load(&data_config(&settings), &download::Fetcher::new(settings.access_token.clone())?)?;
-    let (train, val) = encode(&settings, &checkpoint, &tokenizer, &dataset, ui)?;
+    let dataset = crate::data::load(
+        &data_config(&settings),
+        &tokenizer,
+        &download::Fetcher::new(settings.access_token.clone())?,
+    )?;
+    let encoder = encoder(&settings, &checkpoint, &tokenizer, &dataset);
+    let (train, val) = encode(&encoder, &dataset, ui)?;
     let plan = Plan::new(&settings, train.len())?;
     describe(&settings, &dataset, &plan, ui);
     let base_hash = checkpoint.content_hash()?;
@@ -52,6 +57,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         checkpoint: &checkpoint,
         tokenizer: &tokenizer,
         dataset: &dataset,
+        encoder,
         base_hash,
     };
     let checkpointing = settings.train.activation_checkpointing == Switch::On;
@@ -88,7 +94,7 @@ fn data_config(settings: &FinetuneSettings) -> DataConfig {
     DataConfig {
         name: data.name.clone(),
         json_path: data.json_path.clone(),
-        mask_prompt: data.mask_prompt,
+        columns: data.columns.clone(),
         val_split_fraction: data.val_split_fraction,
         prompt_style: data.prompt_style.clone(),
         ignore_index: data.ignore_index,
@@ -98,22 +104,25 @@ fn data_config(settings: &FinetuneSettings) -> DataConfig {
     }
 }
 
-/// Training and validation samples, checked and reported on.
-fn encode(
+/// How a run makes its samples.
+fn encoder<'a>(
     settings: &FinetuneSettings,
     checkpoint: &Checkpoint,
-    tokenizer: &Tokenizer,
-    dataset: &Dataset,
-    ui: &mut Ui,
-) -> Result<(Vec<Sample>, Vec<Sample>)> {
+    tokenizer: &'a Tokenizer,
+    dataset: &'a Dataset,
+) -> Encoder<'a> {
     let context = checkpoint.config.block_size;
-    let encoder = Encoder {
+    Encoder {
         tokenizer,
         style: &dataset.style,
         mask_prompt: settings.data.mask_prompt,
         ignore_index: settings.data.ignore_index,
         max_seq_length: Some(settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(context).min(context)),
-    };
+    }
+}
+
+/// Training and validation samples, checked and reported on.
+fn encode(encoder: &Encoder<'_>, dataset: &Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
     ui.begin("tokenize", (dataset.train.len() + dataset.val.len()) as u64, false);
     let train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64))?;
     let val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
@@ -122,15 +131,21 @@ fn encode(
         let report = DataReport::of(samples);
         check_targets(&report, dataset)?;
         ui.note(&format!(
-            "{what}: {} samples, {} tokens ({} learned), longest {}, mean {:.0}, {} cut at {}",
+            "{what}: {} samples, {} tokens ({} learned), length median {}, 95 % up to {}, longest {}, {} cut at {}",
             report.samples,
             report.tokens,
             report.target_tokens,
+            report.median,
+            report.p95,
             report.longest,
-            report.mean,
             report.truncated,
-            encoder.max_seq_length.unwrap_or(context)
+            encoder.max_seq_length.unwrap_or(report.longest)
         ));
+    }
+    if let Some(first) = train.first() {
+        let (open, close) = ui.highlight();
+        let text = with_mask(first, encoder.tokenizer, open, close)?;
+        ui.note(&format!("{}, learned between {open}marks{close}:\n{text}", dataset.locate(first.row)));
     }
     Ok((train, val))
 }
@@ -204,6 +219,7 @@ struct Run<'a> {
     checkpoint: &'a Checkpoint,
     tokenizer: &'a Tokenizer,
     dataset: &'a Dataset,
+    encoder: Encoder<'a>,
     base_hash: String,
 }
 
@@ -238,8 +254,7 @@ impl Outside for Run<'_> {
 
     fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String> {
         let Some(record) = self.dataset.val.get(index) else { return Ok(String::new()) };
-        let prompt = self.dataset.style.apply(&record.instruction, record.input.as_deref(), None);
-        let ids = self.tokenizer.encode_prompt(&prompt)?;
+        let ids = self.encoder.prompt_ids(record)?;
         let room = gpt.prepared().saturating_sub(ids.len());
         let max_new_tokens = self.settings.eval.max_new_tokens.unwrap_or(0).min(room);
         let request = Request {

@@ -3,6 +3,7 @@
 use super::args::GenerateArgs;
 use super::load::{model, no_quantization, store};
 use super::ui::{Ui, peak_memory};
+use crate::data::chat::Message;
 use crate::error::Error;
 use crate::generate::{Draw, Request, room, text};
 
@@ -17,8 +18,9 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let dir = args.model.path()?;
     let mut loaded = model(&dir, store(args.load.precision), args.load.prompt_style.as_deref(), ui)?;
-    let prompt = loaded.style.apply(&args.prompt, None, args.sys_prompt.as_deref());
-    let prompt = loaded.tokenizer.encode_prompt(&prompt)?;
+    let system = args.sys_prompt.as_deref().filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
+    let messages: Vec<_> = system.into_iter().chain([Message::new("user", &args.prompt)]).collect();
+    let prompt = loaded.style.prompt_ids(&loaded.tokenizer, &messages)?;
     let room = room(prompt.len(), args.sampling.max_new_tokens, loaded.gpt.config.block_size)?;
     loaded.gpt.prepare(prompt.len() + room);
     for sample in 0..args.num_samples {

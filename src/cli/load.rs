@@ -87,17 +87,17 @@ pub fn add_bos(switch: Switch) -> AddBos {
 /// The prompt style that a folder records, else the one that its name is known for.
 ///
 /// # Errors
-/// When the recorded style is unknown.
-pub fn prompt_style(dir: &Path, given: Option<&str>) -> Result<PromptStyle> {
+/// When the recorded style is unknown, or is the chat template of a tokenizer that has none.
+pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> Result<PromptStyle> {
     if let Some(name) = given {
-        return PromptStyle::by_name(name);
+        return PromptStyle::resolve(name, tokenizer);
     }
     let path = dir.join(PROMPT_STYLE);
     if path.is_file() {
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let class = text.lines().find_map(|l| l.strip_prefix("class_path:")).map(str::trim);
         let class = class.ok_or_else(|| Error::invalid(&path, "no `class_path:` line", "give --prompt_style"))?;
-        return PromptStyle::by_name(class.trim_matches(['"', '\'']));
+        return PromptStyle::resolve(class.trim_matches(['"', '\'']), tokenizer);
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     Ok(PromptStyle::for_model(&absolute.file_name().unwrap_or_default().to_string_lossy()))
@@ -167,7 +167,7 @@ pub fn model(dir: &Path, store: Store, style: Option<&str>, ui: &mut Ui) -> Resu
     let checkpoint = Checkpoint::open(&base)?;
     let tokenizer = Tokenizer::load(if dir.join("tokenizer.json").is_file() { dir } else { &base })?.with_bos(policy);
     check_vocabulary(&tokenizer, &checkpoint)?;
-    let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style)?;
+    let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let mut gpt = weights(&checkpoint, store, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;

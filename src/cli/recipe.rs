@@ -193,7 +193,7 @@ fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<
         let tree = parse_tree(text)
             .map_err(|problem| Error::usage(format!("`--{group}`: {problem}"), "check quotes and braces"))?;
         flatten(group, tree, expanded);
-    } else if group == "data" && ends_with(&[".json", ".jsonl"]) {
+    } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv"]) {
         expanded.push(Entry { name: "data".into(), value: "JSON".into() });
         expanded.push(Entry { name: "data.json_path".into(), value: text.into() });
     } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && !entry.value.is_null()) {
@@ -388,7 +388,10 @@ fn data_module(name: &str) -> std::result::Result<&'static str, String> {
     Err(match closest(last, &names) {
         Some(near) => format!("unknown data module `{name}`, did you mean `{near}`?"),
         None => {
-            format!("unknown data module `{name}`, expected one of {}, or a .json or .jsonl file", names.join(", "))
+            format!(
+                "unknown data module `{name}`, expected one of {}, or a .json, .jsonl or .csv file",
+                names.join(", ")
+            )
         }
     })
 }
@@ -707,7 +710,7 @@ mod tests {
             "data:\n  class_path: litgpt.data.Alpaca2k\n  init_args:\n    mask_prompt: true\n    download_dir: d\n",
         );
         let settings = resolved(&format!("litgpt finetune m --config {path} --data JSON --data.json_path x")).unwrap();
-        assert!(settings.data.mask_prompt);
+        assert_eq!(settings.data.mask_prompt, Some(true));
         assert_eq!((settings.data.name.as_str(), settings.data.download_dir), ("JSON", None));
         let error = resolved(&format!("litgpt finetune m --config {path} --data.json_path x")).unwrap_err();
         assert!(error.to_string().contains("`data.json_path` is not a field of Alpaca2k but of JSON"), "{error}");

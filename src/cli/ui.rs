@@ -32,6 +32,12 @@ impl Ui {
         }
     }
 
+    /// What to write before and behind text that should stand out.
+    pub fn highlight(&self) -> (&'static str, &'static str) {
+        let colour = self.terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        if colour { ("\x1b[32m", "\x1b[0m") } else { ("«", "»") }
+    }
+
     /// A part of a result.
     ///
     /// # Errors

@@ -1,15 +1,18 @@
 //! Datasets: which ones there are, how their files are read and checked, and how they are split.
 //!
-//! A dataset is an instruction list in LitGPT's form. Files are parsed in `read.rs`; what becomes of a
-//! record is next door too: `prompt.rs` makes its text, `sft.rs` its ids and labels. Downloading is left to the caller,
-//! behind [`Fetch`].
+//! A record is an instruction, a conversation or plain text. Files are parsed in `read.rs`, which recognizes the form of
+//! the user's own rows; what becomes of a record is next door too: `prompt.rs` and `chat.rs` make its text, `sft.rs` its
+//! ids and labels. Downloading is left to the caller, behind [`Fetch`].
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use chat::Message;
 
+pub mod chat;
 pub mod prompt;
 pub mod sft;
 mod system_prompts;
@@ -18,6 +21,7 @@ pub mod torch_rng;
 mod read;
 
 use prompt::PromptStyle;
+use read::Form;
 
 /// Validation share that LitGPT takes from a single file if none is given.
 const DEFAULT_VAL_SPLIT_FRACTION: f64 = 0.05;
@@ -177,10 +181,10 @@ const NOT_READ: &[&str] =
 pub struct DataConfig {
     /// Dataset, as in [`DATASETS`] (`Alpaca`, `litgpt.data.Alpaca`).
     pub name: String,
-    /// `JSON` only: a `.json` or `.jsonl` file, or a folder with a train and a val file.
+    /// `JSON` only: a `.json`, `.jsonl` or `.csv` file, or a folder with a train and a val file.
     pub json_path: Option<PathBuf>,
-    /// Whether only the answer counts in the loss.
-    pub mask_prompt: bool,
+    /// Renamed keys of the user's own rows: `instruction=question,output=answer`.
+    pub columns: Option<String>,
     /// Share of the rows kept for validation; `None`: the dataset's own.
     pub val_split_fraction: Option<f64>,
     /// Prompt style; `None`: the dataset's own.
@@ -200,7 +204,7 @@ impl Default for DataConfig {
         Self {
             name: "Alpaca".to_owned(),
             json_path: None,
-            mask_prompt: false,
+            columns: None,
             val_split_fraction: None,
             prompt_style: None,
             ignore_index: -100,
@@ -220,17 +224,45 @@ pub struct Origin {
     pub row: usize,
 }
 
-/// One instruction with its answer.
+/// One row of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// What the model is asked.
-    pub instruction: String,
-    /// What the instruction is about, if it has that.
-    pub input: Option<String>,
-    /// The answer to learn.
-    pub output: String,
+    /// What it says.
+    pub content: Content,
     /// Where it was read.
     pub row: Origin,
+}
+
+/// What a row says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// One instruction with its answer.
+    Instruction {
+        /// What the model is asked.
+        instruction: String,
+        /// What the instruction is about, if it has that.
+        input: Option<String>,
+        /// The answer to learn.
+        output: String,
+    },
+    /// Turns, at least one of them the assistant's, which is the last.
+    Conversation(Vec<Message>),
+    /// Text without roles, all of it to learn.
+    Text(String),
+}
+
+impl Record {
+    /// The record as messages; none for plain text.
+    #[must_use]
+    pub fn messages(&self) -> Vec<Message> {
+        match &self.content {
+            Content::Instruction { instruction, input, output } => {
+                vec![prompt::instruction(instruction, input.as_deref()), Message::new("assistant", output)]
+            }
+            Content::Conversation(messages) => messages.clone(),
+            Content::Text(_) => Vec::new(),
+        }
+    }
 }
 
 /// A dataset, read and split.
@@ -292,33 +324,38 @@ pub fn by_name(name: &str) -> Result<&'static DatasetKind> {
 
 /// Reads, checks and splits the dataset that `config` asks for, fetching its files if they are not there.
 ///
-/// The split is that of LitGPT, row for row (for Alpaca2k, which LitGPT splits by other means, only in size).
+/// `tokenizer` is asked for its chat template, should the style be that. The split is that of LitGPT, row for row (for Alpaca2k, which LitGPT splits by other means, only in size).
 ///
 /// # Errors
 /// `Usage` for settings that do not fit together, `Missing` for a file that is not there and could not be fetched,
 /// `Invalid` for one that is broken, and for a split that leaves one part empty.
-pub fn load(config: &DataConfig, fetch: &dyn Fetch) -> Result<Dataset> {
+pub fn load(config: &DataConfig, tokenizer: &Tokenizer, fetch: &dyn Fetch) -> Result<Dataset> {
     let kind = by_name(&config.name)?;
-    let style = PromptStyle::by_name(config.prompt_style.as_deref().unwrap_or(kind.style))?;
+    let style = PromptStyle::resolve(config.prompt_style.as_deref().unwrap_or(kind.style), tokenizer)?;
     check_fraction(config)?;
     let fraction = config.val_split_fraction;
     let dir = config.download_dir.clone().unwrap_or_else(|| PathBuf::from(kind.dir));
+    if config.columns.is_some() && !matches!(kind.files, Files::Own) {
+        let message = format!("columns goes with your own file, not with --data {}", kind.name);
+        return Err(Error::usage(message, "leave --data.columns out, or give --data FILE"));
+    }
     if config.json_path.is_some() && !matches!(kind.files, Files::Own) {
         let message = format!("json_path goes with --data JSON, not with --data {}", kind.name);
         return Err(Error::usage(message, "use --data JSON --data.json_path FILE"));
     }
     match &kind.files {
-        Files::Own => load_own(config, kind, style),
+        Files::Own => load_own(config, style),
         Files::One(file, default) => {
             let path = provide(kind, file, &dir, fetch)?;
-            one_file(path, fraction.unwrap_or(*default), config.seed, kind, style)
+            one_file(path, fraction.unwrap_or(*default), config.seed, &Form::Keys(kind.keys), style)
         }
         Files::Two(train, val) => {
             if fraction.is_some() {
                 let message = format!("val_split_fraction has no use: {} has a validation file of its own", kind.name);
                 return Err(Error::usage(message, "leave --data.val_split_fraction out"));
             }
-            two_files(provide(kind, train, &dir, fetch)?, provide(kind, val, &dir, fetch)?, kind, style)
+            let form = Form::Keys(kind.keys);
+            two_files(provide(kind, train, &dir, fetch)?, provide(kind, val, &dir, fetch)?, &form, style)
         }
     }
 }
@@ -333,17 +370,18 @@ fn check_fraction(config: &DataConfig) -> Result<()> {
     }
 }
 
-fn load_own(config: &DataConfig, kind: &DatasetKind, style: PromptStyle) -> Result<Dataset> {
+fn load_own(config: &DataConfig, style: PromptStyle) -> Result<Dataset> {
+    let form = Form::Any { renamed: config.columns.as_deref().map(read::columns).transpose()?.unwrap_or_default() };
     let Some(path) = config.json_path.clone() else {
         let message = "dataset JSON needs a json_path";
-        return Err(Error::usage(message, "add --data.json_path FILE, a .json or .jsonl file"));
+        return Err(Error::usage(message, "add --data.json_path FILE, a .json, .jsonl or .csv file"));
     };
     if path.is_file() {
         let fraction = config.val_split_fraction.unwrap_or(DEFAULT_VAL_SPLIT_FRACTION);
-        return one_file(path, fraction, config.seed, kind, style);
+        return one_file(path, fraction, config.seed, &form, style);
     }
     if !path.is_dir() {
-        let hint = "--data.json_path takes a .json or .jsonl file, or a folder with train.json and val.json";
+        let hint = "--data.json_path takes a .json, .jsonl or .csv file, or a folder with train.json and val.json";
         return Err(Error::Missing { what: "dataset".to_owned(), path, hint: hint.to_owned() });
     }
     if config.val_split_fraction.is_some() {
@@ -351,14 +389,14 @@ fn load_own(config: &DataConfig, kind: &DatasetKind, style: PromptStyle) -> Resu
         return Err(Error::usage(message, "leave --data.val_split_fraction out, or give one file"));
     }
     let part = |name: &str| {
-        let candidates = ["json", "jsonl"].map(|ending| path.join(format!("{name}.{ending}")));
+        let candidates = ["json", "jsonl", "csv"].map(|ending| path.join(format!("{name}.{ending}")));
         candidates.iter().find(|file| file.is_file()).cloned().ok_or_else(|| Error::Missing {
             what: format!("{name} file of the dataset"),
             path: candidates[0].clone(),
             hint: format!("put a {name}.json or {name}.jsonl there, or give --data.json_path one file"),
         })
     };
-    two_files(part("train")?, part("val")?, kind, style)
+    two_files(part("train")?, part("val")?, &form, style)
 }
 
 /// The path of a dataset's file, which is there when this returns.
@@ -381,8 +419,8 @@ fn provide(kind: &DatasetKind, file: &RemoteFile, dir: &Path, fetch: &dyn Fetch)
     Err(missing(format!("download {} under that name (fetching it failed: {problem})", file.url)))
 }
 
-fn one_file(path: PathBuf, fraction: f64, seed: u64, kind: &DatasetKind, style: PromptStyle) -> Result<Dataset> {
-    let rows = read::records(&path, 0, &kind.keys)?;
+fn one_file(path: PathBuf, fraction: f64, seed: u64, form: &Form, style: PromptStyle) -> Result<Dataset> {
+    let rows = read::records(&path, 0, form)?;
     let n = rows.len();
     let (n_train, n_val) = torch_rng::split_lengths(n, fraction);
     if n_train == 0 || n_val == 0 {
@@ -404,8 +442,8 @@ fn split_hint(n: usize) -> String {
     format!("use --data.val_split_fraction {least} or more, below 1, or a folder with train.json and val.json")
 }
 
-fn two_files(train: PathBuf, val: PathBuf, kind: &DatasetKind, style: PromptStyle) -> Result<Dataset> {
-    let (train_rows, val_rows) = (read::records(&train, 0, &kind.keys)?, read::records(&val, 1, &kind.keys)?);
+fn two_files(train: PathBuf, val: PathBuf, form: &Form, style: PromptStyle) -> Result<Dataset> {
+    let (train_rows, val_rows) = (read::records(&train, 0, form)?, read::records(&val, 1, form)?);
     Ok(Dataset { train: train_rows, val: val_rows, style, sources: vec![train, val] })
 }
 
@@ -454,6 +492,18 @@ mod tests {
         }
     }
 
+    /// The quickstart model's, which has no chat template.
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny")).unwrap()
+    }
+
+    fn said(record: &Record) -> (String, Option<String>, String) {
+        match &record.content {
+            Content::Instruction { instruction, input, output } => (instruction.clone(), input.clone(), output.clone()),
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn rows(n: usize) -> String {
         let rows: Vec<_> = (0..n)
             .map(|i| serde_json::json!({"instruction": format!("i{i}"), "input": "", "output": format!("o{i}")}))
@@ -466,7 +516,7 @@ mod tests {
     }
 
     fn fails(config: &DataConfig) -> (String, String) {
-        let e = load(config, &Web(None)).unwrap_err();
+        let e = load(config, &tokenizer(), &Web(None)).unwrap_err();
         let (text, hint) = (e.to_string(), e.hint().unwrap_or_default());
         assert!(!text.contains('\n') && !hint.contains('\n'), "{text} / {hint}");
         (text, hint)
@@ -506,7 +556,7 @@ mod tests {
             (config.name.as_str(), config.seed, config.ignore_index, config.num_workers),
             ("Alpaca", 42, -100, 4)
         );
-        assert!(serde_json::from_str::<DataConfig>(r#"{"mask_promt": true}"#).is_err());
+        assert!(serde_json::from_str::<DataConfig>(r#"{"val_splt_fraction": 1}"#).is_err());
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<DataConfig>(&text).unwrap(), config);
     }
@@ -516,15 +566,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data.json");
         std::fs::write(&path, rows(10)).unwrap();
-        let data = load(&DataConfig { val_split_fraction: Some(0.25), ..json(&path) }, &Web(None)).unwrap();
-        let order = |part: &[Record]| part.iter().map(|r| r.instruction[1..].parse().unwrap()).collect::<Vec<usize>>();
+        let data =
+            load(&DataConfig { val_split_fraction: Some(0.25), ..json(&path) }, &tokenizer(), &Web(None)).unwrap();
+        let order = |part: &[Record]| part.iter().map(|r| said(r).0[1..].parse().unwrap()).collect::<Vec<usize>>();
         assert_eq!(order(&data.train), [2, 6, 1, 8, 4, 5, 0, 9]);
         assert_eq!(order(&data.val), [3, 7]);
         assert_eq!(data.train[0].row, Origin { file: 0, row: 3 });
         assert_eq!(data.locate(data.train[0].row), format!("`{}` row 3", path.display()));
         assert_eq!(data.style.name(), "alpaca");
         std::fs::write(&path, rows(40)).unwrap();
-        let data = load(&DataConfig { prompt_style: Some("Phi3".into()), ..json(&path) }, &Web(None)).unwrap();
+        let data =
+            load(&DataConfig { prompt_style: Some("Phi3".into()), ..json(&path) }, &tokenizer(), &Web(None)).unwrap();
         assert_eq!((data.train.len(), data.val.len(), data.style.name()), (38, 2, "phi-3"));
     }
 
@@ -553,7 +605,7 @@ mod tests {
         std::fs::write(dir.path().join("train.json"), rows(3)).unwrap();
         assert!(fails(&json(dir.path())).0.starts_with("val file of the dataset not found"));
         std::fs::write(dir.path().join("val.jsonl"), "{\"instruction\": \"a\", \"output\": \"b\"}\n").unwrap();
-        let data = load(&json(dir.path()), &Web(None)).unwrap();
+        let data = load(&json(dir.path()), &tokenizer(), &Web(None)).unwrap();
         assert_eq!((data.train.len(), data.val.len()), (3, 1));
         assert_eq!(data.val[0].row, Origin { file: 1, row: 1 });
         assert!(data.locate(data.val[0].row).ends_with("val.jsonl` line 1"));
@@ -593,11 +645,11 @@ mod tests {
             "{\"instruction\":\"b\",\"context\":\"\",\"response\":\"s\"}"
         );
         let web = Web(Some(rows));
-        let data = load(&config, &web).unwrap();
+        let data = load(&config, &tokenizer(), &web).unwrap();
         assert_eq!((data.train.len(), data.val.len()), (1, 1));
-        let first = data.train.iter().chain(&data.val).find(|r| r.instruction == "a").unwrap();
-        assert_eq!((first.input.as_deref(), first.output.as_str()), (Some("c"), "r"));
-        assert!(load(&config, &Web(None)).is_ok()); // now read from the folder
+        let first = data.train.iter().chain(&data.val).map(said).find(|r| r.0 == "a").unwrap();
+        assert_eq!((first.1.as_deref(), first.2.as_str()), (Some("c"), "r"));
+        assert!(load(&config, &tokenizer(), &Web(None)).is_ok()); // now read from the folder
         let two = DataConfig { name: "Alpaca2k".into(), download_dir: Some(folder), ..DataConfig::default() };
         assert!(fails(&two).1.contains("mhenrichsen/alpaca_2k_test"));
     }

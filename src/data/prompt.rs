@@ -1,15 +1,18 @@
 //! Prompt styles: the text that a model is shown for an instruction, and which style belongs to which model.
 //!
 //! `STYLES` is LitGPT's list; a style is data, filled in by [`PromptStyle::apply`]. The longer default system prompts
-//! are in `system_prompts.rs`. Chat templates of checkpoints are not handled here.
+//! are in `system_prompts.rs`. The style `chat` is the checkpoint's own template, see `chat.rs`.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
-use regex::Regex;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
+use super::chat::{ChatTemplate, Message};
 use super::{closest, system_prompts as system};
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use regex::Regex;
+
+/// Name of the style that is the checkpoint's chat template.
+pub const CHAT: &str = "chat";
 
 /// Text before and text after something.
 type Around = (&'static str, &'static str);
@@ -257,93 +260,199 @@ pub fn names() -> impl Iterator<Item = &'static str> {
     STYLES.iter().map(|style| style.name)
 }
 
-/// How an instruction becomes the text that the model is shown. Serialized as its name.
-#[derive(Debug, Clone, Copy)]
-pub struct PromptStyle(&'static Style);
+/// How instructions and conversations become the text that the model is shown.
+#[derive(Debug, Clone)]
+pub struct PromptStyle(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Fixed(&'static Style),
+    Chat(Arc<ChatTemplate>),
+}
 
 impl PromptStyle {
-    /// The style called `name`: LitGPT's key (`alpaca`), class (`Alpaca`) or class path (`litgpt.prompts.Alpaca`).
+    /// The style called `name`: LitGPT's key (`alpaca`), class (`Alpaca`) or class path (`litgpt.prompts.Alpaca`); or
+    /// `chat`, the chat template of `tokenizer`.
+    ///
+    /// # Errors
+    /// `Error::Usage` if there is no such style, or if the tokenizer has no template.
+    pub fn resolve(name: &str, tokenizer: &Tokenizer) -> Result<Self> {
+        if normal(last_part(name)) == CHAT {
+            return Ok(Self(Kind::Chat(Arc::new(ChatTemplate::of(tokenizer)?))));
+        }
+        Self::by_name(name)
+    }
+
+    /// The fixed style called `name`, as in [`PromptStyle::resolve`].
     ///
     /// # Errors
     /// `Error::Usage` if there is no such style.
     pub fn by_name(name: &str) -> Result<Self> {
-        let last = if name.starts_with("litgpt.") { name.rsplit('.').next().unwrap_or(name) } else { name };
-        find(last).map(Self).ok_or_else(|| {
-            let candidates = STYLES.iter().flat_map(|style| [style.name, style.class]);
+        let last = last_part(name);
+        find(last).map(|style| Self(Kind::Fixed(style))).ok_or_else(|| {
+            let candidates = STYLES.iter().flat_map(|style| [style.name, style.class]).chain([CHAT]);
             let hint = closest(last, candidates).map_or_else(
-                || format!("choose one of {}", names().collect::<Vec<_>>().join(", ")),
+                || format!("choose chat or one of {}", names().collect::<Vec<_>>().join(", ")),
                 |near| format!("did you mean `{near}`?"),
             );
             Error::usage(format!("no prompt style is called `{name}`"), hint)
         })
     }
 
+    /// The style of a compiled chat template.
+    #[must_use]
+    pub fn chat(template: ChatTemplate) -> Self {
+        Self(Kind::Chat(Arc::new(template)))
+    }
+
     /// The style that the model called `name` was trained with, by LitGPT's table; `default` if it is not in there.
     #[must_use]
     pub fn for_model(name: &str) -> Self {
-        Self(MODEL_STYLES.iter().find(|(pattern, _)| pattern.is_match(name)).map_or(&STYLES[0], |row| row.1))
+        let style = MODEL_STYLES.iter().find(|(pattern, _)| pattern.is_match(name)).map_or(&STYLES[0], |row| row.1);
+        Self(Kind::Fixed(style))
     }
 
-    /// LitGPT's key, such as `alpaca`.
+    /// LitGPT's key, such as `alpaca`, or `chat`.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.0.name
+        match &self.0 {
+            Kind::Fixed(style) => style.name,
+            Kind::Chat(_) => CHAT,
+        }
     }
 
-    /// LitGPT's class, such as `Alpaca`.
+    /// LitGPT's class, such as `Alpaca`, or `Chat`.
     #[must_use]
     pub fn class_name(&self) -> &str {
-        self.0.class
+        match &self.0 {
+            Kind::Fixed(style) => style.class,
+            Kind::Chat(_) => "Chat",
+        }
+    }
+
+    /// The chat template, if the style is one.
+    #[must_use]
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        match &self.0 {
+            Kind::Fixed(_) => None,
+            Kind::Chat(template) => Some(template),
+        }
     }
 
     /// The prompt for an instruction. An empty `input` or `sys` counts as none; without `sys` the style's own system
-    /// prompt is used; a style without a place for one of them leaves it out.
-    #[must_use]
-    pub fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> String {
-        let style = self.0;
-        let input = style.input.as_ref().zip(input.filter(|text| !text.is_empty()));
-        let default = input.map_or(style.default_system, |(with, _)| with.default_system);
-        let sys = sys.filter(|text| !text.is_empty()).unwrap_or(default);
-        let mut text = String::from(style.start);
-        if let Some((before, after)) = style.system.filter(|_| !sys.is_empty()) {
-            text.extend([before, sys, after]);
+    /// prompt is used; a style without a place for one of them leaves it out. A chat template is given the instruction
+    /// and, behind a blank line, the input as one turn.
+    ///
+    /// # Errors
+    /// When a chat template fails.
+    pub fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> Result<String> {
+        match &self.0 {
+            Kind::Fixed(style) => Ok(style.apply(prompt, input, sys)),
+            Kind::Chat(template) => {
+                let system = sys.filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
+                let messages: Vec<_> = system.into_iter().chain([instruction(prompt, input)]).collect();
+                template.render(&messages, true)
+            }
         }
-        text.extend([style.user.0, prompt]);
-        if let Some((with, input)) = input {
-            text.extend([with.between, input]);
+    }
+
+    /// The turns of a conversation in a fixed style: what the model is shown before each answer, and the answer; `None`
+    /// at the end where a prompt waits for one. The system prompt comes before the first turn.
+    ///
+    /// # Errors
+    /// `Unsupported` for a role that fixed styles do not know, or an order that they cannot write.
+    pub fn turns<'a>(&self, messages: &'a [Message]) -> Result<Vec<(String, Option<&'a str>)>> {
+        let (mut turns, mut sys, mut user): (Vec<(String, Option<&str>)>, Vec<&str>, Vec<&str>) = Default::default();
+        let prompt = |turns: &[_], sys: &mut Vec<&str>, user: &mut Vec<&str>| {
+            let sys = std::mem::take(sys).join("\n\n");
+            let user = std::mem::take(user).join("\n\n");
+            match &self.0 {
+                Kind::Fixed(style) if !turns.is_empty() => [style.user.0, &user, style.user.1].concat(),
+                Kind::Fixed(style) => style.apply(&user, None, Some(&sys)),
+                Kind::Chat(_) => user,
+            }
+        };
+        for message in messages {
+            match message.role.as_str() {
+                "system" if turns.is_empty() => sys.push(&message.content),
+                // A later system prompt is said to the model as the user's words: the styles have no place for it.
+                "system" | "user" => user.push(&message.content),
+                "assistant" => {
+                    let text = prompt(&turns, &mut sys, &mut user);
+                    turns.push((text, Some(&message.content)));
+                }
+                other => {
+                    let what = format!("role `{other}` with prompt style {}", self.name());
+                    return Err(Error::unsupported(what, "use --data.prompt_style chat"));
+                }
+            }
         }
-        text.push_str(style.user.1);
-        text
+        if !user.is_empty() {
+            let text = prompt(&turns, &mut sys, &mut user);
+            turns.push((text, None));
+        }
+        Ok(turns)
+    }
+
+    /// Ids that the model continues to answer the last of `messages`, with BOS where the style or the tokenizer wants
+    /// it: the one way from a conversation to a prompt, for training, `generate`, `chat` and `serve`.
+    ///
+    /// # Errors
+    /// When the template, the style or the tokenizer cannot take the messages.
+    pub fn prompt_ids(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+        if let Some(template) = self.template() {
+            // A template writes its BOS itself.
+            return tokenizer.encode(&template.render(messages, true)?);
+        }
+        let mut ids = Vec::new();
+        for (i, (prompt, answer)) in self.turns(messages)?.into_iter().enumerate() {
+            ids.extend(if i == 0 { tokenizer.encode_prompt(&prompt)? } else { tokenizer.encode(&prompt)? });
+            if let Some(answer) = answer {
+                ids.extend(tokenizer.encode_answer(answer)?);
+            }
+        }
+        Ok(ids)
     }
 
     /// Texts, besides the tokenizer's stop tokens, at which an answer ends.
     #[must_use]
     pub fn stop_texts(&self) -> &[&str] {
-        self.0.stops
+        match &self.0 {
+            Kind::Fixed(style) => style.stops,
+            Kind::Chat(_) => &[],
+        }
     }
 }
 
-impl PartialEq for PromptStyle {
-    fn eq(&self, other: &Self) -> bool {
-        self.name() == other.name()
+impl Style {
+    fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> String {
+        let input = self.input.as_ref().zip(input.filter(|text| !text.is_empty()));
+        let default = input.map_or(self.default_system, |(with, _)| with.default_system);
+        let sys = sys.filter(|text| !text.is_empty()).unwrap_or(default);
+        let mut text = String::from(self.start);
+        if let Some((before, after)) = self.system.filter(|_| !sys.is_empty()) {
+            text.extend([before, sys, after]);
+        }
+        text.extend([self.user.0, prompt]);
+        if let Some((with, input)) = input {
+            text.extend([with.between, input]);
+        }
+        text.push_str(self.user.1);
+        text
     }
 }
 
-impl Eq for PromptStyle {}
-
-impl Serialize for PromptStyle {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
+/// An instruction and its input as a user's turn.
+pub(super) fn instruction(prompt: &str, input: Option<&str>) -> Message {
+    match input.filter(|text| !text.is_empty()) {
+        Some(input) => Message::new("user", &format!("{prompt}\n\n{input}")),
+        None => Message::new("user", prompt),
     }
 }
 
-impl<'de> Deserialize<'de> for PromptStyle {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        Self::by_name(&name).map_err(|e| {
-            serde::de::Error::custom(e.hint().map_or_else(|| e.to_string(), |hint| format!("{e}; {hint}")))
-        })
-    }
+/// `Alpaca` of `litgpt.prompts.Alpaca`.
+fn last_part(name: &str) -> &str {
+    if name.starts_with("litgpt.") { name.rsplit('.').next().unwrap_or(name) } else { name }
 }
 
 /// Letters and digits in lower case: `Qwen2_5` and `qwen2.5` are one style.
@@ -424,16 +533,16 @@ mod tests {
     #[test]
     fn system_prompt_and_input_are_placed_or_left_out() {
         let by = |name| PromptStyle::by_name(name).unwrap();
-        assert_eq!(by("default").apply("p", Some("i"), Some("s")), "p");
+        assert_eq!(by("default").apply("p", Some("i"), Some("s")).unwrap(), "p");
         assert_eq!(
-            by("alpaca").apply("p", Some("i"), Some("s")),
+            by("alpaca").apply("p", Some("i"), Some("s")).unwrap(),
             "s### Instruction:\np\n\n### Input:\ni\n\n### Response:\n"
         );
-        assert_eq!(by("alpaca").apply("p", Some(""), Some("")), by("alpaca").apply("p", None, None));
-        assert_eq!(by("codellama").apply("p", None, None), "[INST] p [/INST]");
-        assert_eq!(by("codellama").apply("p", None, Some("s")), "[INST] <<SYS>>\ns\n<</SYS>>\n\np [/INST]");
+        assert_eq!(by("alpaca").apply("p", Some(""), Some("")).unwrap(), by("alpaca").apply("p", None, None).unwrap());
+        assert_eq!(by("codellama").apply("p", None, None).unwrap(), "[INST] p [/INST]");
+        assert_eq!(by("codellama").apply("p", None, Some("s")).unwrap(), "[INST] <<SYS>>\ns\n<</SYS>>\n\np [/INST]");
         assert_eq!(
-            by("gemma").apply("{p}", None, Some("s")),
+            by("gemma").apply("{p}", None, Some("s")).unwrap(),
             "<start_of_turn>user\n{p}<end_of_turn>\n<start_of_turn>model\n"
         );
     }
@@ -442,19 +551,27 @@ mod tests {
     #[test]
     fn styles_without_a_key() {
         let by = |name| PromptStyle::by_name(name).unwrap();
-        assert_eq!(by("Falcon3").apply("p", None, None), "<|user|>\np<|endoftext|>\n<|assistant|>\n");
-        assert_eq!(by("R1Base").apply("p", None, None), "<｜User｜>p<｜Assistant｜>");
-        assert_eq!(by("R1Base").apply("p", None, Some("s")), "s<｜User｜>p<｜Assistant｜>");
-        assert_eq!(by("ChatML").apply("p", None, None), "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n");
+        assert_eq!(by("Falcon3").apply("p", None, None).unwrap(), "<|user|>\np<|endoftext|>\n<|assistant|>\n");
+        assert_eq!(by("R1Base").apply("p", None, None).unwrap(), "<｜User｜>p<｜Assistant｜>");
+        assert_eq!(by("R1Base").apply("p", None, Some("s")).unwrap(), "s<｜User｜>p<｜Assistant｜>");
+        assert_eq!(
+            by("ChatML").apply("p", None, None).unwrap(),
+            "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
+        );
     }
 
     #[test]
-    fn serde_by_name() {
-        let style = PromptStyle::by_name("Alpaca").unwrap();
-        assert_eq!(serde_json::to_string(&style).unwrap(), "\"alpaca\"");
-        assert_eq!(serde_json::from_str::<PromptStyle>("\"litgpt.prompts.Alpaca\"").unwrap(), style);
-        let e = serde_json::from_str::<PromptStyle>("\"alpac\"").unwrap_err().to_string();
-        assert!(e.contains("did you mean `alpaca`?"), "{e}");
+    fn conversations_are_written_turn_by_turn() {
+        let messages = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+            .map(|(role, content)| Message::new(role, content));
+        let style = PromptStyle::by_name("llama3").unwrap();
+        let turns = style.turns(&messages).unwrap();
+        assert_eq!(turns[0], (style.apply("a", None, Some("s")).unwrap(), Some("b")));
+        let user = "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant\
+                    <|end_header_id|>\n\n";
+        assert_eq!(turns[1..], [(user.to_owned(), None)]);
+        let e = style.turns(&[Message::new("tool", "x")]).unwrap_err();
+        assert!(e.to_string().contains("role `tool`"), "{e}");
     }
 
     #[test]

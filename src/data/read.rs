@@ -1,56 +1,140 @@
-//! Dataset files: `.json` lists and `.jsonl` lines to records, with errors that say which row is wrong.
+//! Dataset files: `.json` lists, `.jsonl` lines and `.csv` tables to records, with errors that say which row is wrong.
+//!
+//! The form of the user's own rows is told by the keys of the first; then every row must have it.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Keys, Origin, Record};
+use super::chat::Message;
+use super::{ALPACA_KEYS, Content, Keys, Origin, Record};
 use crate::error::{Error, Result};
 
-/// Form of a dataset file.
+/// Layout of a dataset file.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum Layout {
     List,
     Lines,
+    Table,
 }
 
-impl Form {
+impl Layout {
     fn of(path: &Path) -> Option<Self> {
         match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
             "json" => Some(Self::List),
-            "jsonl" => Some(Self::Lines),
+            "jsonl" | "ndjson" => Some(Self::Lines),
+            "csv" => Some(Self::Table),
             _ => None,
         }
     }
 }
 
+/// What the rows of a file are.
+pub(super) enum Form {
+    /// Instructions with these keys.
+    Keys(Keys),
+    /// Whatever the first row shows, its keys renamed: (what it is called here, what it is called in the file).
+    Any {
+        /// From [`columns`].
+        renamed: Vec<(String, String)>,
+    },
+}
+
+/// The form of one row.
+enum Shape {
+    Instruction(Keys),
+    /// Under this key.
+    Conversation(&'static str),
+    Text,
+}
+
+const fn pair(instruction: &'static str, output: &'static str) -> Keys {
+    Keys { instruction, input: None, output }
+}
+
+/// Names of an instruction and its answer, in the order in which they are looked for.
+const PAIRS: &[Keys] = &[
+    ALPACA_KEYS,
+    Keys { instruction: "instruction", input: Some("context"), output: "response" },
+    pair("prompt", "completion"),
+    pair("prompt", "response"),
+    pair("question", "answer"),
+    pair("inputs", "targets"),
+];
+
+/// Keys under which a list of turns may stand.
+const TURNS: &[&str] = &["messages", "conversations", "conversation"];
+
+impl Shape {
+    /// `None` if the keys are those of no form.
+    fn of(object: &Map<String, Value>) -> Option<Self> {
+        let is_list =
+            |value: &Value| value.is_array() || value.as_str().is_some_and(|t| t.trim_start().starts_with('['));
+        if let Some(key) = TURNS.iter().find(|key| object.get(**key).is_some_and(is_list)) {
+            return Some(Self::Conversation(key));
+        }
+        let has = |keys: &&Keys| object.contains_key(keys.instruction) && object.contains_key(keys.output);
+        if let Some(keys) = PAIRS.iter().find(has) {
+            return Some(Self::Instruction(*keys));
+        }
+        object.get("text").is_some_and(Value::is_string).then_some(Self::Text)
+    }
+}
+
+/// Reads `instruction=question,output=answer`.
+///
+/// # Errors
+/// `Usage` if it is not of that form.
+pub(super) fn columns(text: &str) -> Result<Vec<(String, String)>> {
+    let one = |part: &str| {
+        let (ours, theirs) = part.split_once('=')?;
+        let (ours, theirs) = (ours.trim(), theirs.trim());
+        (!ours.is_empty() && !theirs.is_empty()).then(|| (ours.to_owned(), theirs.to_owned()))
+    };
+    text.split(',').map(one).collect::<Option<_>>().ok_or_else(|| {
+        let hint = "write what the rows are to be called and what the file calls it: \
+                    --data.columns instruction=question,output=answer";
+        Error::usage(format!("data.columns: cannot read `{text}`"), hint)
+    })
+}
+
 /// What a number in [`Origin::row`] counts in this file.
 pub(super) fn unit(path: &Path) -> &'static str {
-    if Form::of(path) == Some(Form::Lines) { "line" } else { "row" }
+    if matches!(Layout::of(path), Some(Layout::Lines | Layout::Table)) { "line" } else { "row" }
 }
 
 /// All records of a file.
 ///
 /// # Errors
 /// `Io` if it cannot be read, `Invalid` if it is no such file, has no rows or any row is broken.
-pub(super) fn records(path: &Path, file: usize, keys: &Keys) -> Result<Vec<Record>> {
-    let Some(form) = Form::of(path) else {
-        return Err(Error::invalid(path, "not a .json or .jsonl file", "rename it, or save it in one of these forms"));
+pub(super) fn records(path: &Path, file: usize, form: &Form) -> Result<Vec<Record>> {
+    let Some(layout) = Layout::of(path) else {
+        let hint = "rename it, or save it in one of these forms";
+        return Err(Error::invalid(path, "not a .json, .jsonl or .csv file", hint));
     };
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let text = text_of(path, bytes)?;
-    let values = match form {
-        Form::List => parse_list(path, &text)?,
-        Form::Lines => parse_lines(path, &text)?,
+    let mut values = match layout {
+        Layout::List => parse_list(path, &text)?,
+        Layout::Lines => parse_lines(path, &text)?,
+        Layout::Table => parse_table(path, &text)?,
     };
     if values.is_empty() {
         return Err(Error::invalid(path, "the dataset has no rows", ""));
     }
+    let shape = match form {
+        Form::Keys(keys) => Shape::Instruction(*keys),
+        Form::Any { renamed } => {
+            values.iter_mut().filter_map(|(_, value)| value.as_object_mut()).for_each(|row| rename(row, renamed));
+            let first = values.iter().find_map(|(_, value)| value.as_object());
+            first.and_then(Shape::of).unwrap_or(Shape::Instruction(ALPACA_KEYS))
+        }
+    };
     let mut records = Vec::with_capacity(values.len());
     let mut problems = Vec::new();
     for (row, value) in values {
-        match record(value, Origin { file, row }, keys) {
-            Ok(record) => records.push(record),
+        match content(value, &shape) {
+            Ok(content) => records.push(Record { content, row: Origin { file, row } }),
             Err(problem) => problems.push(format!("{} {row}: {problem}", unit(path))),
         }
     }
@@ -59,9 +143,32 @@ pub(super) fn records(path: &Path, file: usize, keys: &Keys) -> Result<Vec<Recor
         1 => String::new(),
         n => format!("; {} more rows are broken too", n - 1),
     };
-    let input = keys.input.map_or_else(String::new, |key| format!(", optional `{key}`"));
-    let hint = format!("a row is an object with the texts `{}` and `{}`{input}", keys.instruction, keys.output);
-    Err(Error::invalid(path, format!("{first}{more}"), hint))
+    let own = matches!(form, Form::Any { .. });
+    Err(Error::invalid(path, format!("{first}{more}"), hint(&shape, own)))
+}
+
+fn hint(shape: &Shape, own: bool) -> String {
+    let row = match shape {
+        Shape::Instruction(keys) => {
+            let input = keys.input.map_or_else(String::new, |key| format!(", optional `{key}`"));
+            format!("a row is an object with the texts `{}` and `{}`{input}", keys.instruction, keys.output)
+        }
+        Shape::Conversation(key) => {
+            format!("a row has `{key}`, a list of {{\"role\", \"content\"}} or {{\"from\", \"value\"}}")
+        }
+        Shape::Text => "a row is an object with a `text`".to_owned(),
+    };
+    let other = "other forms: messages, conversations, prompt and completion, question and answer, text; rename keys \
+                 with --data.columns instruction=KEY,output=KEY";
+    if own { format!("{row}; {other}") } else { row }
+}
+
+/// Gives the values of a row the names that are read here.
+fn rename(row: &mut Map<String, Value>, renamed: &[(String, String)]) {
+    let values: Vec<_> = renamed.iter().filter_map(|(ours, theirs)| Some((ours, row.remove(theirs)?))).collect();
+    for (ours, value) in values {
+        row.insert(ours.clone(), value);
+    }
 }
 
 /// The content as text, if it is UTF-8 without a byte order mark.
@@ -126,10 +233,99 @@ fn not_json(e: &serde_json::Error, lines_before: usize) -> String {
     format!("line {} column {}: not JSON: {what}", lines_before + e.line(), e.column())
 }
 
-fn record(value: Value, row: Origin, keys: &Keys) -> std::result::Result<Record, String> {
+/// Rows of a table with a header, by the line at which each begins.
+fn parse_table(path: &Path, text: &str) -> Result<Vec<(usize, Value)>> {
+    let broken = |e: &csv::Error| {
+        let line = e.position().map_or(1, csv::Position::line);
+        let problem = match e.kind() {
+            csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+                format!("line {line}: {len} fields where the header has {expected_len}")
+            }
+            _ => format!("line {line}: not CSV"),
+        };
+        Error::invalid(path, problem, "the first line names the columns; quote fields that hold commas or line ends")
+    };
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let header = reader.headers().map_err(|e| broken(&e))?.clone();
+    let row = |fields: csv::StringRecord| {
+        let line = fields.position().map_or(0, csv::Position::line) as usize;
+        let object = header.iter().zip(&fields).map(|(key, field)| (key.to_owned(), Value::from(field)));
+        (line, Value::Object(object.collect()))
+    };
+    reader.records().map(|fields| fields.map(row).map_err(|e| broken(&e))).collect()
+}
+
+fn content(value: Value, shape: &Shape) -> std::result::Result<Content, String> {
     let Value::Object(mut object) = value else {
         return Err(format!("expected an object, found {}", kind(&value)));
     };
+    match shape {
+        Shape::Instruction(keys) => instruction(object, keys),
+        Shape::Text => match object.remove("text") {
+            Some(Value::String(text)) => Ok(Content::Text(text)),
+            Some(other) => Err(format!("`text` must be a text, found {}", kind(&other))),
+            None => Err(format!("no key `text` ({})", found(&object))),
+        },
+        Shape::Conversation(key) => match object.remove(*key) {
+            Some(Value::Array(turns)) => conversation(key, turns),
+            Some(Value::String(text)) => {
+                let turns = serde_json::from_str(&text).map_err(|_| format!("`{key}` is not JSON"))?;
+                conversation(key, turns)
+            }
+            Some(other) => Err(format!("`{key}` must be a list, found {}", kind(&other))),
+            None => Err(format!("no key `{key}` ({})", found(&object))),
+        },
+    }
+}
+
+/// The turns up to the last answer: what comes behind it teaches nothing.
+fn conversation(key: &str, turns: Vec<Value>) -> std::result::Result<Content, String> {
+    let read = |(i, turn): (usize, Value)| {
+        let at = |problem: String| format!("`{key}` turn {}: {problem}", i + 1);
+        match turn {
+            // A bare text: user and assistant take turns.
+            Value::String(text) => Ok(Message::new(if i % 2 == 0 { "user" } else { "assistant" }, &text)),
+            Value::Object(turn) => message(turn).map_err(at),
+            other => Err(at(format!("expected an object, found {}", kind(&other)))),
+        }
+    };
+    let mut messages: Vec<Message> = turns.into_iter().enumerate().map(read).collect::<std::result::Result<_, _>>()?;
+    let last = messages.iter().rposition(Message::is_answer);
+    messages.truncate(last.ok_or_else(|| format!("`{key}` has no turn of the assistant"))? + 1);
+    Ok(Content::Conversation(messages))
+}
+
+fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String> {
+    if turn.get("tool_calls").is_some_and(|calls| !calls.is_null()) {
+        return Err("`tool_calls` are not read".to_owned());
+    }
+    let (role, content) = if turn.contains_key("from") { ("from", "value") } else { ("role", "content") };
+    let lacking: Vec<_> = [role, content].into_iter().filter(|key| !turn.contains_key(*key)).collect();
+    if !lacking.is_empty() {
+        return Err(format!("no `{}` ({})", lacking.join("`, `"), found(&turn)));
+    }
+    let role = match turn.remove(role) {
+        Some(Value::String(role)) => role,
+        other => return Err(format!("`{role}` must be a text, found {}", kind(&other.unwrap_or_default()))),
+    };
+    let role = match role.as_str() {
+        "human" | "prompter" => "user",
+        "gpt" | "chatgpt" | "bot" | "bard" | "model" => "assistant",
+        other => other,
+    };
+    match turn.remove(content) {
+        Some(Value::String(text)) => Ok(Message::new(role, &text)),
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| part.get("text").and_then(Value::as_str).map(str::to_owned);
+            let texts: Option<Vec<String>> = parts.iter().map(text).collect();
+            let texts = texts.ok_or_else(|| format!("`{content}` has a part that is no text"))?;
+            Ok(Message::new(role, &texts.concat()))
+        }
+        other => Err(format!("`{content}` must be a text, found {}", kind(&other.unwrap_or_default()))),
+    }
+}
+
+fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Result<Content, String> {
     let lacking: Vec<_> =
         [keys.instruction, keys.output].into_iter().filter(|&key| !object.contains_key(key)).collect();
     if !lacking.is_empty() {
@@ -143,7 +339,7 @@ fn record(value: Value, row: Origin, keys: &Keys) -> std::result::Result<Record,
     let instruction = text(keys.instruction)?.ok_or_else(|| format!("`{}` is null", keys.instruction))?;
     let output = text(keys.output)?.ok_or_else(|| format!("`{}` is null", keys.output))?;
     let input = keys.input.map(text).transpose()?.flatten();
-    Ok(Record { instruction, input, output, row })
+    Ok(Content::Instruction { instruction, input, output })
 }
 
 /// The keys of an object in words.
@@ -175,13 +371,11 @@ fn kind(value: &Value) -> &'static str {
 mod tests {
     use super::*;
 
-    const KEYS: Keys = Keys { instruction: "instruction", input: Some("input"), output: "output" };
-
     fn read(name: &str, content: &[u8]) -> Result<Vec<Record>> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
-        records(&path, 0, &KEYS)
+        records(&path, 0, &Form::Any { renamed: Vec::new() })
     }
 
     /// The problem alone, and the hint.
@@ -201,12 +395,16 @@ mod tests {
         let b = r#"{"instruction": "j", "input": null, "output": ""}"#;
         let list = read("d.json", format!("[{a},\n {b}]").as_bytes()).unwrap();
         let lines = read("d.jsonl", format!("{a}\r\n\n{b}\n\n").as_bytes()).unwrap();
-        assert_eq!(list[0].input.as_deref(), Some("x\n"));
-        assert_eq!((list[1].input.as_deref(), list[1].output.as_str()), (None, ""));
+        let content = |input: Option<&str>, instruction: &str, output: &str| Content::Instruction {
+            instruction: instruction.into(),
+            input: input.map(str::to_owned),
+            output: output.into(),
+        };
+        assert_eq!(list[0].content, content(Some("x\n"), "i", "o"));
+        assert_eq!(list[1].content, content(None, "j", ""));
         assert_eq!(list.iter().map(|r| r.row.row).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(lines.iter().map(|r| r.row.row).collect::<Vec<_>>(), [1, 3]);
-        let text = |rows: &[Record]| rows.iter().map(|r| (r.instruction.clone(), r.output.clone())).collect::<Vec<_>>();
-        assert_eq!(text(&list), text(&lines));
+        assert!(list.iter().zip(&lines).all(|(a, b)| a.content == b.content));
     }
 
     #[test]
@@ -228,7 +426,7 @@ mod tests {
         let (problem, _) = fails("d.json", r#"{"data": []}"#);
         assert_eq!(problem, "expected a list of rows, found one object (found: data)");
         assert_eq!(fails("d.json", "7").0, "expected a list of rows, found a number");
-        assert_eq!(fails("d.csv", "a,b").0, "not a .json or .jsonl file");
+        assert_eq!(fails("d.txt", "a,b").0, "not a .json, .jsonl or .csv file");
     }
 
     #[test]
@@ -236,7 +434,8 @@ mod tests {
         let (problem, hint) =
             fails("d.json", r#"[{"instruction": "a", "output": "b"}, {"prompt": "a", "answer": "b"}]"#);
         assert_eq!(problem, "row 2: no key `instruction`, `output` (found: prompt, answer)");
-        assert_eq!(hint, "a row is an object with the texts `instruction` and `output`, optional `input`");
+        assert!(hint.starts_with("a row is an object with the texts `instruction` and `output`, optional `input`"));
+        assert!(hint.contains("--data.columns"));
         let (problem, _) = fails("d.jsonl", "\n{\"instruction\": \"a\"}\n[]\n{}\n");
         assert_eq!(problem, "line 2: no key `output` (found: instruction); 2 more rows are broken too");
         assert_eq!(fails("d.json", r#"["x"]"#).0, "row 1: expected an object, found a text");
@@ -269,6 +468,73 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.json");
         std::fs::create_dir(&path).unwrap();
-        assert!(matches!(records(&path, 0, &KEYS).unwrap_err(), Error::Io { .. }));
+        assert!(matches!(records(&path, 0, &Form::Any { renamed: Vec::new() }).unwrap_err(), Error::Io { .. }));
+    }
+
+    /// Roles and contents of the first row.
+    fn turns(name: &str, content: &str) -> Vec<(String, String)> {
+        let records = read(name, content.as_bytes()).unwrap();
+        records[0].messages().into_iter().map(|message| (message.role, message.content)).collect()
+    }
+
+    #[test]
+    fn forms_are_recognized_by_their_keys() {
+        let pair = [("user", "a"), ("assistant", "b")].map(|(role, text)| (role.to_owned(), text.to_owned()));
+        for row in [
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+            r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": "b"}, {"role": "user", "content": "left over"}]}"#,
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#,
+            r#"{"conversations": ["a", "b"]}"#,
+            r#"{"instruction": "a", "output": "b"}"#,
+            r#"{"instruction": "a", "context": "", "response": "b"}"#,
+            r#"{"prompt": "a", "completion": "b"}"#,
+            r#"{"prompt": "a", "response": "b"}"#,
+            r#"{"question": "a", "answer": "b", "text": "not this"}"#,
+            r#"{"inputs": "a", "targets": "b"}"#,
+        ] {
+            assert_eq!(turns("d.json", &format!("[{row}]")), pair, "{row}");
+        }
+        assert_eq!(turns("d.csv", "prompt,completion\na,b\n"), pair);
+        let text = read("d.jsonl", br#"{"text": "plain", "id": 1}"#).unwrap();
+        assert_eq!(text[0].content, Content::Text("plain".into()));
+    }
+
+    #[test]
+    fn tables_keep_quoted_line_ends_and_count_lines() {
+        let records = read("d.csv", b"id,instruction,output\n1,\"a,\nb\",c\n2,d,e\n").unwrap();
+        assert_eq!(records[0].messages()[0].content, "a,\nb");
+        assert_eq!(records.iter().map(|r| r.row.row).collect::<Vec<_>>(), [2, 4]);
+        assert_eq!(fails("d.csv", "instruction,output\na,b\nc\n").0, "line 3: 1 fields where the header has 2");
+        assert_eq!(fails("d.csv", "q,a\nx,y\n").0, "line 2: no key `instruction`, `output` (found: q, a)");
+    }
+
+    #[test]
+    fn wrong_turns_are_named() {
+        let wrong = |turns: &str| fails("d.jsonl", format!("{{\"messages\": {turns}}}")).0;
+        let first = r#"{"role": "user", "content": "a"}"#;
+        assert_eq!(wrong(&format!("[{first}]")), "line 1: `messages` has no turn of the assistant");
+        assert_eq!(
+            wrong(&format!("[{first}, {{\"role\": \"assistant\", \"text\": \"b\"}}]")),
+            "line 1: `messages` turn 2: no `content` (found: role, text)"
+        );
+        assert_eq!(wrong(&format!("[{first}, 3]")), "line 1: `messages` turn 2: expected an object, found a number");
+        assert!(wrong(r#"[{"role": "assistant", "content": "", "tool_calls": [1]}]"#).ends_with("are not read"));
+        let rows = format!("{{\"messages\": [{first}, {{\"role\": \"assistant\", \"content\": \"\"}}]}}\n{{\"x\": 1}}");
+        assert_eq!(fails("d.jsonl", rows).0, "line 2: no key `messages` (found: x)");
+    }
+
+    #[test]
+    fn columns_are_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.jsonl");
+        std::fs::write(&path, r#"{"output": "a", "instruction": "b"}"#).unwrap();
+        let renamed = columns("instruction=output, output=instruction").unwrap();
+        let records = records(&path, 0, &Form::Any { renamed }).unwrap();
+        assert_eq!(records[0].messages()[0].content, "a");
+        assert_eq!(records[0].messages()[1].content, "b");
+        for wrong in ["a", "a=", "=b", "a=b,"] {
+            assert!(matches!(columns(wrong), Err(Error::Usage { .. })), "{wrong}");
+        }
     }
 }

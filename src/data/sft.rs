@@ -4,15 +4,19 @@
 //! Prompt and answer are tokenized apart and joined, the answer ends with EOS, and the whole is cut to the longest
 //! length allowed (the EOS may be cut off). Samples, order and padding are LitGPT's, but for a BOS or EOS written out at
 //! the edge of a prompt: LitGPT may drop it, we keep it. Batches go to the model unpadded.
+//!
+//! A conversation is one sample: in a fixed style its turns are tokenized apart and joined in the same way, with a chat
+//! template the whole text at once, as transformers does. What the assistant says, its end mark included, is the answer.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+use super::chat::{ChatTemplate, Message};
 use super::prompt::PromptStyle;
 use super::torch_rng::EpochOrders;
-use super::{Origin, Record};
-use crate::error::{Error, Result};
+use super::{Content, Origin, Record};
+use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
 /// One record as the model is trained on it.
@@ -23,7 +27,7 @@ pub struct Sample {
     /// `input_ids`, with the ignored index where a token does not count in the loss. Not shifted: the label at t is
     /// predicted at t - 1.
     pub labels: Vec<i32>,
-    /// How many tokens of `input_ids` are the prompt's.
+    /// How many tokens of `input_ids` come before the first answer.
     pub prompt_len: usize,
     /// Length before cutting.
     pub raw_len: usize,
@@ -47,8 +51,8 @@ pub struct Encoder<'a> {
     pub tokenizer: &'a Tokenizer,
     /// How a record becomes a prompt.
     pub style: &'a PromptStyle,
-    /// Whether only the answer counts in the loss.
-    pub mask_prompt: bool,
+    /// Whether only the answers count in the loss; `None`: in conversations only.
+    pub mask_prompt: Option<bool>,
     /// Label of tokens that do not count.
     pub ignore_index: i32,
     /// Longest sample; `None` or 0: any length.
@@ -62,31 +66,93 @@ impl Encoder<'_> {
     /// target (the prompt fills it) is returned all the same; [`Report::all_masked`] lists it.
     ///
     /// # Errors
-    /// `Unsupported` if the tokenizer has no EOS token; else as `Tokenizer::encode_prompt`.
+    /// `Unsupported` if the tokenizer has no EOS token, or the style cannot write the record; else as
+    /// `Tokenizer::encode_prompt`.
     pub fn encode(&self, record: &Record) -> Result<Sample> {
-        let prompt = self.style.apply(&record.instruction, record.input.as_deref(), None);
-        let mut input_ids = self.tokenizer.encode_prompt(&prompt)?;
-        let prompt_len = input_ids.len();
-        let answer = self.tokenizer.encode(&record.output)?;
-        let has_bos = self.tokenizer.bos_id().is_some() && answer.first().copied() == self.tokenizer.bos_id();
-        input_ids.extend(&answer[usize::from(has_bos)..]);
-        let eos = self.tokenizer.eos_id().ok_or_else(|| {
-            let hint = "name an eos_token in the checkpoint's tokenizer_config.json";
-            Error::unsupported("training with a tokenizer that has no EOS token", hint)
-        })?;
-        if input_ids.len() == prompt_len || input_ids.last() != Some(&eos) {
-            input_ids.push(eos);
-        }
+        let mask = self.mask_prompt.unwrap_or(matches!(record.content, Content::Conversation(_)));
+        let (mut input_ids, mut answers) = self.ids_and_answers(record, mask)?;
         let raw_len = input_ids.len();
         if let Some(longest) = self.max_seq_length.filter(|&longest| longest > 0) {
             input_ids.truncate(longest);
+            answers.truncate(longest);
         }
-        let prompt_len = prompt_len.min(input_ids.len());
-        let mut labels: Vec<i32> = input_ids.iter().map(|&id| id as i32).collect();
-        if self.mask_prompt {
-            labels[..prompt_len].fill(self.ignore_index);
-        }
+        let prompt_len = answers.iter().take_while(|answer| !**answer).count();
+        let label = |(&id, &answer): (&u32, &bool)| if mask && !answer { self.ignore_index } else { id as i32 };
+        let labels = input_ids.iter().zip(&answers).map(label).collect();
         Ok(Sample { input_ids, labels, prompt_len, raw_len, row: record.row })
+    }
+
+    /// Ids of a record, and which of them the assistant says.
+    fn ids_and_answers(&self, record: &Record, mask: bool) -> Result<(Vec<u32>, Vec<bool>)> {
+        let (style, tokenizer) = (self.style, self.tokenizer);
+        let pairs = match (&record.content, style.template()) {
+            (Content::Text(text), _) => {
+                let mut ids = tokenizer.encode_prompt(text)?;
+                let eos = tokenizer.require_eos()?;
+                if ids.last() != Some(&eos) {
+                    ids.push(eos);
+                }
+                let answers = vec![true; ids.len()];
+                return Ok((ids, answers));
+            }
+            (_, Some(template)) => return self.by_template(template, &record.messages(), mask),
+            (Content::Instruction { instruction, input, output }, None) => {
+                vec![(style.apply(instruction, input.as_deref(), None)?, Some(output.as_str()))]
+            }
+            (Content::Conversation(messages), None) => style.turns(messages)?,
+        };
+        let (mut ids, mut answers) = (Vec::new(), Vec::new());
+        for (i, (prompt, answer)) in pairs.iter().enumerate() {
+            ids.extend(if i == 0 { tokenizer.encode_prompt(prompt)? } else { tokenizer.encode(prompt)? });
+            answers.resize(ids.len(), false);
+            if let Some(answer) = answer {
+                ids.extend(tokenizer.encode_answer(answer)?);
+                answers.resize(ids.len(), true);
+            }
+        }
+        Ok((ids, answers))
+    }
+
+    /// The text of a chat template, tokenized whole: a token is the assistant's if it begins in what it says. Where the
+    /// template writes no token behind the last answer that ends a text, EOS is added, or the model would not learn to
+    /// stop.
+    fn by_template(&self, template: &ChatTemplate, messages: &[Message], mask: bool) -> Result<(Vec<u32>, Vec<bool>)> {
+        let (text, ranges) =
+            if mask { template.answers(messages)? } else { (template.render(messages, false)?, Vec::new()) };
+        let tokens = self.tokenizer.encode_with_starts(&text)?;
+        let (mut ids, mut answers) = (Vec::with_capacity(tokens.len() + 1), Vec::with_capacity(tokens.len() + 1));
+        for (id, start) in tokens {
+            ids.push(id);
+            answers.push(!mask || ranges.iter().any(|range| range.contains(&start)));
+        }
+        // Behind the last answer there is at most an end mark and a line end.
+        let ends = |id: &u32| self.tokenizer.eos_ids().contains(id);
+        if !ids.iter().rev().take(2).any(ends) {
+            ids.push(self.tokenizer.require_eos()?);
+            answers.push(true);
+        }
+        Ok((ids, answers))
+    }
+
+    /// Ids that the model is shown to give the last answer of a record itself; of plain text, its first words.
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`].
+    pub fn prompt_ids(&self, record: &Record) -> Result<Vec<u32>> {
+        const WORDS: usize = 8;
+        match &record.content {
+            Content::Text(text) => {
+                let end = text.match_indices(char::is_whitespace).nth(WORDS).map_or(text.len(), |(at, _)| at);
+                self.tokenizer.encode_prompt(&text[..end])
+            }
+            Content::Instruction { instruction, input, .. } if self.style.template().is_none() => {
+                self.tokenizer.encode_prompt(&self.style.apply(instruction, input.as_deref(), None)?)
+            }
+            _ => {
+                let messages = record.messages();
+                self.style.prompt_ids(self.tokenizer, &messages[..messages.len().saturating_sub(1)])
+            }
+        }
     }
 
     /// Ids and labels of all records, in their order, made on all cores. `progress` is told how many are done.
@@ -119,6 +185,10 @@ pub struct Report {
     pub longest_raw: usize,
     /// Mean length, after cutting; 0 without samples.
     pub mean: f64,
+    /// Length that half of the samples do not exceed, after cutting.
+    pub median: usize,
+    /// Length that 95 of 100 samples do not exceed, after cutting.
+    pub p95: usize,
     /// Samples that were cut.
     pub truncated: usize,
     /// Samples without a target: they teach nothing.
@@ -142,8 +212,36 @@ impl Report {
             }
         }
         report.mean = report.tokens as f64 / report.samples.max(1) as f64;
+        let mut lengths: Vec<usize> = samples.iter().map(|sample| sample.input_ids.len()).collect();
+        lengths.sort_unstable();
+        let at_most = |percent: usize| match (lengths.len() * percent).div_ceil(100) {
+            0 => 0,
+            n => lengths[n - 1],
+        };
+        (report.median, report.p95) = (at_most(50), at_most(95));
         report
     }
+}
+
+/// Text of a sample, special tokens included, with what is learned between `open` and `close`.
+///
+/// # Errors
+/// As `Tokenizer::decode`.
+pub fn with_mask(sample: &Sample, tokenizer: &Tokenizer, open: &str, close: &str) -> Result<String> {
+    let learned = |at: usize| i64::from(sample.labels[at]) == i64::from(sample.input_ids[at]);
+    let (mut text, mut from) = (String::new(), 0);
+    for at in 1..=sample.input_ids.len() {
+        if at == sample.input_ids.len() || learned(at) != learned(from) {
+            let part = tokenizer.decode_all(&sample.input_ids[from..at])?;
+            if learned(from) {
+                text.extend([open, &part, close]);
+            } else {
+                text.push_str(&part);
+            }
+            from = at;
+        }
+    }
+    Ok(text)
 }
 
 /// Samples that go through the model together, each in its own length.
@@ -271,6 +369,7 @@ impl Iterator for Batches {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use crate::tokenizer::AddBos;
 
     /// One token per letter; 0 `<s>`, 1 `</s>`.
@@ -298,13 +397,20 @@ mod tests {
 
     fn record(instruction: &str, output: &str) -> Record {
         let row = Origin { file: 0, row: 1 };
-        Record { instruction: instruction.into(), input: None, output: output.into(), row }
+        let content = Content::Instruction { instruction: instruction.into(), input: None, output: output.into() };
+        Record { content, row }
     }
 
     fn encode(mask_prompt: bool, max_seq_length: Option<usize>, instruction: &str, output: &str) -> Sample {
         let tokenizer = tokenizer(CONFIG).with_bos(AddBos::Always);
         let style = PromptStyle::by_name("default").unwrap();
-        let encoder = Encoder { tokenizer: &tokenizer, style: &style, mask_prompt, ignore_index: -7, max_seq_length };
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            style: &style,
+            mask_prompt: Some(mask_prompt),
+            ignore_index: -7,
+            max_seq_length,
+        };
         encoder.encode(&record(instruction, output)).unwrap()
     }
 
@@ -342,6 +448,8 @@ mod tests {
             longest: 6,
             longest_raw: 6,
             mean: 4.0,
+            median: 2,
+            p95: 6,
             truncated: 1,
             all_masked: vec![Origin { file: 0, row: 1 }],
         };
@@ -356,7 +464,7 @@ mod tests {
         let encoder = Encoder {
             tokenizer: &tokenizer,
             style: &style,
-            mask_prompt: true,
+            mask_prompt: Some(true),
             ignore_index: -100,
             max_seq_length: None,
         };
@@ -371,7 +479,7 @@ mod tests {
         let encoder = Encoder {
             tokenizer: &tokenizer,
             style: &style,
-            mask_prompt: true,
+            mask_prompt: Some(true),
             ignore_index: -100,
             max_seq_length: None,
         };
@@ -419,5 +527,72 @@ mod tests {
             }
         }
         Batches::new(0, 1, 0, true).seek(5);
+    }
+
+    /// `<s>` opens a turn and `</s>` closes it, with the roles u and a.
+    const TEMPLATE: &str = "{% for m in messages %}{{ '<s>' + m.role[0] + m.content + '</s>' }}{% endfor %}\
+                            {% if add_generation_prompt %}<s>a{% endif %}";
+
+    fn conversation() -> Record {
+        let turns = [("user", "xy"), ("assistant", "pq"), ("user", "z"), ("assistant", "r")];
+        let messages = turns.map(|(role, content)| Message::new(role, content)).to_vec();
+        Record { content: Content::Conversation(messages), row: Origin { file: 0, row: 1 } }
+    }
+
+    #[test]
+    fn every_answer_of_a_conversation_is_learned() {
+        let tokenizer = tokenizer(CONFIG);
+        let id = |c: char| c as u32 - 'a' as u32 + 2;
+        let chat = PromptStyle::chat(ChatTemplate::new(TEMPLATE, "<s>", "</s>").unwrap());
+        let encoder =
+            Encoder { tokenizer: &tokenizer, style: &chat, mask_prompt: None, ignore_index: -7, max_seq_length: None };
+        let sample = encoder.encode(&conversation()).unwrap();
+        let (u, a) = (id('u'), id('a'));
+        assert_eq!(
+            sample.input_ids,
+            [0, u, id('x'), id('y'), 1, 0, a, id('p'), id('q'), 1, 0, u, id('z'), 1, 0, a, id('r'), 1]
+        );
+        let learned: Vec<i32> = sample.labels.iter().copied().filter(|label| *label != -7).collect();
+        assert_eq!(learned, [id('p') as i32, id('q') as i32, 1, id('r') as i32, 1]);
+        assert_eq!(sample.prompt_len, 7);
+        let prompt = encoder.prompt_ids(&conversation()).unwrap();
+        assert_eq!(prompt, sample.input_ids[..16]);
+        let open = Encoder { mask_prompt: Some(false), ..encoder };
+        assert_eq!(open.encode(&conversation()).unwrap().target_tokens(), 17);
+        assert_eq!(with_mask(&sample, &tokenizer, "[", "]").unwrap().matches('[').count(), 2);
+
+        let plain = PromptStyle::by_name("default").unwrap();
+        let encoder = Encoder { style: &plain, ..encoder };
+        let sample = encoder.encode(&conversation()).unwrap();
+        assert_eq!(sample.input_ids, [id('x'), id('y'), id('p'), id('q'), 1, id('z'), id('r'), 1]);
+        assert_eq!(sample.labels, [-7, -7, id('p') as i32, id('q') as i32, 1, -7, id('r') as i32, 1]);
+        assert_eq!(encoder.prompt_ids(&conversation()).unwrap(), sample.input_ids[..6]);
+    }
+
+    #[test]
+    fn an_answer_that_nothing_ends_gets_an_eos() {
+        let tokenizer = tokenizer(CONFIG);
+        let source = TEMPLATE.replace(" + '</s>'", "");
+        let chat = PromptStyle::chat(ChatTemplate::new(&source, "<s>", "</s>").unwrap());
+        let encoder =
+            Encoder { tokenizer: &tokenizer, style: &chat, mask_prompt: None, ignore_index: -7, max_seq_length: None };
+        let sample = encoder.encode(&conversation()).unwrap();
+        assert_eq!((sample.input_ids.last(), sample.labels.last()), (Some(&1), Some(&1)));
+    }
+
+    #[test]
+    fn plain_text_is_learned_whole() {
+        let tokenizer = tokenizer(CONFIG).with_bos(AddBos::Always);
+        let style = PromptStyle::by_name("alpaca").unwrap();
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            style: &style,
+            mask_prompt: Some(true),
+            ignore_index: -7,
+            max_seq_length: None,
+        };
+        let record = Record { content: Content::Text("ab".into()), row: Origin { file: 0, row: 1 } };
+        let sample = encoder.encode(&record).unwrap();
+        assert_eq!((sample.input_ids, sample.labels), (vec![0, 2, 3, 1], vec![0, 2, 3, 1]));
     }
 }

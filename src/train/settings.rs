@@ -436,7 +436,7 @@ pub const DATA_MODULES: &[DataModule] = &[
     DataModule { name: "Deita", fields: &["include_multiturn_conversations", "download_dir", "repo_id"] },
     DataModule { name: "Dolly", fields: &["val_split_fraction", "download_dir", "file_url", "file_name"] },
     DataModule { name: "FLAN", fields: &["download_dir", "url", "subsets"] },
-    DataModule { name: "JSON", fields: &["json_path", "val_split_fraction"] },
+    DataModule { name: "JSON", fields: &["json_path", "columns", "val_split_fraction"] },
     DataModule { name: "LIMA", fields: &["val_split_fraction", "include_multiturn_conversations", "repo_id"] },
     DataModule { name: "LongForm", fields: &["download_dir"] },
 ];
@@ -458,8 +458,10 @@ pub struct DataSettings {
     pub name: String,
     /// JSON: a file, or a folder with a train and a val file.
     pub json_path: Option<PathBuf>,
-    /// Train on the answers only.
-    pub mask_prompt: bool,
+    /// JSON: other names of the rows' keys, `instruction=question,output=answer`.
+    pub columns: Option<String>,
+    /// Train on the answers only; `None`: only in conversations (LitGPT knows none and says false).
+    pub mask_prompt: Option<bool>,
     /// Share of the samples held out for validation; `None`: the module's own.
     pub val_split_fraction: Option<f64>,
     /// Prompt style by key or class name; `None`: the module's own.
@@ -491,7 +493,8 @@ impl Default for DataSettings {
         Self {
             name: "Alpaca".into(),
             json_path: None,
-            mask_prompt: false,
+            columns: None,
+            mask_prompt: None,
             val_split_fraction: None,
             prompt_style: None,
             ignore_index: -100,
@@ -513,6 +516,7 @@ impl DataSettings {
     fn own_fields(&self) -> Vec<&'static str> {
         [
             ("json_path", self.json_path.is_some()),
+            ("columns", self.columns.is_some()),
             ("val_split_fraction", self.val_split_fraction.is_some()),
             ("download_dir", self.download_dir.is_some()),
             ("include_multiturn_conversations", self.include_multiturn_conversations),

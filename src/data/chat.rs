@@ -1,0 +1,319 @@
+//! Conversations and chat templates: the messages of a dialogue, and the Jinja template of a checkpoint that makes text
+//! of them, with the extensions that transformers gives its templates.
+//!
+//! What the text of a template becomes in training is in `sft.rs`; the fixed styles are in `prompt.rs`.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value};
+use minijinja::{Environment, ErrorKind, context};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or another role that the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    #[must_use]
+    pub fn new(role: &str, content: &str) -> Self {
+        Self { role: role.to_owned(), content: content.to_owned() }
+    }
+
+    /// Whether the model says it.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        self.role == "assistant"
+    }
+}
+
+/// A checkpoint's chat template, compiled.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+}
+
+/// Name of the only template of an environment.
+const NAME: &str = "chat_template";
+
+impl ChatTemplate {
+    /// Compiles `source`; `bos_token` and `eos_token` are the texts that it may name.
+    ///
+    /// # Errors
+    /// `Unsupported` if it is no Jinja that can be read here.
+    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| broken(&e))?);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |text: String| -> std::result::Result<Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
+        });
+        environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
+        environment.add_filter("tojson", to_json);
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|e| broken(&e))?;
+        Ok(Self { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
+    }
+
+    /// The template of a checkpoint's tokenizer.
+    ///
+    /// # Errors
+    /// `Usage` if the checkpoint has none; else as [`ChatTemplate::new`].
+    pub fn of(tokenizer: &Tokenizer) -> Result<Self> {
+        let source = tokenizer.chat_template().ok_or_else(|| {
+            let message = format!("prompt style chat: `{}` has no chat template", tokenizer.dir().display());
+            Error::usage(message, "name another style, for example chatml, or use the model's Instruct version")
+        })?;
+        let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
+        Self::new(source, &text(tokenizer.bos_id()), &text(tokenizer.eos_id()))
+    }
+
+    /// Text of `messages`, as transformers' `apply_chat_template` gives it; with `add_generation_prompt` it ends where
+    /// the answer begins.
+    ///
+    /// # Errors
+    /// What the template refuses, such as two user turns in a row.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self.environment.get_template(NAME).map_err(|e| broken(&e))?;
+        let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
+        let value = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
+        let (none, messages) = (Value::from(()), messages.iter().map(value).collect::<Vec<Value>>());
+        let rendered = template.render(
+            context! { messages, add_generation_prompt, bos_token, eos_token, tools => none.clone(), documents => none },
+        );
+        rendered.map_err(|e| broken(&e))
+    }
+
+    /// Text of a whole conversation, and the byte ranges of it that the assistant says, its end-of-turn marks included.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; `Unsupported` if the template writes earlier turns so differently that an answer
+    /// cannot be found in the whole text.
+    pub fn answers(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+        let text = self.render(messages, false)?;
+        let mut ranges = Vec::new();
+        for (i, message) in messages.iter().enumerate().filter(|(_, message)| message.is_answer()) {
+            let before = self.render(&messages[..i], true)?;
+            let upto = self.render(&messages[..=i], false)?;
+            let from = ranges.last().map_or(0, |range: &Range<usize>| range.end);
+            let range = answer_in(&text, from, &before, &upto, &message.content).ok_or_else(|| {
+                let what = format!("masking turn {} with this chat template, which rewrites earlier turns", i + 1);
+                Error::unsupported(what, "train on all turns: --data.mask_prompt false")
+            })?;
+            ranges.push(range);
+        }
+        Ok((text, ranges))
+    }
+}
+
+/// Where an answer stands in `text`: from the end of the prompt `before` to the end of `upto`. A template may write a
+/// turn differently once others follow it (reasoning is left out of earlier turns): then the answer's own words and
+/// what stood behind them are looked for.
+fn answer_in(text: &str, from: usize, before: &str, upto: &str, content: &str) -> Option<Range<usize>> {
+    let content = content.trim();
+    let start = if text.starts_with(before) && before.len() >= from {
+        before.len()
+    } else {
+        from + text.get(from..)?.find(content)?
+    };
+    if text.starts_with(upto) && upto.len() >= start {
+        return Some(start..upto.len());
+    }
+    let end = start + text.get(start..)?.find(content)? + content.len();
+    let behind = &upto[upto.rfind(content)? + content.len()..];
+    Some(start..if text[end..].starts_with(behind) { end + behind.len() } else { end })
+}
+
+fn broken(e: &minijinja::Error) -> Error {
+    let line = e.line().map_or_else(String::new, |line| format!(" line {line}"));
+    let text = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+    let hint = "check the conversation's roles and their order, or name another --data.prompt_style";
+    Error::unsupported(format!("chat template{line}: {}", text.replace('\n', " ")), hint)
+}
+
+/// transformers' `{% generation %}` marks the answers and prints nothing; here it is a block that is always entered.
+fn without_generation_tags(source: &str) -> String {
+    static BEGIN: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").ok());
+    static END: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").ok());
+    let Some((begin, end)) = BEGIN.as_ref().zip(END.as_ref()) else { return source.to_owned() };
+    let source = begin.replace_all(source, "{%$1 if true $2%}");
+    end.replace_all(&source, "{%$1 endif $2%}").into_owned()
+}
+
+/// `json.dumps(value, ensure_ascii=False)` as transformers has it: not escaped for HTML, blanks behind `,` and `:`.
+fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let tree =
+        serde_json::to_value(value).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let mut text = String::new();
+    write_json(&tree, indent, 0, &mut text);
+    Ok(Value::from_safe_string(text))
+}
+
+fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
+    use serde_json::Value as Json;
+    let line = |depth: usize| indent.map_or_else(String::new, |n| format!("\n{}", " ".repeat(n * depth)));
+    let comma = if indent.is_some() { "," } else { ", " };
+    let mut items = |open: char, close: char, items: Vec<(Option<&String>, &Json)>| {
+        out.push(open);
+        for (i, (key, item)) in items.iter().enumerate() {
+            out.push_str(if i > 0 { comma } else { "" });
+            out.push_str(&line(depth + 1));
+            if let Some(key) = key {
+                out.push_str(&Json::String((*key).clone()).to_string());
+                out.push_str(": ");
+            }
+            write_json(item, indent, depth + 1, out);
+        }
+        if !items.is_empty() {
+            out.push_str(&line(depth));
+        }
+        out.push(close);
+    };
+    match value {
+        Json::Array(list) => items('[', ']', list.iter().map(|item| (None, item)).collect()),
+        Json::Object(object) => items('{', '}', object.iter().map(|(key, item)| (Some(key), item)).collect()),
+        other => out.push_str(&other.to_string()),
+    }
+}
+
+/// The date and time of `now` in UTC, in the formats that templates use.
+fn strftime(format: &str, now: SystemTime) -> String {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
+    let mut text = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            text.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('Y') => text.push_str(&year.to_string()),
+            Some('m') => text.push_str(&format!("{month:02}")),
+            Some('d') => text.push_str(&format!("{day:02}")),
+            Some('B') => text.push_str(month_name),
+            Some('b') => text.push_str(&month_name[..3]),
+            Some('A') => text.push_str(day_name),
+            Some('a') => text.push_str(&day_name[..3]),
+            Some('H') => text.push_str(&format!("{:02}", second / 3600)),
+            Some('M') => text.push_str(&format!("{:02}", second / 60 % 60)),
+            Some('S') => text.push_str(&format!("{:02}", second % 60)),
+            Some('%') | None => text.push('%'),
+            Some(other) => text.extend(['%', other]),
+        }
+    }
+    text
+}
+
+/// Year, month and day of the day `days` after 1970-01-01 (Howard Hinnant's `civil_from_days`).
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468; // since 0000-03-01
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (era * 400 + year + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] \
+                          + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ \
+                          '<|im_start|>assistant\n' }}{% endif %}";
+
+    fn talk() -> Vec<Message> {
+        [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "b")]
+            .map(|(role, content)| Message::new(role, content))
+            .to_vec()
+    }
+
+    #[test]
+    fn answers_are_found_with_their_ends() {
+        let template = ChatTemplate::new(CHATML, "", "").unwrap();
+        let (text, ranges) = template.answers(&talk()).unwrap();
+        let said: Vec<&str> = ranges.iter().map(|range| &text[range.clone()]).collect();
+        assert_eq!(said, ["b<|im_end|>\n", "b<|im_end|>\n"]);
+        assert_eq!(ranges[0].start, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n".len());
+    }
+
+    /// As Qwen 3 does: what was thought is written for the last turn only.
+    #[test]
+    fn answers_are_found_where_earlier_turns_change() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think>\n\n\
+                      </think>\n{% endif %}{{ m.content.strip() }}<end>{% endfor %}{% if add_generation_prompt %}\
+                      <assistant>{% endif %}";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        let (text, ranges) = template.answers(&talk()).unwrap();
+        let said: Vec<&str> = ranges.iter().map(|range| &text[range.clone()]).collect();
+        assert_eq!(said, ["b<end>", "<think>\n\n</think>\nb<end>"]);
+    }
+
+    #[test]
+    fn what_a_template_refuses_is_one_line() {
+        let template = ChatTemplate::new("{{ raise_exception('roles must\nalternate') }}", "", "").unwrap();
+        let e = template.render(&talk(), false).unwrap_err();
+        assert!(e.to_string().contains("roles must alternate"), "{e}");
+        assert!(ChatTemplate::new("{% for %}", "", "").unwrap_err().to_string().contains("line 1"));
+    }
+
+    #[test]
+    fn extensions_are_those_of_transformers() {
+        let render = |source: &str| ChatTemplate::new(source, "<s>", "</s>").unwrap().render(&talk(), false).unwrap();
+        assert_eq!(render("{{ bos_token }}{% generation %}x{% endgeneration %}{{ eos_token }}"), "<s>x</s>");
+        assert_eq!(render("{{ messages[0] | tojson }}"), r#"{"role": "user", "content": "a"}"#);
+        assert_eq!(render("{{ [1, '<é>'] | tojson(indent=2) }}"), "[\n  1,\n  \"<é>\"\n]");
+        assert_eq!(
+            render("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role[0] }}{% endfor %}"),
+            "ua"
+        );
+        assert_eq!(render("{{ messages[0].content.startswith('a') and tools is none }}"), "True");
+    }
+
+    #[test]
+    fn dates_are_written_as_by_strftime() {
+        let at = |seconds| strftime("%d %b %Y %A %H:%M:%S %%", UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(at(0), "01 Jan 1970 Thursday 00:00:00 %");
+        assert_eq!(at(1_709_210_096), "29 Feb 2024 Thursday 12:34:56 %");
+        assert_eq!(at(1_735_689_599), "31 Dec 2024 Tuesday 23:59:59 %");
+    }
+}
