@@ -362,7 +362,7 @@ impl PromptStyle {
     /// # Errors
     /// `Unsupported` for a role that fixed styles do not know, or an order that they cannot write.
     pub fn turns<'a>(&self, messages: &'a [Message]) -> Result<Vec<(String, Option<&'a str>)>> {
-        let (mut turns, mut sys, mut user): (Vec<(String, Option<&str>)>, Vec<&str>, Vec<&str>) = Default::default();
+        let (mut turns, mut sys, mut user) = (Vec::new(), Vec::new(), Vec::new());
         let prompt = |turns: &[_], sys: &mut Vec<&str>, user: &mut Vec<&str>| {
             let sys = std::mem::take(sys).join("\n\n");
             let user = std::mem::take(user).join("\n\n");
@@ -374,12 +374,12 @@ impl PromptStyle {
         };
         for message in messages {
             match message.role.as_str() {
-                "system" if turns.is_empty() => sys.push(&message.content),
+                "system" if turns.is_empty() => sys.push(message.content.as_str()),
                 // A later system prompt is said to the model as the user's words: the styles have no place for it.
-                "system" | "user" => user.push(&message.content),
+                "system" | "user" => user.push(message.content.as_str()),
                 "assistant" => {
                     let text = prompt(&turns, &mut sys, &mut user);
-                    turns.push((text, Some(&message.content)));
+                    turns.push((text, Some(message.content.as_str())));
                 }
                 other => {
                     let what = format!("role `{other}` with prompt style {}", self.name());
