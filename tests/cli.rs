@@ -116,15 +116,6 @@ fn wrong_command_lines_are_usage_errors() {
 }
 
 #[test]
-fn quantization_is_refused_for_now() {
-    let dir = tempfile::tempdir().unwrap();
-    finetune(dir.path(), &tiny(), "--quantize nf4").refused(1, &["--quantize nf4", "not supported"]);
-    assert!(names(dir.path()).is_empty());
-    let tiny = tiny();
-    litgpt(dir.path(), ["generate", tiny.to_str().unwrap(), "--quantize", "bnb.nf4"]).refused(1, &["--quantize nf4"]);
-}
-
-#[test]
 fn stdout_is_the_text_alone() {
     let (dir, tiny) = (tempfile::tempdir().unwrap(), tiny());
     let generate = |more: &str| {

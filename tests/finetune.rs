@@ -195,6 +195,52 @@ fn merged_and_unmerged_give_the_same_text() {
     assert_ne!(greedy(dir.path(), "out/final", PROMPTS[0]), greedy(dir.path(), "base", PROMPTS[0]));
 }
 
+#[test]
+fn quantized_weights_learn_and_merge_to_what_was_trained() {
+    for quantize in ["nf4", "bnb.fp4-dq", "int8"] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        tiny_f32(&base);
+        let train = |more: &str| {
+            finetune(dir.path(), &base, &format!("--train.max_steps 12 --eval.interval 6 {more}")).ok();
+            column(&dir.path().join("out"), "val_loss")
+        };
+        let val = train(&format!("--quantize {quantize} --out_dir out"));
+        assert!(val.len() == 2 && val[1] < val[0], "{quantize}: {val:?}");
+        litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
+        for prompt in PROMPTS {
+            let unmerged = greedy(dir.path(), "out/final", prompt);
+            assert_eq!(unmerged, greedy(dir.path(), "out/final/merged", prompt), "{quantize}: {prompt}");
+        }
+        // What is quantized is all that changed.
+        let (old, new) =
+            (tensors(&base.join("model.safetensors")), dir.path().join("out/final/merged/model.safetensors"));
+        let new = tensors(&new);
+        for (name, stored) in &new {
+            let kept = name.contains("embed") || name.contains("norm");
+            assert_eq!(*stored == old[name], kept, "{quantize}: {name}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_remembers_how_its_base_was_quantized() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--quantize bnb.nf4-dq --train.max_steps 1 --lora_mlp false").ok();
+    let manifest: Value =
+        serde_json::from_str(&fs::read_to_string(dir.path().join("out/final/litgpt.json")).unwrap()).unwrap();
+    assert_eq!(manifest["quantize"], "nf4-dq");
+    // Weights without an adapter are decoded as well, in the base's dtype.
+    litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
+    let merged = tensors(&dir.path().join("out/final/merged/model.safetensors"));
+    let (old, name) = (tensors(&tiny().join("model.safetensors")), "model.layers.0.mlp.down_proj.weight");
+    assert_eq!(merged[name].0, Dtype::BF16);
+    let (was, is) = (floats(&old[name]), floats(&merged[name]));
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    let error = norm(&mut was.iter().zip(&is).map(|(a, b)| a - b)) / norm(&mut was.iter().copied());
+    assert!(error > 0.02 && error < 0.15, "{error}");
+}
+
 /// `W + (alpha / r) B A`, computed here from the files, element by element.
 #[test]
 fn merging_adds_the_update_and_nothing_else() {

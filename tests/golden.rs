@@ -79,7 +79,7 @@ pub fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
         }
         Err(error) => panic!("{}: {error}", dir.display()),
     };
-    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, &mut |_| ()).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| ()).unwrap();
     gpt.prepare(64);
     Some((checkpoint, gpt))
 }

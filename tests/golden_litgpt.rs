@@ -244,7 +244,7 @@ fn unusable_folders_say_what_to_do() {
     let error = adapter::load(&unmerged, base.family, &mut gpt).unwrap_err();
     assert!(error.to_string().contains("does not fit"), "{error}");
 
-    let mut gpt = Gpt::load(&base.config, &base, Store::Bf16, &mut |_| ()).unwrap();
+    let mut gpt = Gpt::load(&base.config, &base, Store::Bf16, None, &mut |_| ()).unwrap();
     fs::write(unmerged.join("hyperparameters.yaml"), settings).unwrap();
     adapter::load(&unmerged, base.family, &mut gpt).unwrap();
     assert_eq!(adapter::base_of(&unmerged).unwrap(), "base");

@@ -10,7 +10,7 @@ use super::{Checkpoint, Dtype, litgpt};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::model::families::{Family, Piece};
-use crate::model::linear::Part;
+use crate::model::linear::{Linear, Part};
 use crate::model::lora::LoraConfig;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -365,39 +365,38 @@ pub fn base_of(dir: &Path) -> Result<String> {
     })
 }
 
-/// Deltas of the adapters by tensor of the file: (rows of the tensor, `s B A` row-major).
+/// What `gpt` computes with other values than the checkpoint's, by tensor of the file.
 #[must_use]
-pub fn deltas(checkpoint: &Checkpoint, gpt: &Gpt) -> HashMap<String, Vec<Delta>> {
-    let mut deltas: HashMap<String, Vec<Delta>> = HashMap::new();
+pub fn changes<'a>(checkpoint: &Checkpoint, gpt: &'a Gpt) -> HashMap<String, Vec<Change<'a>>> {
+    let mut changes: HashMap<String, Vec<Change<'_>>> = HashMap::new();
     for linear in gpt.linears() {
-        for part in &linear.parts {
-            if let Some(lora) = &part.lora {
-                let Piece { tensor, rows } = checkpoint.locate(&format!("{}.weight", part.name)).swap_remove(0);
-                let delta = Delta { lora: lora.clone(), inputs: linear.inputs(), outputs: part.rows.len(), rows };
-                deltas.entry(tensor).or_default().push(delta);
-            }
+        for part in linear.parts.iter().filter(|part| linear.changes(part)) {
+            let Piece { tensor, rows } = checkpoint.locate(&format!("{}.weight", part.name)).swap_remove(0);
+            changes.entry(tensor).or_default().push(Change { linear, part, rows });
         }
     }
-    deltas
+    changes
 }
 
-/// An adapter's update of some rows of a tensor of the file.
+/// An adapted or quantized projection as some rows of a tensor of the file.
 #[derive(Debug, Clone)]
-pub struct Delta {
-    lora: crate::model::lora::Lora,
-    inputs: usize,
-    outputs: usize,
+pub struct Change<'a> {
+    linear: &'a Linear,
+    part: &'a Part,
     rows: Option<Vec<Range<usize>>>,
 }
 
-impl Delta {
-    /// Adds `s B A` to the tensor's elements.
-    pub fn add_to(&self, parameters: &[f32], weight: &mut [f32]) {
-        let delta = crate::model::linear::Linear::delta_weight(&self.lora, parameters, self.inputs);
-        let all = 0..self.outputs;
-        let rows = self.rows.as_deref().unwrap_or(std::slice::from_ref(&all));
-        for (row, delta) in rows.iter().cloned().flatten().zip(delta.chunks_exact(self.inputs)) {
-            weight[row * self.inputs..][..self.inputs].iter_mut().zip(delta).for_each(|(w, d)| *w += d);
+impl Change<'_> {
+    /// Makes the tensor's elements those that the model computes with.
+    pub fn apply(&self, parameters: &[f32], tensor: &mut [f32]) {
+        let Some(rows) = &self.rows else { return self.linear.merge(self.part, parameters, tensor) };
+        let cols = self.linear.inputs();
+        let place = |row: usize| row * cols..(row + 1) * cols;
+        let rows = rows.iter().cloned().flatten();
+        let mut own: Vec<f32> = rows.clone().flat_map(|row| tensor[place(row)].iter().copied()).collect();
+        self.linear.merge(self.part, parameters, &mut own);
+        for (row, own) in rows.zip(own.chunks_exact(cols)) {
+            tensor[place(row)].copy_from_slice(own);
         }
     }
 }

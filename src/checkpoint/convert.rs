@@ -8,7 +8,6 @@ use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, Layout, pickle};
 use crate::error::{Error, Result};
 use crate::model::families::{HfConfig, Piece, Slot, slots};
-use crate::model::linear::Linear;
 use crate::model::{Gpt, Source};
 use crate::ops::weight::Data;
 use serde_json::{Map, Value, json};
@@ -54,13 +53,12 @@ impl Export<'_> {
         self.checkpoint.config.tie_embeddings && self.adapted("lm_head").is_none()
     }
 
-    /// `s B A` of module `name`, if it has an adapter.
-    fn adapted(&self, name: &str) -> Option<impl FnOnce() -> Vec<f32>> {
+    /// Makes the checkpoint's matrix of module `name` the model's, if that is adapted or quantized.
+    fn adapted(&self, name: &str) -> Option<impl FnOnce(&mut [f32])> {
         let gpt = self.adapters?;
         gpt.linears().find_map(|linear| {
-            let part = linear.parts.iter().find(|p| p.name == name)?;
-            let (lora, inputs) = (part.lora.as_ref()?, linear.inputs());
-            Some(move || Linear::delta_weight(lora, &gpt.parameters, inputs).to_vec())
+            let part = linear.parts.iter().find(|part| part.name == name && linear.changes(part))?;
+            Some(move |weight: &mut [f32]| linear.merge(part, &gpt.parameters, weight))
         })
     }
 
@@ -132,16 +130,16 @@ impl Export<'_> {
     /// The bytes of our tensor `name`, with its adapter merged.
     fn tensor(&self, name: &str, dtype: Dtype, width: usize) -> Result<Cow<'_, [u8]>> {
         let source = self.source(name);
-        let delta = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
+        let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);
-        if delta.is_none() && self.checkpoint.raw(&pieces[0].tensor)?.dtype == dtype {
+        if merge.is_none() && self.checkpoint.raw(&pieces[0].tensor)?.dtype == dtype {
             return self.bytes(&pieces, dtype);
         }
         let mut data = Data::F32(Vec::new());
         self.checkpoint.append(source, 1, width.max(1), &mut data)?;
         let Data::F32(mut values) = data else { unreachable!("`append` keeps the store") };
-        if let Some(delta) = delta {
-            values.iter_mut().zip(delta()).for_each(|(v, d)| *v += d);
+        if let Some(merge) = merge {
+            merge(&mut values);
         }
         check_finite(&values, dtype, name)?;
         Ok(dtype.encode(&values).into())

@@ -1,5 +1,8 @@
 //! Merging an adapter into its base: a Hugging Face folder, written one tensor at a time in the base's dtypes with the
 //! sum taken in f32.
+//!
+//! Where the adapter was trained on quantized weights, they become what it was trained on: quantized and decoded again,
+//! adapted or not. The folder then computes what the unmerged adapter does, but for the rounding to the base's dtype.
 
 use super::convert::Export;
 use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
@@ -26,10 +29,10 @@ pub fn merge(
     if checkpoint.layout != Layout::HuggingFace || !safetensors_only {
         return Export { checkpoint, adapters: Some(gpt), dtype }.hugging_face(staging, progress);
     }
-    let deltas = adapter::deltas(checkpoint, gpt);
+    let changes = adapter::changes(checkpoint, gpt);
     // A tied head has no tensor of its own; an adapter on it unties it.
     let head = checkpoint.locate("lm_head.weight").swap_remove(0).tensor;
-    let untied = checkpoint.config.tie_embeddings && deltas.contains_key(&head);
+    let untied = checkpoint.config.tie_embeddings && changes.contains_key(&head);
     let embedding = checkpoint.locate("model.embed_tokens.weight").swap_remove(0).tensor;
     for (path, mut names) in checkpoint.files() {
         if checkpoint.config.tie_embeddings {
@@ -49,12 +52,12 @@ pub fn merge(
             let (name, source) = &sources[index];
             progress(name);
             let raw = checkpoint.raw(source)?;
-            let (to, deltas) = (infos[index].dtype, deltas.get(name));
-            if deltas.is_none() && to == raw.dtype {
+            let (to, changes) = (infos[index].dtype, changes.get(name));
+            if changes.is_none() && to == raw.dtype {
                 return Ok(raw.bytes.into_owned());
             }
             let mut weight = raw.to_f32();
-            deltas.into_iter().flatten().for_each(|d| d.add_to(&gpt.parameters, &mut weight));
+            changes.into_iter().flatten().for_each(|c| c.apply(&gpt.parameters, &mut weight));
             check_finite(&weight, to, name)?;
             Ok(to.encode(&weight))
         })?;

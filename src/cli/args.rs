@@ -163,7 +163,7 @@ pub const FLAGS: &[Flag] = &[
     row("precision", Text, MODEL,
         "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true]"),
     row("quantize", Text, MODEL,
-        "Weights in few bits (nf4, nf4-dq, fp4, fp4-dq, int8-training): read from recipes, refused until it is built"),
+        "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
@@ -438,7 +438,7 @@ pub struct SamplingArgs {
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
 #[group(skip)]
 pub struct LoadArgs {
-    /// Weights in few bits (nf4, nf4-dq, fp4, fp4-dq, int8): refused until it is built
+    /// Weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8 [default: as an adapter was trained]
     #[arg(long, value_name = "NAME", value_parser = quantizer, overrides_with = "quantize")]
     pub quantize: Option<String>,
     /// 32-true, bf16-true or 16-true [default: 32-true]

@@ -1,7 +1,7 @@
 //! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
 
 use super::args::FinetuneArgs;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, no_quantization, store, weights};
+use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
 use super::ui::{Ui, peak_memory};
 use super::{args, download, recipe};
 use crate::checkpoint::write::{COMPANIONS, Staging};
@@ -25,7 +25,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if let Some(what) = &args.print_config {
         return ui.result(&recipe::print_config(&settings, what)?);
     }
-    no_quantization(settings.quantize.as_deref())?;
+    let quantizer = quantizer(settings.quantize.as_deref())?;
     settings.checkpoint_dir = fetched(&settings, ui)?;
     let out_dir = settings.out_dir.clone();
     check_out_dir(&out_dir)?;
@@ -42,12 +42,14 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let plan = Plan::new(&settings, train.len())?;
     describe(&settings, &dataset, &plan, ui);
     let base_hash = checkpoint.content_hash()?;
-    let mut gpt = weights(&checkpoint, store(settings.precision), ui)?;
+    let mut gpt = weights(&checkpoint, store(settings.precision), quantizer, ui)?;
     attach(&mut gpt, &settings);
     ui.note(&format!(
-        "{} trainable of {} parameters",
+        "{} trainable of {} parameters, frozen weights {:.2} GB{}",
         millions(gpt.parameters.len()),
-        millions(gpt.config.parameters())
+        millions(gpt.config.parameters()),
+        gpt.weight_bytes() as f64 / 1e9,
+        settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))
     ));
     let metrics = Metrics::create(&out_dir)?;
     let mut outside = Run {
@@ -240,6 +242,7 @@ impl Outside for Run<'_> {
             base_hash: self.base_hash.clone(),
             prompt_style: self.dataset.style.name().to_owned(),
             add_bos: self.tokenizer.adds_bos(),
+            quantize: self.settings.quantize.clone(),
             step,
         };
         let staging = Staging::new(&dir)?;

@@ -1,7 +1,7 @@
 //! `litgpt generate`: continues a prompt.
 
 use super::args::GenerateArgs;
-use super::load::{model, no_quantization, store};
+use super::load::{model, store};
 use super::ui::{Ui, peak_memory};
 use crate::data::chat::Message;
 use crate::error::Error;
@@ -10,14 +10,14 @@ use crate::generate::{Draw, Request, room, text};
 /// Runs the command.
 pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     args.load.notes().iter().for_each(|line| ui.note(line));
-    no_quantization(args.load.quantize.as_deref())?;
     for (flag, value) in [("num_samples", args.num_samples), ("max_new_tokens", args.sampling.max_new_tokens)] {
         if value == 0 {
             return Err(Error::usage(format!("--{flag} is 0, so there is nothing to do"), "give 1 or more").into());
         }
     }
     let dir = args.model.path()?;
-    let mut loaded = model(&dir, store(args.load.precision), args.load.prompt_style.as_deref(), ui)?;
+    let (quantize, style) = (args.load.quantize.as_deref(), args.load.prompt_style.as_deref());
+    let mut loaded = model(&dir, store(args.load.precision), quantize, style, ui)?;
     let system = args.sys_prompt.as_deref().filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", &args.prompt)]).collect();
     let prompt = loaded.style.prompt_ids(&loaded.tokenizer, &messages)?;

@@ -5,6 +5,7 @@ use crate::checkpoint::{Checkpoint, adapter};
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::ops::quantized::Quantizer;
 use crate::ops::weight::Store;
 use crate::tokenizer::{AddBos, Tokenizer};
 use crate::train::settings::{Precision, Switch};
@@ -29,6 +30,9 @@ pub struct Manifest {
     pub prompt_style: String,
     /// Whether prompts began with the BOS token.
     pub add_bos: bool,
+    /// How the base's weights were quantized, a name of `--quantize`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<String>,
     /// Optimizer steps.
     pub step: usize,
 }
@@ -61,18 +65,13 @@ pub fn store(precision: Option<Precision>) -> Store {
     }
 }
 
-/// Refuses a quantization that this build cannot do.
+/// The quantizer of that name.
 ///
 /// # Errors
-/// When one is asked for.
-pub fn no_quantization(quantize: Option<&str>) -> Result<()> {
-    match quantize {
-        None => Ok(()),
-        Some(name) => Err(Error::unsupported(
-            format!("--quantize {name}"),
-            "leave it out; --precision bf16-true halves the memory of the weights",
-        )),
-    }
+/// A name that a newer version wrote.
+pub fn quantizer(name: Option<&str>) -> Result<Option<Quantizer>> {
+    let unknown = |name: &str| Error::unsupported(format!("quantizer `{name}`"), "use a newer version");
+    name.map(|name| Quantizer::named(name).ok_or_else(|| unknown(name))).transpose()
 }
 
 /// A policy for BOS as settings spell it.
@@ -144,18 +143,19 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
 ///
 /// # Errors
 /// When a tensor cannot be read.
-pub fn weights(checkpoint: &Checkpoint, store: Store, ui: &mut Ui) -> Result<Gpt> {
+pub fn weights(checkpoint: &Checkpoint, store: Store, quantizer: Option<Quantizer>, ui: &mut Ui) -> Result<Gpt> {
     ui.begin("load", checkpoint.config.n_layer as u64, false);
-    let gpt = Gpt::load(&checkpoint.config, checkpoint, store, &mut |_| ui.advance(1));
+    let gpt = Gpt::load(&checkpoint.config, checkpoint, store, quantizer, &mut |_| ui.advance(1));
     ui.end();
     gpt
 }
 
-/// The model in `dir`: a base or merged model, or an adapter on its base.
+/// The model in `dir`: a base or merged model, or an adapter on its base, which is quantized as it was in training where
+/// `quantize` says nothing else.
 ///
 /// # Errors
 /// When anything is missing or does not fit.
-pub fn model(dir: &Path, store: Store, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
+pub fn model(dir: &Path, store: Store, quantize: Option<&str>, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
     let manifest = Manifest::read(dir)?;
     let policy = match &manifest {
         Some(m) if m.add_bos => AddBos::Always,
@@ -168,7 +168,8 @@ pub fn model(dir: &Path, store: Store, style: Option<&str>, ui: &mut Ui) -> Resu
     let tokenizer = Tokenizer::load(if dir.join("tokenizer.json").is_file() { dir } else { &base })?.with_bos(policy);
     check_vocabulary(&tokenizer, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
-    let mut gpt = weights(&checkpoint, store, ui)?;
+    let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
+    let mut gpt = weights(&checkpoint, store, quantizer(quantize.or(trained.as_deref()))?, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }

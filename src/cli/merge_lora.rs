@@ -2,7 +2,7 @@
 
 use super::args::{MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, weights};
+use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::convert::{Export, litgpt_name};
@@ -29,14 +29,17 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
     let checkpoint = Checkpoint::open(&base)?;
     check_base(&dir, &checkpoint)?;
-    // The adapter's shapes are read through a model; bf16 keeps that model small, its weights are not written.
-    let mut gpt = weights(&checkpoint, Store::Bf16, ui)?;
+    let manifest = Manifest::read(&dir)?;
+    let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()))?;
+    // The adapter's shapes are read through a model; bf16 keeps that model small. Of its weights only those that were
+    // quantized are written, which decode to f32.
+    let mut gpt = weights(&checkpoint, Store::Bf16, quantizer, ui)?;
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
     let staging = Staging::new(&out_dir)?;
     let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype: dtype(args.precision)? };
     write(args.format, &export, &gpt, &staging, ui)?;
     staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
-    if let Some(manifest) = Manifest::read(&dir)? {
+    if let Some(manifest) = manifest {
         staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
     }
     staging.commit()?;

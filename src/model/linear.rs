@@ -193,9 +193,26 @@ impl Linear {
         }
     }
 
-    /// `s B A` of one part, row-major (out, in).
+    /// Whether `part` computes with another matrix than the checkpoint has.
     #[must_use]
-    pub fn delta_weight(lora: &Lora, parameters: &[f32], inputs: usize) -> Matrix {
+    pub fn changes(&self, part: &Part) -> bool {
+        part.lora.is_some() || self.weight.is_quantized()
+    }
+
+    /// Makes `weight`, the checkpoint's (out, in) matrix of `part`, the one that it computes with: `W + s B A`, where a
+    /// quantized `W` is the decoded one.
+    pub fn merge(&self, part: &Part, parameters: &[f32], weight: &mut [f32]) {
+        if self.weight.is_quantized() {
+            self.weight.decode_rows(part.rows.clone(), weight);
+        }
+        if let Some(lora) = &part.lora {
+            let delta = Self::delta_weight(lora, parameters, self.inputs());
+            weight.iter_mut().zip(delta.iter()).for_each(|(w, d)| *w += d);
+        }
+    }
+
+    /// `s B A` of one part, row-major (out, in).
+    fn delta_weight(lora: &Lora, parameters: &[f32], inputs: usize) -> Matrix {
         let outputs = lora.b.len() / lora.config.r;
         let mut delta = Matrix::zeros(outputs, inputs);
         let b = View::of(&parameters[lora.b.clone()], outputs, lora.config.r);

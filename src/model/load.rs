@@ -10,6 +10,7 @@ use super::{Gpt, attention};
 use crate::error::Result;
 use crate::ops::attention::Attention as Core;
 use crate::ops::norm::{Kind, Norm};
+use crate::ops::quantized::Quantizer;
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
 
@@ -36,12 +37,22 @@ pub trait Source {
 }
 
 impl Gpt {
-    /// A model of this architecture with the source's weights, kept as `store`; `progress` is told of each block.
+    /// A model of this architecture with the source's weights, kept as `store`, or the projections of the blocks in few
+    /// bits; `progress` is told of each block.
+    ///
+    /// Each is quantized from the source's own values as soon as it is read, so that one of them at a time is there in
+    /// whole. Head, embedding and routers are not.
     ///
     /// # Errors
     /// Those of the source.
-    pub fn load(config: &Config, source: &dyn Source, store: Store, progress: &mut dyn FnMut(usize)) -> Result<Self> {
-        let loader = Loader { config, source, store };
+    pub fn load(
+        config: &Config,
+        source: &dyn Source,
+        store: Store,
+        quantizer: Option<Quantizer>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Self> {
+        let loader = Loader { config, source, store, quantizer };
         let embedding =
             Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
         let mut blocks = Vec::with_capacity(config.n_layer);
@@ -65,6 +76,7 @@ struct Loader<'a> {
     config: &'a Config,
     source: &'a dyn Source,
     store: Store,
+    quantizer: Option<Quantizer>,
 }
 
 impl Loader<'_> {
@@ -82,6 +94,18 @@ impl Loader<'_> {
         Ok(Weight::new(rows, cols, data))
     }
 
+    /// The weight of a block's projection.
+    fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
+        let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
+        let rows: usize = parts.iter().map(|p| p.1).sum();
+        let mut data = Data::F32(Vec::with_capacity(rows * cols));
+        for (name, rows) in parts {
+            self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
+        }
+        let Data::F32(values) = data else { unreachable!("`append` keeps the store") };
+        Ok(Weight::quantized(rows, cols, &values, quantizer, self.store))
+    }
+
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {
         if !present {
             return Ok(None);
@@ -95,7 +119,7 @@ impl Loader<'_> {
 
     fn linear(&self, prefix: &str, parts: &[(&str, usize)], cols: usize, bias: bool) -> Result<Linear> {
         let parts: Vec<(String, usize)> = parts.iter().map(|(n, rows)| (format!("{prefix}.{n}"), *rows)).collect();
-        Ok(Linear::new(Arc::new(self.weight(&parts, cols)?), self.bias(&parts, bias)?, &parts))
+        Ok(Linear::new(Arc::new(self.projection(&parts, cols)?), self.bias(&parts, bias)?, &parts))
     }
 
     fn norm(&self, name: &str) -> Result<Norm> {

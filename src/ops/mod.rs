@@ -11,6 +11,7 @@
 //! | op | file | forward | gradient for |
 //! |---|---|---|---|
 //! | frozen product | [`weight`] | `y = x Wᵀ` | `x` |
+//! | frozen product in few bits | [`quantized`], [`nf4`] | decoded for [`weight`] | |
 //! | adapter | [`lora`] | `y += s drop(x) Aᵀ Bᵀ` | `A`, `B`, `x` |
 //! | RMS and layer norm | [`norm`] | one scale a row | `x` |
 //! | rotary embedding | [`rope`] | in place | in place, the angle negated |
@@ -38,6 +39,7 @@ pub mod moe;
 pub mod nf4;
 pub mod norm;
 pub mod optimizer;
+pub mod quantized;
 pub mod rope;
 #[cfg(target_arch = "x86_64")]
 pub mod simd;

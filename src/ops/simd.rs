@@ -8,6 +8,7 @@
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
 #![allow(unsafe_code)] // SIMD intrinsics, and disjoint columns of one matrix written by several threads
 
+use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -93,7 +94,7 @@ pub fn product(
     x: View<'_>,
     w: Rows<'_>,
     shape: (usize, usize),
-    y: &mut Matrix,
+    y: ViewMut<'_>,
     accumulate: bool,
 ) {
     let (rows, cols) = shape;
@@ -103,11 +104,12 @@ pub fn product(
         Rows::Bf16(w) => w.len(),
         Rows::F16(w) => w.len(),
     };
-    assert!(len == rows * cols && x.cols == k && y.cols() == n && y.rows() == x.rows, "product: shapes do not fit");
+    assert!(len == rows * cols && x.cols == k && y.cols == n && y.rows == x.rows, "product: shapes do not fit");
     assert!(x.rows == 0 || x.offset + (x.rows - 1) * x.stride + x.cols <= x.data.len(), "product: x leaves its data");
     if x.rows == 0 || n == 0 {
         return;
     }
+    let y_at = checked(&y);
     let pairs = level == Level::Avx512Bf16 && matches!(w, Rows::Bf16(_));
     // In 32-bit units: a unit is one element, or a pair of bf16.
     let units = k.div_ceil(if pairs { 2 } else { 1 });
@@ -118,16 +120,23 @@ pub fn product(
         Some(packed) => (packed.as_ptr(), depth),
         None => (x.data[x.offset..].as_ptr(), x.stride),
     };
-    let job = Job { which, w, cols, k, n, t: x.rows, ldx, units, depth, pairs, accumulate };
-    let (x_data, y) = (Shared(x_data.cast_mut()), Shared(y.as_mut_ptr()));
+    let job = Job { which, w, cols, k, n, t: x.rows, ldx, ldy: y.stride, units, depth, pairs, accumulate };
+    let (x_data, y) = (Shared(x_data.cast_mut()), Shared(y.data.as_mut_ptr()));
     let panels = n.div_ceil(NR);
     let share = panels.div_ceil(8 * rayon::current_num_threads()).max(1);
     (0..panels.div_ceil(share)).into_par_iter().with_max_len(1).for_each(|i| {
         let mine = i * share..((i + 1) * share).min(panels);
         // SAFETY: `level` found the instructions; the asserts above bound every read of x and w and every write of y;
         // each panel's columns are written by the one task that has it.
-        unsafe { job.run(x_data.at(0), y.at(0), mine) };
+        unsafe { job.run(x_data.at(0), y.at(y_at), mine) };
     });
+}
+
+/// Index of the first element of `y`, which is not empty and lies inside its data.
+fn checked(y: &ViewMut<'_>) -> usize {
+    let end = y.offset + (y.rows - 1) * y.stride + y.cols;
+    assert!(y.cols <= y.stride && end <= y.data.len(), "product: y leaves its data");
+    y.offset
 }
 
 struct Job<'a> {
@@ -139,6 +148,8 @@ struct Job<'a> {
     t: usize,
     /// Units from one row of x to the next within a chunk; chunks follow one another.
     ldx: usize,
+    /// Elements from one row of y to the next.
+    ldy: usize,
     units: usize,
     depth: usize,
     pairs: bool,
@@ -165,7 +176,7 @@ impl Job<'_> {
                     let tile = Tile {
                         depth: to - from,
                         ldx: self.ldx,
-                        ldy: self.n,
+                        ldy: self.ldy,
                         mask: mask(columns.len()),
                         accumulate: self.accumulate || chunk > 0,
                     };
@@ -186,7 +197,7 @@ impl Job<'_> {
         while row < self.t {
             // SAFETY: row < t, and the tile's height does not pass t.
             unsafe {
-                let (x, y) = (x.add(row * self.ldx), y.add(row * self.n));
+                let (x, y) = (x.add(row * self.ldx), y.add(row * self.ldy));
                 row += match (self.pairs, self.t - row) {
                     (false, MR..) => tile.f32::<MR>(x, panel, y),
                     (false, 8..) => tile.f32::<8>(x, panel, y),
@@ -481,11 +492,15 @@ unsafe fn round_row(x: &[f32], out: &mut [f32]) {
 ///
 /// # Panics
 /// When the shapes do not fit together.
-pub fn few_rows(x: View<'_>, all: Rows<'_>, shape: (usize, usize), y: &mut Matrix, accumulate: bool) {
+pub fn few_rows(x: View<'_>, all: Rows<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
     let (rows, cols) = shape;
-    assert!(x.cols == cols && y.cols() == rows && y.rows() == x.rows, "product: shapes do not fit");
+    assert!(x.cols == cols && y.cols == rows && y.rows == x.rows, "product: shapes do not fit");
+    if x.rows == 0 || rows == 0 {
+        return;
+    }
+    let (y_at, stride) = (checked(&y), y.stride);
     let share = rows.div_ceil(4 * rayon::current_num_threads()).max(16);
-    let out = Shared(y.as_mut_ptr());
+    let out = Shared(y.data.as_mut_ptr());
     (0..rows.div_ceil(share)).into_par_iter().with_max_len(1).for_each(|i| {
         for row in i * share..((i + 1) * share).min(rows) {
             for t in 0..x.rows {
@@ -498,7 +513,7 @@ pub fn few_rows(x: View<'_>, all: Rows<'_>, shape: (usize, usize), y: &mut Matri
                         Rows::Bf16(all) => dot(x.row(t), Rows::Bf16(&all[w])),
                         Rows::F16(all) => dot(x.row(t), Rows::F16(&all[w])),
                     };
-                    let at = out.at(t * rows + row);
+                    let at = out.at(y_at + t * stride + row);
                     *at = if accumulate { *at + sum } else { sum };
                 }
             }
@@ -518,6 +533,7 @@ unsafe fn dot(x: &[f32], w: Rows<'_>) -> f32 {
         n: 0,
         t: 0,
         ldx: 0,
+        ldy: 0,
         units: 0,
         depth: 0,
         pairs: false,

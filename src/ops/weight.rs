@@ -2,10 +2,12 @@
 //! `y = x Wᵀ` and `dx = dy W`. It never gets a gradient.
 //!
 //! The rows stay in the checkpoint's order, (out, in), and are the only copy: what a product wants in another order it
-//! rearranges a panel at a time. That order is also the one that decoding a single token reads fastest.
+//! rearranges a panel at a time. That order is also the one that decoding a single token reads fastest. A quantized matrix
+//! is decoded some rows at a time into a scratch, of which the same products are taken.
 
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View};
+use super::quantized::{Codes, Quantizer};
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use half::slice::HalfFloatSliceExt;
@@ -42,12 +44,22 @@ pub enum Store {
     F16,
 }
 
+#[derive(Debug, Clone)]
+enum Kept {
+    Whole(Data),
+    /// `bf16`: products round the decoded values to bf16, as the rest of such a model is; else they are f32.
+    Quantized {
+        codes: Codes,
+        bf16: bool,
+    },
+}
+
 /// A frozen (rows, cols) = (out, in) matrix.
 #[derive(Debug, Clone)]
 pub struct Weight {
     rows: usize,
     cols: usize,
-    data: Data,
+    kept: Kept,
 }
 
 impl Weight {
@@ -63,7 +75,24 @@ impl Weight {
             Data::F16(v) => v.len(),
         };
         assert_eq!(len, rows * cols, "weight: {len} elements for ({rows}, {cols})");
-        Self { rows, cols, data }
+        Self { rows, cols, kept: Kept::Whole(data) }
+    }
+
+    /// A matrix in few bits, from its `rows * cols` elements; in a model of bf16 weights (`store`) its products may round
+    /// the decoded elements to bf16.
+    ///
+    /// # Panics
+    /// When `values` has another number of elements.
+    #[must_use]
+    pub fn quantized(rows: usize, cols: usize, values: &[f32], quantizer: Quantizer, store: Store) -> Self {
+        let codes = Codes::new(quantizer, values, rows, cols);
+        Self { rows, cols, kept: Kept::Quantized { codes, bf16: store == Store::Bf16 } }
+    }
+
+    /// Whether it is kept in few bits, so that its elements are no longer the checkpoint's.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        matches!(self.kept, Kept::Quantized { .. })
     }
 
     /// Output channels.
@@ -81,20 +110,22 @@ impl Weight {
     /// Bytes in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        match &self.data {
-            Data::F32(v) => size_of_val(v.as_slice()),
-            Data::Bf16(v) => size_of_val(v.as_slice()),
-            Data::F16(v) => size_of_val(v.as_slice()),
+        match &self.kept {
+            Kept::Whole(Data::F32(v)) => size_of_val(v.as_slice()),
+            Kept::Whole(Data::Bf16(v)) => size_of_val(v.as_slice()),
+            Kept::Whole(Data::F16(v)) => size_of_val(v.as_slice()),
+            Kept::Quantized { codes, .. } => codes.bytes(),
         }
     }
 
     /// Some rows in f32.
     pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let elements = rows.start * self.cols..rows.end * self.cols;
-        match &self.data {
-            Data::F32(v) => out.copy_from_slice(&v[elements]),
-            Data::Bf16(v) => v[elements].convert_to_f32_slice(out),
-            Data::F16(v) => v[elements].convert_to_f32_slice(out),
+        match &self.kept {
+            Kept::Whole(Data::F32(v)) => out.copy_from_slice(&v[elements]),
+            Kept::Whole(Data::Bf16(v)) => v[elements].convert_to_f32_slice(out),
+            Kept::Whole(Data::F16(v)) => v[elements].convert_to_f32_slice(out),
+            Kept::Quantized { codes, .. } => codes.decode_rows(rows, out),
         }
     }
 
@@ -114,12 +145,42 @@ impl Weight {
         });
     }
 
+    /// Decodes rows into `scratch` with all threads, rounded to bf16.
     #[cfg(target_arch = "x86_64")]
-    fn simd_rows(&self) -> simd::Rows<'_> {
-        match &self.data {
-            Data::F32(v) => simd::Rows::F32(v),
-            Data::Bf16(v) => simd::Rows::Bf16(v),
-            Data::F16(v) => simd::Rows::F16(v),
+    fn decode_panel_bf16(&self, rows: &Range<usize>, scratch: &mut Vec<bf16>) {
+        scratch.resize(rows.len() * self.cols, bf16::ZERO);
+        let share = rows.len().div_ceil(rayon::current_num_threads()).max(1);
+        scratch.par_chunks_mut(share * self.cols).enumerate().for_each(|(i, out)| {
+            let mut row = vec![0.0; self.cols];
+            for (j, out) in out.chunks_exact_mut(self.cols).enumerate() {
+                let at = rows.start + i * share + j;
+                self.decode_rows(at..at + 1, &mut row);
+                out.convert_from_f32_slice(&row);
+            }
+        });
+    }
+
+    /// Calls `each` with rows and their elements until all rows were given: at once, or decoded a panel at a time.
+    #[cfg(target_arch = "x86_64")]
+    fn each_panel(&self, mut each: impl FnMut(Range<usize>, simd::Rows<'_>)) {
+        match &self.kept {
+            Kept::Whole(Data::F32(v)) => each(0..self.rows, simd::Rows::F32(v)),
+            Kept::Whole(Data::Bf16(v)) => each(0..self.rows, simd::Rows::Bf16(v)),
+            Kept::Whole(Data::F16(v)) => each(0..self.rows, simd::Rows::F16(v)),
+            Kept::Quantized { bf16: true, .. } => {
+                let mut scratch = Vec::new();
+                for rows in self.panels() {
+                    self.decode_panel_bf16(&rows, &mut scratch);
+                    each(rows, simd::Rows::Bf16(&scratch));
+                }
+            }
+            Kept::Quantized { bf16: false, .. } => {
+                let mut scratch = Vec::new();
+                for rows in self.panels() {
+                    self.decode_panel(&rows, &mut scratch);
+                    each(rows, simd::Rows::F32(&scratch));
+                }
+            }
         }
     }
 
@@ -130,19 +191,23 @@ impl Weight {
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
         #[cfg(target_arch = "x86_64")]
         if let Some(level) = simd::level() {
-            let shape = (self.rows, self.cols);
-            return if x.rows <= FEW {
-                simd::few_rows(x, self.simd_rows(), shape, y, accumulate)
-            } else {
-                simd::product(level, simd::Product::Forward, x, self.simd_rows(), shape, y, accumulate)
-            };
+            let total = y.cols();
+            return self.each_panel(|rows, w| {
+                let shape = (rows.len(), self.cols);
+                let y = ViewMut::columns(y, total, rows);
+                if x.rows <= FEW {
+                    simd::few_rows(x, w, shape, y, accumulate);
+                } else {
+                    simd::product(level, simd::Product::Forward, x, w, shape, y, accumulate);
+                }
+            });
         }
         self.forward_portable(x, y, accumulate);
     }
 
     fn forward_portable(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
         let (total, cols) = (y.cols(), self.cols);
-        if let Data::F32(w) = &self.data {
+        if let Kept::Whole(Data::F32(w)) = &self.kept {
             let w = View::of(w, self.rows, cols);
             return matmul(Threads::All, ViewMut::columns(y, total, 0..total), accumulate, 1.0, Side::N(x), Side::T(w));
         }
@@ -161,15 +226,19 @@ impl Weight {
     pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
         #[cfg(target_arch = "x86_64")]
         if let Some(level) = simd::level() {
-            let shape = (self.rows, self.cols);
-            return simd::product(level, simd::Product::Backward, dy, self.simd_rows(), shape, dx, accumulate);
+            let total = dx.cols();
+            return self.each_panel(|rows, w| {
+                let (shape, add) = ((rows.len(), self.cols), accumulate || rows.start > 0);
+                let dx = ViewMut::columns(dx, total, 0..total);
+                simd::product(level, simd::Product::Backward, dy.slice_cols(rows), w, shape, dx, add);
+            });
         }
         self.backward_portable(dy, dx, accumulate);
     }
 
     fn backward_portable(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
         let total = dx.cols();
-        if let Data::F32(w) = &self.data {
+        if let Kept::Whole(Data::F32(w)) = &self.kept {
             let w = View::of(w, self.rows, self.cols);
             return matmul(
                 Threads::All,
@@ -229,5 +298,35 @@ mod tests {
                 check(&weight, t, tolerance, false);
             }
         }
+    }
+
+    const QUANTIZERS: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
+
+    #[test]
+    fn both_products_of_a_quantized_weight_are_those_of_its_decoded_elements() {
+        // Odd sizes, few rows, and several panels.
+        for (t, out, inn) in [(5, 123, 77), (1, 64, 32), (37, 700, 901), (3, 1203, 335)] {
+            let w = random(out * inn, 1);
+            for quantizer in QUANTIZERS.map(|name| Quantizer::named(name).unwrap()) {
+                for (store, tolerance) in [(Store::F32, 1e-5), (Store::Bf16, 1.2e-2)] {
+                    let weight = Weight::quantized(out, inn, &w, quantizer, store);
+                    check(&weight, t, 1e-5, true);
+                    check(&weight, t, tolerance, false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn four_bits_are_less_than_0_3_of_bf16() {
+        let (rows, cols) = (96, 320);
+        let w = random(rows * cols, 1);
+        let share = |name: &str| {
+            let weight = Weight::quantized(rows, cols, &w, Quantizer::named(name).unwrap(), Store::Bf16);
+            weight.bytes() as f64 / (2 * rows * cols) as f64
+        };
+        let shares = QUANTIZERS.map(share);
+        assert_eq!([shares[0], shares[2]], [0.28125; 2]);
+        assert!(shares[1] < 0.26 && shares[3] < 0.26 && shares[4] < 0.51, "{shares:?}");
     }
 }

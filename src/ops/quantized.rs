@@ -1,0 +1,139 @@
+//! Frozen matrices in few bits: which kinds there are, quantizing, and decoding some rows. The 4-bit format is in `nf4`,
+//! the product with such a matrix in `weight`.
+//!
+//! 8 bits: each row is stored as its largest magnitude `absmax` and whole numbers `q = round(127 x / absmax)`, so that
+//! `x ≈ q · absmax / 127` (the weights of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339). Inputs are not quantized,
+//! so outliers among them do no harm.
+
+use super::nf4::{Kind4, Quantized};
+use std::ops::Range;
+
+/// The largest code of 8 bits.
+const LARGEST: f32 = 127.0;
+
+/// A way to keep a matrix in few bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantizer {
+    /// 4 bits a value and a scale for each 64; with `double`, the scales in 8 bits.
+    Four {
+        /// Which levels.
+        kind: Kind4,
+        /// Whether the scales are quantized as well.
+        double: bool,
+    },
+    /// 8 bits a value and a scale for each row.
+    Int8,
+}
+
+impl Quantizer {
+    /// The quantizer of a name on the command line. With frozen weights, `int8-training` is `int8`.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "nf4" => Self::Four { kind: Kind4::Nf4, double: false },
+            "nf4-dq" => Self::Four { kind: Kind4::Nf4, double: true },
+            "fp4" => Self::Four { kind: Kind4::Fp4, double: false },
+            "fp4-dq" => Self::Four { kind: Kind4::Fp4, double: true },
+            "int8" | "int8-training" => Self::Int8,
+            _ => return None,
+        })
+    }
+}
+
+/// The elements of a (rows, cols) matrix in few bits.
+#[derive(Debug, Clone)]
+pub enum Codes {
+    /// 4 bits a value.
+    Four(Quantized),
+    /// 8 bits a value.
+    Int8 {
+        /// Whole numbers, row after row.
+        codes: Vec<i8>,
+        /// The largest magnitude of each row.
+        absmax: Vec<f32>,
+        /// Elements of a row.
+        cols: usize,
+    },
+}
+
+impl Codes {
+    /// Quantizes a matrix.
+    ///
+    /// # Shapes
+    /// `values`: (rows, cols), row after row.
+    ///
+    /// # Panics
+    /// When `values` has another number of elements.
+    #[must_use]
+    pub fn new(quantizer: Quantizer, values: &[f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols, "quantize: values for ({rows}, {cols})");
+        match quantizer {
+            Quantizer::Four { kind, double } => {
+                Self::Four(Quantized::quantize(values, rows, cols, kind, double).expect("the length was checked"))
+            }
+            Quantizer::Int8 => {
+                let mut codes = Vec::with_capacity(values.len());
+                let mut absmax = Vec::with_capacity(rows);
+                for row in values.chunks(cols.max(1)) {
+                    let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+                    absmax.push(largest);
+                    codes.extend(row.iter().map(|v| (v * inverse).round() as i8));
+                }
+                Self::Int8 { codes, absmax, cols }
+            }
+        }
+    }
+
+    /// Some rows in f32.
+    ///
+    /// # Panics
+    /// When the rows do not exist or `out` has another number of elements.
+    pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::Four(four) => four.dequantize_rows(rows.start, rows.len(), out).expect("rows of the matrix"),
+            Self::Int8 { codes, absmax, cols } => {
+                let codes = &codes[rows.start * cols..rows.end * cols];
+                assert_eq!(codes.len(), out.len(), "decode: {} elements for rows {rows:?}", out.len());
+                let lines = out.chunks_exact_mut((*cols).max(1)).zip(codes.chunks_exact((*cols).max(1)));
+                for ((out, codes), absmax) in lines.zip(&absmax[rows]) {
+                    let scale = absmax / LARGEST;
+                    out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(*code) * scale);
+                }
+            }
+        }
+    }
+
+    /// Bytes in memory: codes and scales.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Four(four) => four.byte_count(),
+            Self::Int8 { codes, absmax, .. } => codes.len() + size_of_val(absmax.as_slice()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::random;
+
+    #[test]
+    fn eight_bits_are_within_half_a_step_of_each_rows_scale() {
+        let (rows, cols) = (5, 123);
+        let mut values = random(rows * cols, 1);
+        values[cols..2 * cols].iter_mut().for_each(|v| *v *= 1e-3);
+        values[2 * cols..3 * cols].fill(0.0);
+        let codes = Codes::new(Quantizer::Int8, &values, rows, cols);
+        assert_eq!(codes.bytes(), rows * cols + 4 * rows);
+        let mut out = vec![f32::NAN; 4 * cols];
+        codes.decode_rows(1..5, &mut out);
+        for (row, got) in values.chunks(cols).skip(1).zip(out.chunks(cols)) {
+            let absmax = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+            for (v, got) in row.iter().zip(got) {
+                assert!((v - got).abs() <= 0.501 * absmax / 127.0, "{v} became {got}");
+            }
+        }
+    }
+}
