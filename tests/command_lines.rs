@@ -154,7 +154,7 @@ fn finetune_as_in_0_5() {
         ),
         (
             "litgpt finetune_lora tiiuae/falcon-7b --data JSON --data.json_path path/to/your/data.json --data.val_split_fraction 0.1 --data.seed 42 --data.mask_inputs False --data.ignore_index -100",
-            json!({"checkpoint_dir": falcon, "data.name": "JSON", "data.json_path": "path/to/your/data.json", "data.val_split_fraction": 0.1}),
+            json!({"checkpoint_dir": falcon, "data.name": "JSON", "data.json_path": "path/to/your/data.json", "data.val_split_fraction": 0.1, "data.mask_prompt": false}),
         ),
         (
             "litgpt finetune tiiuae/falcon-7b --data JSON --data.json_path data/mydata.json --out_dir data/mydata-finetuned",
@@ -401,7 +401,7 @@ impl Row {
             "quantize": if quantized { json!("nf4") } else { Value::Null },
             "lora_r": self.r[which], "lora_dropout": self.dropout,
             "lora_key": all, "lora_projection": all, "lora_mlp": all, "lora_head": all,
-            "data.name": "Alpaca2k", "data.val_split_fraction": 0.05, "data.prompt_style": "alpaca", "data.download_dir": "data/alpaca2k",
+            "data.name": "Alpaca2k", "data.mask_prompt": false, "data.val_split_fraction": 0.05, "data.prompt_style": "alpaca", "data.download_dir": "data/alpaca2k",
             "train.save_interval": self.save, "train.global_batch_size": self.global_batch_size,
             "train.micro_batch_size": self.micro_batch_size[which], "train.lr_warmup_steps": self.warmup,
             "train.epochs": self.epochs, "train.max_seq_length": 512, "eval.interval": self.eval,

@@ -161,6 +161,26 @@ fn the_loss_does_not_depend_on_the_micro_batch() {
 }
 
 #[test]
+fn packing_changes_no_loss_and_no_gradient() {
+    let dir = tempfile::tempdir().unwrap();
+    write_json(&dir.path().join("d.json"), &rows(0, 10));
+    // 8 samples of under 64 tokens are one pack of 512: one window of 8 micro batches against one of 1.
+    let same = "--data.json_path d.json --data.val_split_fraction 0.2 --train.max_steps 1 --lora_dropout 0 --optimizer.eps 0.01 --lora_mlp true \
+                --train.lr_warmup_steps 0 --train.max_seq_length 512 --train.micro_batch_size 1";
+    finetune(dir.path(), &tiny(), &format!("{same} --train.global_batch_size 8 --out_dir a")).ok();
+    let packed =
+        finetune(dir.path(), &tiny(), &format!("{same} --train.global_batch_size 1 --data.pack true --out_dir b"));
+    packed.ok();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    for name in ["loss", "grad_norm", "tokens"] {
+        let (a, b) = (column(&a, name)[0], column(&b, name)[0]);
+        assert!((a - b).abs() <= 2e-6 * a, "{name}: {a} and {b}");
+    }
+    let difference = learned_difference(&adapter(dir.path(), "a"), &adapter(dir.path(), "b"));
+    assert!(difference < 1e-3, "{difference}");
+}
+
+#[test]
 fn activation_checkpointing_changes_no_number() {
     let dir = tempfile::tempdir().unwrap();
     for how in ["on", "off"] {

@@ -190,6 +190,8 @@ pub const FLAGS: &[Flag] = &[
     row("data.columns", Text, DATA, "JSON: what the file calls the keys of a row, e.g. instruction=question,output=answer"),
     row("data.mask_prompt", Boolean, DATA, "Train on the answers only [default: true for conversations, else false]")
         .also(&["data.mask_prompt", "data.mask_inputs"]),
+    row("data.pack", Boolean, DATA,
+        "Put short samples side by side up to train.max_seq_length; attention and positions stay inside each"),
     row("data.val_split_fraction", Number, DATA,
         "Share of the samples held out for validation [default: the module's own]")
         .also(&["data.val_split_fraction", "data.test_split_fraction"]),

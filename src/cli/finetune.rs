@@ -16,7 +16,7 @@ use crate::model::lora::{LoraConfig, Targets};
 use crate::tokenizer::Tokenizer;
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
-use crate::train::{Job, Outside, Plan, fit};
+use crate::train::{Job, Outside, Plan, fit, side_by_side};
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -39,8 +39,12 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     )?;
     let encoder = encoder(&settings, &checkpoint, &tokenizer, &dataset);
     let (train, val) = encode(&encoder, &dataset, ui)?;
-    let plan = Plan::new(&settings, train.len())?;
+    let packs = side_by_side(&settings, &train);
+    let plan = Plan::new(&settings, packs.len())?;
     describe(&settings, &dataset, &plan, ui);
+    if settings.data.pack {
+        ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
+    }
     let base_hash = checkpoint.content_hash()?;
     let mut gpt = weights(&checkpoint, store(settings.precision), quantizer, ui)?;
     attach(&mut gpt, &settings);
@@ -63,7 +67,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         base_hash,
     };
     let checkpointing = settings.train.activation_checkpointing == Switch::On;
-    let mut job = Job { gpt: &mut gpt, train: &train, val: &val, settings: &settings, checkpointing };
+    let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
     let summary = fit(&mut job, &mut outside)?;
     close(&summary, &out_dir, ui);
     Ok(())

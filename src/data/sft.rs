@@ -8,6 +8,7 @@
 //! A conversation is one sample: in a fixed style its turns are tokenized apart and joined in the same way, with a chat
 //! template the whole text at once, as transformers does. What the assistant says, its end mark included, is the answer.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -283,6 +284,27 @@ fn filled<T: Copy>(values: &[T], length: usize, with: T) -> Vec<T> {
     values
 }
 
+/// Puts samples side by side: groups of indices whose lengths come to at most `capacity` together, except for a sample
+/// that is longer alone. Best fit, the longest first: few groups, and always the same ones.
+#[must_use]
+pub fn pack(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+    let mut by_length: Vec<usize> = (0..lengths.len()).collect();
+    by_length.sort_by_key(|row| std::cmp::Reverse(lengths[*row]));
+    let mut packs: Vec<Vec<usize>> = Vec::new();
+    let mut open = BTreeSet::new();
+    for row in by_length {
+        let found = open.range((lengths[row], 0)..).next().copied();
+        let (space, pack) = found.unwrap_or_else(|| {
+            packs.push(Vec::new());
+            (capacity.max(lengths[row]), packs.len() - 1)
+        });
+        open.remove(&(space, pack));
+        open.insert((space - lengths[row], pack));
+        packs[pack].push(row);
+    }
+    packs
+}
+
 /// Indices of the samples of each batch, epoch after epoch without end, in the order of LitGPT's data loader.
 ///
 /// The last batch of an epoch may be smaller. The same four numbers always give the same order, so [`Batches::seek`]
@@ -412,6 +434,20 @@ mod tests {
             max_seq_length,
         };
         encoder.encode(&record(instruction, output)).unwrap()
+    }
+
+    #[test]
+    fn packs_hold_every_sample_once_and_are_nearly_full() {
+        let lengths: Vec<usize> = (0..1000).map(|i| 1 + (i * 7919) % 200).collect();
+        let packs = pack(&lengths, 256);
+        let mut rows: Vec<usize> = packs.iter().flatten().copied().collect();
+        rows.sort_unstable();
+        assert_eq!(rows, (0..1000).collect::<Vec<_>>());
+        assert!(packs.iter().all(|p| p.iter().map(|r| lengths[*r]).sum::<usize>() <= 256));
+        let fewest = lengths.iter().sum::<usize>().div_ceil(256);
+        assert!(packs.len() <= fewest + fewest / 50, "{} packs, {fewest} would be full", packs.len());
+        assert_eq!(pack(&[300, 10], 256), [vec![0], vec![1]]);
+        assert!(pack(&[], 256).is_empty());
     }
 
     #[test]

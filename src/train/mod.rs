@@ -8,7 +8,7 @@ pub mod report;
 pub mod schedule;
 pub mod settings;
 
-use crate::data::sft::{Batches, Sample};
+use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
 use crate::ops::in_pool;
@@ -25,6 +25,8 @@ pub struct Job<'a> {
     pub gpt: &'a mut Gpt,
     /// Training samples.
     pub train: &'a [Sample],
+    /// Indices of the training samples that go side by side, from [`side_by_side`].
+    pub packs: &'a [Vec<usize>],
     /// Validation samples.
     pub val: &'a [Sample],
     /// The resolved run.
@@ -60,7 +62,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan for `samples` training samples.
+    /// The plan for `samples` training samples, or packs of them.
     ///
     /// # Errors
     /// When the run would take no optimizer step.
@@ -80,6 +82,19 @@ impl Plan {
         }
         Ok(Self { accumulate, iters, steps: iters.div_ceil(accumulate) })
     }
+}
+
+/// Which samples a micro batch takes at once where it would take one: each alone or, with `--data.pack`, as many as
+/// `--train.max_seq_length` (else the longest sample) has room for. Attention and positions stay inside a sample either
+/// way.
+#[must_use]
+pub fn side_by_side(settings: &FinetuneSettings, samples: &[Sample]) -> Vec<Vec<usize>> {
+    if !settings.data.pack {
+        return (0..samples.len()).map(|row| vec![row]).collect();
+    }
+    let lengths: Vec<usize> = samples.iter().map(|s| s.input_ids.len()).collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    pack(&lengths, settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(longest))
 }
 
 /// State of a run between micro batches.
@@ -105,7 +120,7 @@ struct Run<'a, 'b> {
 /// When the run would do nothing, the loss stops being a number, or saving fails.
 pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summary> {
     let settings = job.settings;
-    let plan = Plan::new(settings, job.train.len())?;
+    let plan = Plan::new(settings, job.packs.len())?;
     let schedule = Schedule::new(settings, plan.steps);
     let longest = job.train.iter().chain(job.val).map(|s| s.input_ids.len()).max().unwrap_or(1);
     // Examples are decoded between steps: their answers need positions too.
@@ -118,7 +133,7 @@ pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summa
         eps: settings.optimizer.eps,
         weight_decay: settings.optimizer.weight_decay,
     };
-    let batches = Batches::new(job.train.len(), settings.train.micro_batch_size, settings.data.seed, true);
+    let batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     let mut run = Run {
         job,
         outside,
@@ -174,9 +189,10 @@ impl Run<'_, '_> {
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
     fn rehearse(&mut self) {
-        let mut rows: Vec<usize> = (0..self.job.train.len()).collect();
-        rows.sort_by_key(|r| std::cmp::Reverse(self.job.train[*r].input_ids.len()));
-        rows.truncate(self.job.settings.train.micro_batch_size);
+        let mut packs: Vec<&Vec<usize>> = self.job.packs.iter().collect();
+        packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| self.job.train[*r].input_ids.len()).sum::<usize>()));
+        packs.truncate(self.job.settings.train.micro_batch_size);
+        let rows: Vec<usize> = packs.into_iter().flatten().copied().collect();
         let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
@@ -195,7 +211,8 @@ impl Run<'_, '_> {
         self.grads.fill(0.0);
         let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
         for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
-            let rows = self.batches.next_batch();
+            let rows: Vec<usize> =
+                self.batches.next_batch().into_iter().flat_map(|pack| self.job.packs[pack].clone()).collect();
             let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
             let training = Training {
                 grads: &mut self.grads,

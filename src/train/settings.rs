@@ -462,6 +462,8 @@ pub struct DataSettings {
     pub columns: Option<String>,
     /// Train on the answers only; `None`: only in conversations (LitGPT knows none and says false).
     pub mask_prompt: Option<bool>,
+    /// Put short samples side by side, up to `train.max_seq_length` tokens.
+    pub pack: bool,
     /// Share of the samples held out for validation; `None`: the module's own.
     pub val_split_fraction: Option<f64>,
     /// Prompt style by key or class name; `None`: the module's own.
@@ -495,6 +497,7 @@ impl Default for DataSettings {
             json_path: None,
             columns: None,
             mask_prompt: None,
+            pack: false,
             val_split_fraction: None,
             prompt_style: None,
             ignore_index: -100,
