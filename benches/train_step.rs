@@ -52,7 +52,7 @@ fn run(case: usize) {
     let (store, length, samples, all, checkpointing) = CASES[case];
     let dir = std::env::var("LITGPT_CHECKPOINT").unwrap_or_else(|_| "data/tiny".to_owned());
     let checkpoint = Checkpoint::open(dir.as_ref()).unwrap();
-    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, store, &mut |_| {}).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, store, None, &mut |_| {}).unwrap();
     let config = LoraConfig { r: 8, alpha: 16.0, rslora: false, dropout: 0.05 };
     let wanted =
         |name: &str| if all { !name.contains("head") } else { name.contains("q_proj") || name.contains("v_proj") };
