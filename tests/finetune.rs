@@ -16,16 +16,19 @@ use crate::util::{
 };
 
 /// What README.md says an adapter folder holds.
-const ADAPTER_FILES: [&str; 9] = [
+const ADAPTER_FILES: [&str; 12] = [
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
     "generation_config.json",
     "hyperparameters.yaml",
     "litgpt.json",
+    "manifest.json",
     "prompt_style.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
+    "training_state.json",
+    "training_state.safetensors",
 ];
 const COLUMNS: [&str; 12] = [
     "epoch",
@@ -87,7 +90,7 @@ fn final_has_the_documented_files_and_the_loss_falls() {
     assert_eq!(ran.stdout, "", "progress is no result");
     assert_eq!(content(&tiny()), base, "the base model changed");
     let out = dir.path().join("out");
-    assert_eq!(names(&out), ["final", "metrics.csv"]);
+    assert_eq!(names(&out), [".lock", "final", "metrics.csv"]);
     assert_eq!(names(&out.join("final")), ADAPTER_FILES);
 
     assert!(metrics(&out).iter().all(|row| row.keys().eq(&COLUMNS)));

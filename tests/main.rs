@@ -10,5 +10,6 @@ mod golden_litgpt;
 mod kernels;
 mod layering;
 mod pains;
+mod resume;
 mod text;
 mod util;

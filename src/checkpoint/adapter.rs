@@ -236,6 +236,7 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
         }
         other => other,
     })?;
+    super::state::verify(dir, &[TENSORS, OLD_TENSORS])?;
     let mut problems = Vec::new();
     let mut found: HashMap<String, [Option<String>; 2]> = HashMap::new();
     for name in shards.names() {

@@ -10,6 +10,7 @@ pub mod litgpt;
 pub mod merge;
 pub mod pickle;
 mod safe;
+pub mod state;
 pub mod write;
 
 pub use safe::{Dtype, Raw};

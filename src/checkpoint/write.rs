@@ -7,6 +7,11 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+/// Begin of the name of a folder that is being filled.
+const PARTIAL: &str = ".partial-";
+/// Begin of the name of a folder with one that is being replaced; the latter's name follows.
+const REPLACED: &str = ".replaced-";
+
 /// A folder that is filled under a temporary name beside its own, and renamed when it is complete.
 #[derive(Debug)]
 pub struct Staging {
@@ -23,7 +28,7 @@ impl Staging {
         let parent = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         let temporary =
-            tempfile::Builder::new().prefix(".partial-").tempdir_in(parent).map_err(Error::io("write in", parent))?;
+            tempfile::Builder::new().prefix(PARTIAL).tempdir_in(parent).map_err(Error::io("write in", parent))?;
         Ok(Self { target: target.to_owned(), temporary })
     }
 
@@ -67,11 +72,13 @@ impl Staging {
             let path = entry.map_err(Error::io("read", &dir))?.path();
             File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))?;
         }
+        File::open(&dir).and_then(|f| f.sync_all()).map_err(Error::io("write", &dir))?;
         open_to_all(&dir)?;
+        let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut old = None;
         if self.target.exists() {
-            let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let aside = tempfile::Builder::new().prefix(".replaced-").tempdir_in(parent);
+            let name = self.target.file_name().unwrap_or_default().to_string_lossy();
+            let aside = tempfile::Builder::new().prefix(&format!("{REPLACED}{name}-")).tempdir_in(parent);
             let aside = aside.map_err(Error::io("write in", parent))?;
             fs::rename(&self.target, aside.path().join("old")).map_err(Error::io("replace", &self.target))?;
             old = Some(aside);
@@ -80,11 +87,28 @@ impl Staging {
         // Renamed away: there is nothing left for the guard to remove.
         let _ = self.temporary.keep();
         drop(old);
-        if let Some(parent) = self.target.parent().filter(|p| !p.as_os_str().is_empty()) {
-            File::open(parent).and_then(|f| f.sync_all()).map_err(Error::io("write", parent))?;
-        }
-        Ok(())
+        File::open(parent).and_then(|f| f.sync_all()).map_err(Error::io("write", parent))
     }
+}
+
+/// Clears what a killed process left in `parent`: half written folders go, and a replaced one whose successor never came
+/// is put back. No other process may be writing there.
+///
+/// # Errors
+/// When the folder cannot be read or written.
+pub fn clear(parent: &Path) -> Result<()> {
+    for entry in fs::read_dir(parent).map_err(Error::io("read", parent))? {
+        let path = entry.map_err(Error::io("read", parent))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = name.strip_prefix(REPLACED).and_then(|rest| Some(parent.join(rest.rsplit_once('-')?.0)));
+        if let Some(target) = target.as_ref().filter(|target| !target.exists() && path.join("old").is_dir()) {
+            fs::rename(path.join("old"), target).map_err(Error::io("write", target))?;
+        }
+        if target.is_some() || name.starts_with(PARTIAL) {
+            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Temporary folders are private to their owner; results are not.
@@ -183,5 +207,23 @@ mod tests {
         drop(staging);
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "two");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_cleared() {
+        let parent = tempfile::tempdir().unwrap();
+        for (folder, text) in [
+            (".partial-x1", "half"),
+            (".replaced-final-x2/old", "lost"),
+            (".replaced-best-x3/old", "old"),
+            ("best", "new"),
+        ] {
+            fs::create_dir_all(parent.path().join(folder)).unwrap();
+            fs::write(parent.path().join(folder).join("a"), text).unwrap();
+        }
+        clear(parent.path()).unwrap();
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
+        assert_eq!(fs::read_to_string(parent.path().join("final/a")).unwrap(), "lost");
+        assert_eq!(fs::read_to_string(parent.path().join("best/a")).unwrap(), "new");
     }
 }

@@ -172,6 +172,11 @@ pub const FLAGS: &[Flag] = &[
         .also(&["access_token", "data.access_token"]),
     row("add_bos", Text, MODEL, "Start samples with the BOS token: auto (as the tokenizer's files say), on, off"),
 
+    row("resume", Text, MODEL,
+        "Go on with a stopped run, exactly: auto (the newest state in --out_dir, else anew), true (the newest), or a step \
+         folder"),
+    row("resume_force", Boolean, MODEL, "Resume although settings or data changed; the result is not exact then"),
+
     row("lora_r", Whole, LORA, "Rank of the adapters"),
     row("lora_alpha", Number, LORA, "The adapters' output is scaled by alpha / r"),
     row("lora_dropout", Number, LORA, "Share of the adapters' input that is dropped in training"),
@@ -758,7 +763,13 @@ mod tests {
 
     #[test]
     fn every_setting_has_a_flag_and_every_flag_a_setting() {
-        let mut settings = vec!["access_token".to_owned(), "optimizer.name".into(), "optimizer.betas".into()];
+        let mut settings = vec![
+            "access_token".to_owned(),
+            "optimizer.name".into(),
+            "optimizer.betas".into(),
+            "resume".into(),
+            "resume_force".into(),
+        ];
         leaves("", &serde_json::to_value(FinetuneSettings::default()).unwrap(), &mut settings);
         let mut flags: Vec<_> =
             FLAGS.iter().filter(|flag| flag.kind != Kind::Group).map(|flag| flag.key.to_owned()).collect();

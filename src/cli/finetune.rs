@@ -2,10 +2,12 @@
 
 use super::args::FinetuneArgs;
 use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
+use super::resume::{self, MadeOf};
+use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
 use super::{args, download, recipe};
 use crate::checkpoint::write::{COMPANIONS, Staging};
-use crate::checkpoint::{Checkpoint, adapter, hub};
+use crate::checkpoint::{Checkpoint, adapter, hub, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
@@ -16,7 +18,7 @@ use crate::model::lora::{LoraConfig, Targets};
 use crate::tokenizer::Tokenizer;
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
-use crate::train::{Job, Outside, Plan, fit, side_by_side};
+use crate::train::{Job, Outside, Plan, Snapshot, fit, side_by_side};
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -55,7 +57,25 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         gpt.weight_bytes() as f64 / 1e9,
         settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))
     ));
-    let metrics = Metrics::create(&out_dir)?;
+    let checkpointing = settings.train.activation_checkpointing == Switch::On;
+    let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
+    let made_of = MadeOf::of(&job, &base_hash)?;
+    let _lock = resume::lock(&out_dir)?;
+    let from = resume::From::find(&settings, ui)?;
+    if let Some(from) = &from {
+        from.check(&made_of, settings.resume_force, ui)?;
+        if from.finished() && from.state.progress.iter >= plan.iters {
+            ui.note(&format!("nothing to do: `{}` is the end of this run", from.dir.display()));
+            return Ok(());
+        }
+        ui.note(&format!("resuming from {} at step {}", from.dir.display(), from.state.progress.step));
+    }
+    let start = from.as_ref().map(|from| Ok((from.state.progress, from.restore(job.gpt)?))).transpose();
+    let start = start.map_err(|e: Error| e)?;
+    let metrics = match from.as_ref().and_then(|from| from.metrics_bytes(&out_dir)) {
+        Some(bytes) => Metrics::resume(&out_dir, bytes)?,
+        None => Metrics::create(&out_dir)?,
+    };
     let mut outside = Run {
         ui,
         metrics,
@@ -65,10 +85,18 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         dataset: &dataset,
         encoder,
         base_hash,
+        made_of,
+        signals: Signals::listen()?,
     };
-    let checkpointing = settings.train.activation_checkpointing == Switch::On;
-    let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
-    let summary = fit(&mut job, &mut outside)?;
+    let summary = fit(&mut job, &mut outside, start)?;
+    if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
+        outside.ui.end();
+        ui.note(&format!(
+            "stopped at step {}; the same command with --resume auto goes on exactly there",
+            summary.steps
+        ));
+        return Err(stopped.into());
+    }
     close(&summary, &out_dir, ui);
     Ok(())
 }
@@ -227,6 +255,8 @@ struct Run<'a> {
     dataset: &'a Dataset,
     encoder: Encoder<'a>,
     base_hash: String,
+    made_of: MadeOf,
+    signals: Signals,
 }
 
 impl Report for Run<'_> {
@@ -237,7 +267,7 @@ impl Report for Run<'_> {
 }
 
 impl Outside for Run<'_> {
-    fn save(&mut self, gpt: &Gpt, name: &str, step: usize) -> anyhow::Result<()> {
+    fn save(&mut self, gpt: &Gpt, name: &str, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
         let dir = self.settings.out_dir.join(name);
         let base = self.checkpoint.dir.canonicalize().map_err(Error::io("read", &self.checkpoint.dir))?;
         let manifest = Manifest {
@@ -247,7 +277,7 @@ impl Outside for Run<'_> {
             prompt_style: self.dataset.style.name().to_owned(),
             add_bos: self.tokenizer.adds_bos(),
             quantize: self.settings.quantize.clone(),
-            step,
+            step: snapshot.progress.step,
         };
         let staging = Staging::new(&dir)?;
         adapter::save(&staging, self.checkpoint.family, gpt, &base.to_string_lossy())?;
@@ -255,8 +285,14 @@ impl Outside for Run<'_> {
         staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
         staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        resume::save(&staging, gpt, snapshot, self.metrics.bytes()?, &self.made_of)?;
+        state::seal(&staging)?;
         staging.commit()?;
         self.event(&Event::Saved { path: dir })
+    }
+
+    fn stop_asked(&self) -> bool {
+        self.signals.asked().is_some()
     }
 
     fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String> {

@@ -9,6 +9,8 @@ mod generate;
 mod load;
 mod merge_lora;
 pub mod recipe;
+mod resume;
+mod signals;
 mod ui;
 
 use crate::error::Error;

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use super::exit_code;
+use super::signals::Stopped;
 use crate::error::Error;
 use crate::train::report::{Event, Report};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -24,11 +25,9 @@ impl Ui {
     /// A line about what goes on.
     pub fn note(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => {
-                // A closed stderr must not end the run.
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }
+            // A closed stderr must not end the run.
+            Some(bar) => bar.suspend(|| _ = writeln!(std::io::stderr(), "{line}")),
+            None => _ = writeln!(std::io::stderr(), "{line}"),
         }
     }
 
@@ -86,6 +85,9 @@ impl Ui {
     /// Prints an error with its causes and hint, and gives the exit code.
     pub fn fail(&mut self, error: &anyhow::Error) -> ExitCode {
         self.end();
+        if let Some(Stopped(signal)) = error.downcast_ref() {
+            return ExitCode::from(128 + signal);
+        }
         if let Some(io) = error.downcast_ref::<std::io::Error>()
             && io.kind() == std::io::ErrorKind::BrokenPipe
         {

@@ -15,6 +15,7 @@ use crate::ops::in_pool;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use report::{Event, Report, Summary};
 use schedule::Schedule;
+use serde::{Deserialize, Serialize};
 use settings::{EvaluateExample, FinetuneSettings};
 use std::time::Instant;
 
@@ -37,17 +38,44 @@ pub struct Job<'a> {
 
 /// What a run calls outside: everything that writes files or makes text.
 pub trait Outside: Report {
-    /// Saves the adapters as `name` (`step-000200`, `final`).
+    /// Saves the adapters and the state as `name` (`step-000200`, `final`).
     ///
     /// # Errors
     /// When writing fails.
-    fn save(&mut self, gpt: &Gpt, name: &str, step: usize) -> anyhow::Result<()>;
+    fn save(&mut self, gpt: &Gpt, name: &str, snapshot: &Snapshot<'_>) -> anyhow::Result<()>;
+
+    /// Whether the run shall be saved and left.
+    fn stop_asked(&self) -> bool;
 
     /// The model's answer to validation sample `index`.
     ///
     /// # Errors
     /// When decoding fails.
     fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String>;
+}
+
+/// Where a run stands between two optimizer steps. Learning rate, order of the data and dropout follow from it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps taken.
+    pub step: usize,
+    /// Micro batches trained on.
+    pub iter: usize,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Duration of the training so far, without validation and saving.
+    pub seconds: f64,
+    /// Best validation loss so far.
+    pub best: Option<f64>,
+}
+
+/// What a run needs, besides its parameters, to go on exactly.
+#[derive(Debug)]
+pub struct Snapshot<'a> {
+    /// Where it stands.
+    pub progress: Progress,
+    /// State of the optimizer.
+    pub moments: &'a Moments,
 }
 
 /// Length of a run, known before it starts.
@@ -111,14 +139,23 @@ struct Run<'a, 'b> {
     step: usize,
     tokens: u64,
     started: Instant,
+    /// Duration of training before this process.
+    seconds_before: f64,
+    /// Duration of validation and saving in this process.
+    evaluating: f64,
     best: Option<f64>,
+    resumed: bool,
 }
 
-/// Trains the adapters of `job` and returns what the run came to.
+/// Trains the adapters of `job`, from where `resume` stands if given (its parameters are in the model), and returns what the run came to.
 ///
 /// # Errors
 /// When the run would do nothing, the loss stops being a number, or saving fails.
-pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summary> {
+pub fn fit(
+    job: &mut Job<'_>,
+    outside: &mut dyn Outside,
+    resume: Option<(Progress, Moments)>,
+) -> anyhow::Result<Summary> {
     let settings = job.settings;
     let plan = Plan::new(settings, job.packs.len())?;
     let schedule = Schedule::new(settings, plan.steps);
@@ -133,21 +170,27 @@ pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summa
         eps: settings.optimizer.eps,
         weight_decay: settings.optimizer.weight_decay,
     };
-    let batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
+    let resumed = resume.is_some();
+    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(parameters)));
+    let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
+    batches.seek(progress.iter);
     let mut run = Run {
         job,
         outside,
         plan,
         schedule,
         optimizer,
-        moments: Moments::new(parameters),
+        moments,
         grads: vec![0.0; parameters],
         batches,
-        iter: 0,
-        step: 0,
-        tokens: 0,
+        iter: progress.iter,
+        step: progress.step,
+        tokens: progress.tokens,
         started: Instant::now(),
-        best: None,
+        seconds_before: progress.seconds,
+        evaluating: 0.0,
+        best: progress.best,
+        resumed,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
     run.rehearse();
@@ -157,33 +200,53 @@ pub fn fit(job: &mut Job<'_>, outside: &mut dyn Outside) -> anyhow::Result<Summa
 impl Run<'_, '_> {
     fn all(&mut self) -> anyhow::Result<Summary> {
         let settings = self.job.settings;
-        if settings.eval.initial_validation {
+        if settings.eval.initial_validation && !self.resumed {
             self.validate(settings.eval.max_iters)?;
         }
         self.started = Instant::now();
-        let mut evaluating = 0.0;
         while self.iter < self.plan.iters && !self.out_of_budget() {
-            self.window()?;
+            if !self.window()? {
+                self.save(&step_name(self.step))?;
+                return Ok(self.summary(None, true));
+            }
             let begun = Instant::now();
             if self.step.is_multiple_of(settings.eval.interval) && self.iter < self.plan.iters {
                 self.validate(settings.eval.max_iters)?;
                 self.example()?;
             }
+            self.evaluating += begun.elapsed().as_secs_f64();
             if settings.train.save_interval.is_some_and(|n| self.step.is_multiple_of(n)) {
-                self.outside.save(self.job.gpt, &format!("step-{:06}", self.step), self.step)?;
+                self.save(&step_name(self.step))?;
             }
-            evaluating += begun.elapsed().as_secs_f64();
         }
-        let seconds = self.started.elapsed().as_secs_f64() - evaluating;
+        let ended = Instant::now();
         let val_loss = if settings.eval.final_validation { self.validate(usize::MAX)? } else { None };
         if settings.eval.final_validation {
             self.example()?;
         }
-        self.outside.save(self.job.gpt, "final", self.step)?;
-        let summary =
-            Summary { steps: self.step, iters: self.iter, tokens: self.tokens, seconds, val_loss, best: self.best };
+        self.evaluating += ended.elapsed().as_secs_f64();
+        self.save("final")?;
+        let summary = self.summary(val_loss, false);
         self.outside.event(&Event::Finished(summary))?;
         Ok(summary)
+    }
+
+    fn progress(&self) -> Progress {
+        let seconds = self.seconds_before + self.started.elapsed().as_secs_f64() - self.evaluating;
+        Progress { step: self.step, iter: self.iter, tokens: self.tokens, seconds, best: self.best }
+    }
+
+    fn save(&mut self, name: &str) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        let snapshot = Snapshot { progress: self.progress(), moments: &self.moments };
+        self.outside.save(self.job.gpt, name, &snapshot)?;
+        self.evaluating += begun.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn summary(&self, val_loss: Option<f64>, stopped: bool) -> Summary {
+        let Progress { step: steps, iter: iters, tokens, seconds, best } = self.progress();
+        Summary { steps, iters, tokens, seconds, val_loss, best, stopped }
     }
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
@@ -201,16 +264,23 @@ impl Run<'_, '_> {
 
     fn out_of_budget(&self) -> bool {
         let train = &self.job.settings.train;
-        train.max_time.is_some_and(|s| self.started.elapsed().as_secs_f64() >= s)
+        train.max_time.is_some_and(|s| self.seconds_before + self.started.elapsed().as_secs_f64() >= s)
             || train.max_tokens.is_some_and(|n| self.tokens >= n)
     }
 
-    /// One accumulation window and its optimizer step.
-    fn window(&mut self) -> anyhow::Result<()> {
+    /// One accumulation window and its optimizer step. `false`: a stop was asked for; the window's micro batches so far
+    /// are forgotten, and taken again by the run that resumes.
+    fn window(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
         self.grads.fill(0.0);
         let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
+        let iter_before = self.iter;
         for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
+            if self.outside.stop_asked() {
+                (self.iter, self.tokens) = (iter_before, tokens_before);
+                self.batches.seek(iter_before);
+                return Ok(false);
+            }
             let rows: Vec<usize> =
                 self.batches.next_batch().into_iter().flat_map(|pack| self.job.packs[pack].clone()).collect();
             let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
@@ -250,7 +320,7 @@ impl Run<'_, '_> {
                 seconds: begun.elapsed().as_secs_f64(),
             })?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn require_number(&self, loss: f64, rows: &[usize]) -> Result<()> {
@@ -309,6 +379,11 @@ impl Run<'_, '_> {
         let text = self.outside.answer(self.job.gpt, index)?;
         self.outside.event(&Event::Example { step: self.step, text })
     }
+}
+
+/// Name of the folder of a step.
+fn step_name(step: usize) -> String {
+    format!("step-{step:06}")
 }
 
 /// Samples end to end as one micro batch.

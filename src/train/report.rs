@@ -82,6 +82,8 @@ pub struct Summary {
     pub val_loss: Option<f64>,
     /// Best validation loss.
     pub best: Option<f64>,
+    /// Whether it was stopped before its end.
+    pub stopped: bool,
 }
 
 /// Whoever wants to know.
@@ -114,6 +116,29 @@ impl Metrics {
         let mut file = File::create(&path).map_err(Error::io("create", &path))?;
         writeln!(file, "{COLUMNS}").map_err(Error::io("write", &path))?;
         Ok(Self { path, file })
+    }
+
+    /// Goes on with the file in `dir` where it had `bytes` bytes; what came later is cut off.
+    ///
+    /// # Errors
+    /// When it cannot be read or written.
+    pub fn resume(dir: &Path, bytes: u64) -> Result<Self, Error> {
+        let path = dir.join("metrics.csv");
+        if !path.is_file() {
+            return Self::create(dir);
+        }
+        let file = File::options().append(true).open(&path).map_err(Error::io("write", &path))?;
+        let length = file.metadata().map_err(Error::io("read", &path))?.len();
+        file.set_len(length.min(bytes)).map_err(Error::io("write", &path))?;
+        Ok(Self { path, file })
+    }
+
+    /// Length of the file.
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn bytes(&self) -> Result<u64, Error> {
+        self.file.metadata().map(|data| data.len()).map_err(Error::io("read", &self.path))
     }
 }
 

@@ -596,6 +596,12 @@ pub struct FinetuneSettings {
     pub seed: u64,
     /// Whether prompts start with the BOS token; `Auto`: as the tokenizer's files say. Not in LitGPT.
     pub add_bos: Switch,
+    /// What to go on from: `auto` (the newest in `out_dir`, if any), `true` (the newest) or a folder. Not written.
+    #[serde(skip_serializing, deserialize_with = "resume_field")]
+    pub resume: Option<String>,
+    /// Whether to resume although settings or data changed. Not written.
+    #[serde(skip_serializing)]
+    pub resume_force: bool,
     /// Hugging Face token. Never written to a file.
     #[serde(skip_serializing)]
     pub access_token: Option<String>,
@@ -618,6 +624,8 @@ impl Default for FinetuneSettings {
             logger_name: "csv".into(),
             seed: 1337,
             add_bos: Switch::Auto,
+            resume: None,
+            resume_force: false,
             access_token: None,
         }
     }
@@ -664,6 +672,18 @@ fn devices_field<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Res
         "auto" | "-1" => Ok(1),
         number => number.parse().map_err(|_| D::Error::custom(format!("expected a number of devices, got `{number}`"))),
     }
+}
+
+/// LitGPT takes `true` and `false`, too.
+fn resume_field<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    let asked = word(&value);
+    Ok((!value.is_null() && !asked.eq_ignore_ascii_case("false")).then_some(
+        match asked.to_ascii_lowercase().as_str() {
+            "true" => "true".to_owned(),
+            _ => asked,
+        },
+    ))
 }
 
 /// A scalar as one would write it.

@@ -1,0 +1,44 @@
+//! SIGINT, SIGTERM and SIGHUP ask a run to stop; the second one of a kind ends the process at once.
+
+use crate::error::{Error, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// The last signal that asked for a stop; 0: none.
+#[derive(Debug)]
+pub struct Signals(Arc<AtomicUsize>);
+
+/// A run that a signal ended after it was saved. It has been reported already; the code is 128 + the signal.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped by signal {0}")]
+pub struct Stopped(pub u8);
+
+impl Signals {
+    /// Begins to listen.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn listen() -> Result<Self> {
+        let last = Arc::new(AtomicUsize::new(0));
+        let mut all = vec![SIGINT, SIGTERM];
+        #[cfg(unix)]
+        all.push(signal_hook::consts::SIGHUP);
+        for signal in all {
+            let asked = Arc::new(AtomicBool::new(false));
+            // In this order: the first signal finds `asked` unset.
+            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))
+                .and_then(|_| flag::register(signal, asked))
+                .and_then(|_| flag::register_usize(signal, Arc::clone(&last), signal as usize))
+                .map_err(|e| Error::refused(format!("cannot listen to signals: {e}"), ""))?;
+        }
+        Ok(Self(last))
+    }
+
+    /// The signal that asked for a stop.
+    pub fn asked(&self) -> Option<Stopped> {
+        let signal = self.0.load(Ordering::Relaxed);
+        (signal != 0).then_some(Stopped(signal as u8))
+    }
+}
