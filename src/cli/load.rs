@@ -156,23 +156,32 @@ pub fn weights(checkpoint: &Checkpoint, store: Store, ui: &mut Ui) -> Result<Gpt
 /// # Errors
 /// When anything is missing or does not fit.
 pub fn model(dir: &Path, store: Store, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
-    let manifest = Manifest::read(dir)?;
-    let policy = match &manifest {
-        Some(m) if m.add_bos => AddBos::Always,
-        Some(_) => AddBos::Never,
-        None => AddBos::Auto,
-    };
     let is_adapter = adapter::is_adapter(dir);
     let base = if is_adapter { base_dir(dir, None)? } else { dir.to_owned() };
     let checkpoint = Checkpoint::open(&base)?;
-    let tokenizer = Tokenizer::load(if dir.join("tokenizer.json").is_file() { dir } else { &base })?.with_bos(policy);
-    check_vocabulary(&tokenizer, &checkpoint)?;
+    let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let mut gpt = weights(&checkpoint, store, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }
     Ok(Loaded { gpt, tokenizer, style })
+}
+
+/// The tokenizer of `dir`, or of its base where it has none, with the BOS policy of its training.
+///
+/// # Errors
+/// When it is broken or has more tokens than the model.
+pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let policy = match Manifest::read(dir)? {
+        Some(m) if m.add_bos => AddBos::Always,
+        Some(_) => AddBos::Never,
+        None => AddBos::Auto,
+    };
+    let dir = if dir.join("tokenizer.json").is_file() { dir } else { &checkpoint.dir };
+    let tokenizer = Tokenizer::load(dir)?.with_bos(policy);
+    check_vocabulary(&tokenizer, checkpoint)?;
+    Ok(tokenizer)
 }
 
 /// Refuses a tokenizer whose ids the model has no embedding for.
