@@ -74,7 +74,7 @@ impl Words<'_> {
             set("model", Value::Text("gpt2".to_owned()));
             set("pre", Value::Text(pre(&json).ok_or_else(|| self.unknown("this pre_tokenizer"))?.to_owned()));
             set("tokens", Value::Texts(tokens));
-            set("merges", Value::Texts(merges.iter().map(|m| joined(m)).collect()));
+            set("merges", Value::Texts(merges.iter().map(joined).collect()));
         }
         set("token_type", Value::I32s(types));
         let pad = pad.and_then(|id| u32::try_from(id).ok()).filter(|id| (*id as usize) < rows);
