@@ -5,6 +5,7 @@ mod cli;
 mod command_lines;
 mod download;
 mod finetune;
+mod gguf;
 mod golden;
 mod golden_litgpt;
 mod kernels;

@@ -72,15 +72,20 @@ impl Export<'_> {
         Ok(self.dtype.unwrap_or(self.checkpoint.raw(&piece.tensor)?.dtype))
     }
 
-    /// The tensors of a folder of `layout`.
-    fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
+    /// Our tensors of the result: the model's, and the head if adapters untie it.
+    pub(super) fn slots(&self) -> Vec<Slot> {
         let mut all = slots(&self.checkpoint.config);
         if self.checkpoint.config.tie_embeddings && !self.tied() {
             let embedding = all.iter().find(|s| s.name == EMBEDDING).cloned();
             all.extend(embedding.map(|slot| Slot { name: HEAD.to_owned(), ..slot }));
         }
+        all
+    }
+
+    /// The tensors of a folder of `layout`.
+    fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
         let mut targets: Vec<Target> = Vec::new();
-        for slot in all {
+        for slot in self.slots() {
             let (rows, width) = if slot.vector { (slot.cols, 1) } else { (slot.rows, slot.cols) };
             let pieces = self.checkpoint.locate_in(layout, &slot.name);
             let share = rows / pieces.len().max(1);
@@ -128,7 +133,7 @@ impl Export<'_> {
     }
 
     /// The bytes of our tensor `name`, with its adapter merged.
-    fn tensor(&self, name: &str, dtype: Dtype, width: usize) -> Result<Cow<'_, [u8]>> {
+    pub(super) fn tensor(&self, name: &str, dtype: Dtype, width: usize) -> Result<Cow<'_, [u8]>> {
         let source = self.source(name);
         let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);

@@ -1,10 +1,11 @@
 //! Checkpoint folders, read in place: Hugging Face's (config.json, tokenizer files, safetensors or pytorch_model.bin,
 //! with or without an index) and LitGPT's (lit_model.pth; names and settings in `litgpt`). Adapters are in `adapter`,
-//! merging in `merge`, turning one kind of folder into the other in `convert`, writing in `write`, the Hub in `hub`.
+//! merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, the Hub in `hub`.
 
 pub mod adapter;
 mod archive;
 pub mod convert;
+pub mod gguf;
 pub mod hub;
 pub mod litgpt;
 pub mod merge;

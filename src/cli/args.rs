@@ -541,10 +541,25 @@ pub enum MergeFormat {
     /// Hugging Face folder with safetensors
     #[default]
     Hf,
-    /// One GGUF file (refused until it is built)
+    /// One GGUF file, as llama.cpp runs it
     Gguf,
     /// LitGPT's lit_model.pth
     Litgpt,
+}
+
+/// Elements of a GGUF file's matrices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum GgufType {
+    /// 16 bit
+    #[default]
+    F16,
+    /// 8.5 bit: blocks of 32 with a scale
+    #[value(name = "q8_0")]
+    Q8,
+    /// 4.5 bit; embedding and head in 8.5
+    #[value(name = "q4_0")]
+    Q4,
 }
 
 /// Arguments of `litgpt merge_lora`.
@@ -566,6 +581,9 @@ pub struct MergeArgs {
     /// What is written
     #[arg(long, value_enum, default_value_t)]
     pub format: MergeFormat,
+    /// Elements of a GGUF file's matrices [default: f16]
+    #[arg(long = "gguf_type", value_enum, value_name = "NAME")]
+    pub gguf_type: Option<GgufType>,
 }
 
 /// Arguments of `litgpt download`.

@@ -157,16 +157,10 @@ pub fn weights(checkpoint: &Checkpoint, store: Store, quantizer: Option<Quantize
 /// When anything is missing or does not fit.
 pub fn model(dir: &Path, store: Store, quantize: Option<&str>, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
     let manifest = Manifest::read(dir)?;
-    let policy = match &manifest {
-        Some(m) if m.add_bos => AddBos::Always,
-        Some(_) => AddBos::Never,
-        None => AddBos::Auto,
-    };
     let is_adapter = adapter::is_adapter(dir);
     let base = if is_adapter { base_dir(dir, None)? } else { dir.to_owned() };
     let checkpoint = Checkpoint::open(&base)?;
-    let tokenizer = Tokenizer::load(if dir.join("tokenizer.json").is_file() { dir } else { &base })?.with_bos(policy);
-    check_vocabulary(&tokenizer, &checkpoint)?;
+    let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
     let mut gpt = weights(&checkpoint, store, quantizer(quantize.or(trained.as_deref()))?, ui)?;
@@ -174,6 +168,22 @@ pub fn model(dir: &Path, store: Store, quantize: Option<&str>, style: Option<&st
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }
     Ok(Loaded { gpt, tokenizer, style })
+}
+
+/// The tokenizer of `dir`, or of its base where it has none, with the BOS policy of its training.
+///
+/// # Errors
+/// When it is broken or has more tokens than the model.
+pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let policy = match Manifest::read(dir)? {
+        Some(m) if m.add_bos => AddBos::Always,
+        Some(_) => AddBos::Never,
+        None => AddBos::Auto,
+    };
+    let dir = if dir.join("tokenizer.json").is_file() { dir } else { &checkpoint.dir };
+    let tokenizer = Tokenizer::load(dir)?.with_bos(policy);
+    check_vocabulary(&tokenizer, checkpoint)?;
+    Ok(tokenizer)
 }
 
 /// Refuses a tokenizer whose ids the model has no embedding for.

@@ -1,11 +1,12 @@
-//! `litgpt merge_lora`: adapter and base become one folder, Hugging Face's or LitGPT's.
+//! `litgpt merge_lora`: adapter and base become one folder, Hugging Face's or LitGPT's, or one GGUF file.
 
-use super::args::{MergeArgs, MergeFormat};
+use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, weights};
+use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, tokenizer, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::convert::{Export, litgpt_name};
+use crate::checkpoint::gguf::{Gguf, Kind, Words};
 use crate::checkpoint::litgpt::{self, Qkv};
 use crate::checkpoint::merge::{merge, require_adapter};
 use crate::checkpoint::write::Staging;
@@ -18,14 +19,12 @@ use std::path::Path;
 
 /// Runs the command.
 pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
-    if args.format == MergeFormat::Gguf {
-        let what = "merge_lora --format gguf";
-        return Err(Error::unsupported(what, "merge as hf; other programs convert that folder").into());
-    }
+    check_flags(args)?;
     let dir = args.model.path()?;
     require_adapter(&dir)?;
     let out_dir = args.out_dir.clone().unwrap_or_else(|| dir.join("merged"));
-    refuse_existing(&out_dir, &["config.json", litgpt::WEIGHTS])?;
+    let gguf = args.gguf_type.unwrap_or_default();
+    refuse_existing(&out_dir, &["config.json", litgpt::WEIGHTS, file_name(gguf)])?;
     let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
     let checkpoint = Checkpoint::open(&base)?;
     check_base(&dir, &checkpoint)?;
@@ -37,6 +36,12 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
     let staging = Staging::new(&out_dir)?;
     let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype: dtype(args.precision)? };
+    if args.format == MergeFormat::Gguf {
+        write_gguf(&dir, &export, gguf, &staging, ui)?;
+        staging.commit()?;
+        ui.note(&format!("merged into {}", out_dir.join(file_name(gguf)).display()));
+        return Ok(());
+    }
     write(args.format, &export, &gpt, &staging, ui)?;
     staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
     if let Some(manifest) = manifest {
@@ -58,6 +63,50 @@ fn write(format: MergeFormat, export: &Export<'_>, gpt: &Gpt, staging: &Staging,
         ui.begin("merge", checkpoint.files().values().map(Vec::len).sum::<usize>() as u64, false);
         merge(checkpoint, gpt, staging, export.dtype, &mut |_| ui.advance(1))?;
     }
+    ui.end();
+    Ok(())
+}
+
+/// Refuses flags of one format with another.
+fn check_flags(args: &MergeArgs) -> Result<()> {
+    let gguf = args.format == MergeFormat::Gguf;
+    if gguf && args.precision.is_some() {
+        return Err(Error::usage("--precision does not go with --format gguf", "choose with --gguf_type"));
+    }
+    if !gguf && args.gguf_type.is_some() {
+        return Err(Error::usage("--gguf_type goes with --format gguf only", "add --format gguf, or leave it out"));
+    }
+    Ok(())
+}
+
+/// The file of a merged model in GGUF.
+fn file_name(elements: GgufType) -> &'static str {
+    match elements {
+        GgufType::F16 => "model-f16.gguf",
+        GgufType::Q8 => "model-q8_0.gguf",
+        GgufType::Q4 => "model-q4_0.gguf",
+    }
+}
+
+/// Writes the merged model, with the tokenizer of the adapter `dir`, as one file into `staging`.
+fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Staging, ui: &mut Ui) -> Result<()> {
+    let tokenizer = tokenizer(dir, export.checkpoint)?;
+    let words = Words {
+        path: &tokenizer.dir().join("tokenizer.json"),
+        bos: tokenizer.bos_id(),
+        eos: tokenizer.eos_id(),
+        add_bos: tokenizer.adds_bos(),
+        chat_template: tokenizer.chat_template(),
+    };
+    let kind = match elements {
+        GgufType::F16 => Kind::F16,
+        GgufType::Q8 => Kind::Q8_0,
+        GgufType::Q4 => Kind::Q4_0,
+    };
+    let gguf = Gguf::new(export, words, kind)?;
+    ui.begin("merge", gguf.tensors() as u64, false);
+    let title = litgpt_name(export.checkpoint, &export.checkpoint.dir);
+    gguf.write(staging, file_name(elements), &title, &mut |_| ui.advance(1))?;
     ui.end();
     Ok(())
 }

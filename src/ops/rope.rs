@@ -48,7 +48,8 @@ pub enum Scaling {
 }
 
 /// Frequencies of the rotated channel pairs: (rotary_dim / 2).
-fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling) -> Vec<f64> {
+#[must_use]
+pub fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling) -> Vec<f64> {
     let plain = (0..rotary_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / rotary_dim as f64));
     match *scaling {
         Scaling::None => plain.collect(),
