@@ -137,7 +137,7 @@ fn settings_are_those_of_the_model() {
 fn another_program_computes_the_same_logits() {
     let dir = merged();
     let checkpoint = Checkpoint::open(&dir.path().join("merged")).unwrap();
-    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, &mut |_| ()).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| ()).unwrap();
     let tokenizer = Tokenizer::load(&tiny()).unwrap();
     let ids = tokenizer.encode_prompt("Describe a fox that lives in the forest.").unwrap();
     gpt.prepare(ids.len());
