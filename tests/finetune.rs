@@ -206,16 +206,15 @@ fn tiny_f32(to: &Path) {
 #[test]
 fn merged_and_unmerged_give_the_same_text() {
     let dir = tempfile::tempdir().unwrap();
-    let base = dir.path().join("base");
-    tiny_f32(&base);
-    finetune(dir.path(), &base, "--train.max_steps 12").ok();
+    // The base is in bf16, the run in 32 bit: merged into bf16 the update would be rounded.
+    finetune(dir.path(), &tiny(), "--train.max_steps 12").ok();
     let ran = litgpt(dir.path(), ["merge_lora", "--checkpoint_dir", "out/final"]).ok();
     assert_eq!(ran.stdout, "");
     for prompt in PROMPTS {
         let unmerged = greedy(dir.path(), "out/final", prompt);
         assert_eq!(unmerged, greedy(dir.path(), "out/final/merged", prompt), "{prompt}");
     }
-    assert_ne!(greedy(dir.path(), "out/final", PROMPTS[0]), greedy(dir.path(), "base", PROMPTS[0]));
+    assert_ne!(greedy(dir.path(), "out/final", PROMPTS[0]), greedy(dir.path(), tiny().to_str().unwrap(), PROMPTS[0]));
 }
 
 #[test]
@@ -268,7 +267,7 @@ fn an_adapter_remembers_how_its_base_was_quantized() {
 #[test]
 fn merging_adds_the_update_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
-    finetune(dir.path(), &tiny(), "--lora_r 4 --lora_alpha 12 --lora_key false").ok();
+    finetune(dir.path(), &tiny(), "--precision bf16-true --lora_r 4 --lora_alpha 12 --lora_key false").ok();
     litgpt(dir.path(), ["merge_lora", "out/final", "--out_dir", "merged"]).ok();
     let (lora, base) = (adapter(dir.path(), "out"), tensors(&tiny().join("model.safetensors")));
     let merged = tensors(&dir.path().join("merged/model.safetensors"));

@@ -575,7 +575,7 @@ pub struct MergeArgs {
     /// Folder of the base model [default: the one that the adapter was trained on]
     #[arg(long, value_name = "DIR")]
     pub pretrained_checkpoint_dir: Option<PathBuf>,
-    /// 32-true, bf16-true or 16-true [default: the base model's]
+    /// 32-true, bf16-true or 16-true [default: the training's; the base model's if that was quantized]
     #[arg(long, value_name = "NAME")]
     pub precision: Option<Precision>,
     /// What is written

@@ -276,6 +276,7 @@ impl Outside for Run<'_> {
             base_hash: self.base_hash.clone(),
             prompt_style: self.dataset.style.name().to_owned(),
             add_bos: self.tokenizer.adds_bos(),
+            precision: Some(self.settings.precision.unwrap_or(Precision::F32True).to_string()),
             quantize: self.settings.quantize.clone(),
             step: snapshot.progress.step,
         };

@@ -30,6 +30,9 @@ pub struct Manifest {
     pub prompt_style: String,
     /// Whether prompts began with the BOS token.
     pub add_bos: bool,
+    /// Precision of the training, a name of `--precision`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
     /// How the base's weights were quantized, a name of `--quantize`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<String>,

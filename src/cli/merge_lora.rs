@@ -35,7 +35,11 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut gpt = weights(&checkpoint, Store::Bf16, quantizer, ui)?;
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
     let staging = Staging::new(&out_dir)?;
-    let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype: dtype(args.precision)? };
+    let dtype = match args.precision {
+        Some(precision) => Some(dtype(precision)?),
+        None => trained_dtype(args.format, manifest.as_ref()),
+    };
+    let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype };
     if args.format == MergeFormat::Gguf {
         write_gguf(&dir, &export, gguf, &staging, ui)?;
         staging.commit()?;
@@ -111,16 +115,26 @@ fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Sta
     Ok(())
 }
 
-/// The dtype that a precision writes; `None` for the base's own.
-fn dtype(precision: Option<Precision>) -> Result<Option<Dtype>> {
+/// The dtype of the training, as LitGPT merges: the sum of a run in 32 bit is not rounded to a base of 16, which would
+/// change its answers. `None`, the base's own, for 4- and 8-bit bases, GGUF files, and adapters of others.
+fn trained_dtype(format: MergeFormat, manifest: Option<&Manifest>) -> Option<Dtype> {
+    let manifest = manifest.filter(|m| m.quantize.is_none() && format != MergeFormat::Gguf)?;
+    match manifest.precision.as_deref()?.parse().ok()? {
+        Precision::F32True | Precision::Bf16Mixed | Precision::F16Mixed => Some(Dtype::F32),
+        Precision::Bf16True => Some(Dtype::Bf16),
+        Precision::F16True => Some(Dtype::F16),
+    }
+}
+
+/// The dtype that a precision writes.
+fn dtype(precision: Precision) -> Result<Dtype> {
     match precision {
-        None => Ok(None),
-        Some(Precision::F32True) => Ok(Some(Dtype::F32)),
-        Some(Precision::Bf16True) => Ok(Some(Dtype::Bf16)),
-        Some(Precision::F16True) => Ok(Some(Dtype::F16)),
-        Some(mixed) => {
+        Precision::F32True => Ok(Dtype::F32),
+        Precision::Bf16True => Ok(Dtype::Bf16),
+        Precision::F16True => Ok(Dtype::F16),
+        mixed => {
             let message = format!("--precision {mixed}: a merged model has one precision");
-            Err(Error::usage(message, "give 32-true, bf16-true or 16-true, or leave it out for the base model's"))
+            Err(Error::usage(message, "give 32-true, bf16-true or 16-true, or leave it out for the training's"))
         }
     }
 }
