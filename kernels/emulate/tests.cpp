@@ -1,5 +1,5 @@
 // Every kernel on the CPU against a reference in f64. Run by tests/kernels.rs, or by hand:
-//     c++ -std=c++17 -O1 -ffp-contract=off -DEMULATE -o /tmp/kernels kernels/emulate/tests.cpp && /tmp/kernels
+//     c++ -std=c++17 -O1 -ffp-contract=off -DEMULATE -o target/kernels kernels/emulate/tests.cpp && target/kernels
 // Here: norm, rope, glu, head, lora, optimizer, nf4, and main. Attention is in attention_tests.h.
 #include "attention_tests.h"
 
