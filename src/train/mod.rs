@@ -11,8 +11,8 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
-use crate::ops::in_pool;
 use crate::ops::optimizer::{AdamW, Moments, norm};
+use crate::ops::{Matrix, in_pool};
 use report::{Event, Report, Summary};
 use schedule::Schedule;
 use serde::{Deserialize, Serialize};
@@ -133,7 +133,7 @@ struct Run<'a, 'b> {
     schedule: Schedule,
     optimizer: AdamW,
     moments: Moments,
-    grads: Vec<f32>,
+    grads: Matrix,
     batches: Batches,
     iter: usize,
     step: usize,
@@ -163,7 +163,6 @@ pub fn fit(
     // Examples are decoded between steps: their answers need positions too.
     let answer = settings.eval.max_new_tokens.unwrap_or(0);
     job.gpt.prepare((longest + answer).min(job.gpt.config.block_size));
-    let parameters = job.gpt.parameters.len();
     let optimizer = AdamW {
         beta1: settings.optimizer.beta1,
         beta2: settings.optimizer.beta2,
@@ -171,7 +170,8 @@ pub fn fit(
         weight_decay: settings.optimizer.weight_decay,
     };
     let resumed = resume.is_some();
-    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(parameters)));
+    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(&job.gpt.parameters)));
+    let grads = job.gpt.parameters.zeros_like(1, job.gpt.parameters.cols());
     let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     batches.seek(progress.iter);
     let mut run = Run {
@@ -181,7 +181,7 @@ pub fn fit(
         schedule,
         optimizer,
         moments,
-        grads: vec![0.0; parameters],
+        grads,
         batches,
         iter: progress.iter,
         step: progress.step,
@@ -272,7 +272,7 @@ impl Run<'_, '_> {
     /// are forgotten, and taken again by the run that resumes.
     fn window(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
-        self.grads.fill(0.0);
+        self.grads.zero();
         let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
         let iter_before = self.iter;
         for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
