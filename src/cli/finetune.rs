@@ -1,7 +1,7 @@
 //! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
 
 use super::args::FinetuneArgs;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, weights};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
@@ -47,8 +47,10 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if settings.data.pack {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
+    let compute = Compute::find(settings.accelerator, settings.precision, ui)?;
+    settings.precision = Some(compute.precision);
     let base_hash = checkpoint.content_hash()?;
-    let mut gpt = weights(&checkpoint, store(settings.precision), quantizer, ui)?;
+    let mut gpt = weights(&checkpoint, &compute, quantizer, ui)?;
     attach(&mut gpt, &settings);
     ui.note(&format!(
         "{} trainable of {} parameters, frozen weights {:.2} GB{}",

@@ -193,7 +193,7 @@ pub fn fit(
         resumed,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
-    run.rehearse();
+    run.rehearse()?;
     run.all()
 }
 
@@ -251,7 +251,7 @@ impl Run<'_, '_> {
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
-    fn rehearse(&mut self) {
+    fn rehearse(&mut self) -> Result<()> {
         let mut packs: Vec<&Vec<usize>> = self.job.packs.iter().collect();
         packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| self.job.train[*r].input_ids.len()).sum::<usize>()));
         packs.truncate(self.job.settings.train.micro_batch_size);
@@ -260,6 +260,7 @@ impl Run<'_, '_> {
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
         let _ = in_pool(|| gpt.loss(&tokens, Some(training)));
+        gpt.check()
     }
 
     fn out_of_budget(&self) -> bool {
@@ -292,6 +293,7 @@ impl Run<'_, '_> {
             };
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, Some(training)));
+            gpt.check()?;
             self.require_number(sum, &rows)?;
             loss += sum;
             targets += tokens.n_targets();
@@ -345,6 +347,7 @@ impl Run<'_, '_> {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, None));
+            gpt.check()?;
             means.push(sum / tokens.n_targets().max(1) as f64);
             loss += sum;
             targets += tokens.n_targets();
