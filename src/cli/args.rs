@@ -178,6 +178,8 @@ pub const FLAGS: &[Flag] = &[
          folder"),
     row("resume_force", Boolean, MODEL, "Resume although settings or data changed; the result is not exact then"),
 
+    row("dry_run", Boolean, MODEL, "Check settings, data and memory, say what the run needs, and stop"),
+
     row("lora_r", Whole, LORA, "Rank of the adapters"),
     row("lora_alpha", Number, LORA, "The adapters' output is scaled by alpha / r"),
     row("lora_dropout", Number, LORA, "Share of the adapters' input that is dropped in training"),

@@ -17,7 +17,7 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let dir = args.model.path()?;
     let (quantize, style) = (args.load.quantize.as_deref(), args.load.prompt_style.as_deref());
-    let compute = Compute::find(args.load.accelerator, args.load.precision, ui)?;
+    let compute = Compute::find(args.load.accelerator, args.load.precision)?;
     let mut loaded = model(&dir, &compute, quantize, style, ui)?;
     let system = args.sys_prompt.as_deref().filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", &args.prompt)]).collect();

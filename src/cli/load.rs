@@ -75,7 +75,7 @@ impl Compute {
     ///
     /// # Errors
     /// When a GPU is asked for and there is none, or one cannot be used.
-    pub fn find(accelerator: Accelerator, precision: Option<Precision>, ui: &mut Ui) -> Result<Self> {
+    pub fn find(accelerator: Accelerator, precision: Option<Precision>) -> Result<Self> {
         let device = match accelerator {
             Accelerator::Cpu => None,
             Accelerator::Auto | Accelerator::Cuda => Device::cuda(0).map_err(device_error)?,
@@ -88,20 +88,26 @@ impl Compute {
             };
             return Err(Error::refused(format!("--accelerator cuda: {why}"), hint));
         }
-        if let Some(device) = &device {
-            ui.note(&format!("on {}", device.name()));
-        }
         let default = if device.is_some() { Precision::Bf16True } else { Precision::F32True };
-        let compute = Self { device, precision: precision.unwrap_or(default) };
-        if let (None, Precision::Bf16Mixed | Precision::F16Mixed) = (&compute.device, compute.precision) {
-            ui.note(&format!("{} computes in 32 bit on the processor", compute.precision));
+        Ok(Self { device, precision: precision.unwrap_or(default) })
+    }
+
+    /// Name of where it is computed.
+    pub fn place(&self) -> &str {
+        self.device.as_ref().map_or("the CPU", Device::name)
+    }
+
+    /// Bytes that may still be taken there, where the system tells.
+    pub fn free_memory(&self) -> Option<usize> {
+        match &self.device {
+            Some(device) => device.memory().ok().map(|(free, _)| free),
+            None => super::ui::available_memory(),
         }
-        Ok(compute)
     }
 
     /// How the weights are kept. A GPU multiplies in 16 bit in the mixed precisions too, so it keeps them so; adapters
     /// and optimizer are f32 in all of them.
-    fn store(&self) -> Store {
+    pub fn store(&self) -> Store {
         match (self.precision, self.device.is_some()) {
             (Precision::Bf16True, _) | (Precision::Bf16Mixed, true) => Store::Bf16,
             (Precision::F16True, _) | (Precision::F16Mixed, true) => Store::F16,

@@ -121,6 +121,13 @@ impl Cache {
     }
 }
 
+/// Rows whose logits exist at a time.
+#[must_use]
+pub fn head_rows(config: &Config, on_device: bool) -> usize {
+    let (elements, most) = if on_device { (HEAD_CHUNK_ON_DEVICE, 4096) } else { (HEAD_CHUNK, 512) };
+    (elements / config.vocab_size.max(1)).clamp(16, most)
+}
+
 /// A device's failure as a user reads it.
 #[must_use]
 pub fn device_error(failure: Failure) -> Error {
@@ -304,8 +311,7 @@ impl Gpt {
         let input_needed = input_needed && to.is_some();
         let mut dx = input_needed.then(|| x.zeros_like(x.rows(), x.cols()));
         let mut loss = Loss::zero(x);
-        let (elements, most) = if x.place().is_some() { (HEAD_CHUNK_ON_DEVICE, 4096) } else { (HEAD_CHUNK, 512) };
-        let chunk = (elements / self.config.vocab_size).clamp(16, most);
+        let chunk = head_rows(&self.config, x.place().is_some());
         for (at, rows) in rows.chunks(chunk).enumerate() {
             let index: Constant<u32> = rows.iter().map(|r| r.0 as u32).collect();
             let before = gather(x, &index);

@@ -5,6 +5,7 @@ use super::matmul::ViewMut;
 use half::{bf16, f16};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of one sample within the rows of a micro batch. Attention and positions stay inside a segment.
 pub type Segment = Range<usize>;
@@ -19,8 +20,10 @@ fn take(len: usize) -> Vec<f32> {
     let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let fit = free.partition_point(|buffer| buffer.len() < len);
     // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to this factor,
-    // and a run starts with its longest: then every later request finds the buffer of its like.
-    if free.get(fit).is_some_and(|buffer| buffer.len() <= 16 * len + 1024) {
+    // and a run starts with its longest: then every later request finds the buffer of its like. That first one must not
+    // put small matrices into large buffers, or it would need more of these than are ever full.
+    let longest = if SPARING.load(Ordering::Relaxed) { len + len / 8 } else { 16 * len };
+    if free.get(fit).is_some_and(|buffer| buffer.len() <= longest + 1024) {
         return free.remove(fit);
     }
     // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
@@ -29,6 +32,17 @@ fn take(len: usize) -> Vec<f32> {
     }
     drop(free);
     vec![0.0; len]
+}
+
+/// Whether a buffer must be of about the length that is asked for.
+static SPARING: AtomicBool = AtomicBool::new(false);
+
+/// Runs `f`, the longest pass that there will be, so that it leaves no longer buffers than it needs.
+pub fn sparing<R>(f: impl FnOnce() -> R) -> R {
+    SPARING.store(true, Ordering::Relaxed);
+    let result = f();
+    SPARING.store(false, Ordering::Relaxed);
+    result
 }
 
 fn give(buffer: Vec<f32>) {

@@ -4,6 +4,7 @@
 //! The loss of an optimizer step is the sum over the target tokens of its accumulation window divided by their number,
 //! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
 
+pub mod estimate;
 pub mod report;
 pub mod schedule;
 pub mod settings;
@@ -11,6 +12,7 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
+use crate::ops::matrix::sparing;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
 use report::{Event, Report, Summary};
@@ -123,6 +125,20 @@ pub fn side_by_side(settings: &FinetuneSettings, samples: &[Sample]) -> Vec<Vec<
     let lengths: Vec<usize> = samples.iter().map(|s| s.input_ids.len()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     pack(&lengths, settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(longest))
+}
+
+/// The samples of the longest micro batch that can come.
+fn longest(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) -> Vec<usize> {
+    let mut packs: Vec<&Vec<usize>> = packs.iter().collect();
+    packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| samples[*r].input_ids.len()).sum::<usize>()));
+    packs.truncate(micro_batch_size);
+    packs.into_iter().flatten().copied().collect()
+}
+
+/// Tokens of the longest micro batch that can come.
+#[must_use]
+pub fn longest_tokens(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) -> usize {
+    longest(samples, packs, micro_batch_size).into_iter().map(|row| samples[row].input_ids.len()).sum()
 }
 
 /// State of a run between micro batches.
@@ -252,14 +268,11 @@ impl Run<'_, '_> {
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
     fn rehearse(&mut self) -> Result<()> {
-        let mut packs: Vec<&Vec<usize>> = self.job.packs.iter().collect();
-        packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| self.job.train[*r].input_ids.len()).sum::<usize>()));
-        packs.truncate(self.job.settings.train.micro_batch_size);
-        let rows: Vec<usize> = packs.into_iter().flatten().copied().collect();
+        let rows = longest(self.job.train, self.job.packs, self.job.settings.train.micro_batch_size);
         let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
-        let _ = in_pool(|| gpt.loss(&tokens, Some(training)));
+        let _ = sparing(|| in_pool(|| gpt.loss(&tokens, Some(training))));
         gpt.check()
     }
 

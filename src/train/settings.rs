@@ -632,6 +632,9 @@ pub struct FinetuneSettings {
     /// Whether to resume although settings or data changed. Not written.
     #[serde(skip_serializing)]
     pub resume_force: bool,
+    /// Whether to say what the run needs and stop. Not written.
+    #[serde(skip_serializing)]
+    pub dry_run: bool,
     /// Hugging Face token. Never written to a file.
     #[serde(skip_serializing)]
     pub access_token: Option<String>,
@@ -657,6 +660,7 @@ impl Default for FinetuneSettings {
             add_bos: Switch::Auto,
             resume: None,
             resume_force: false,
+            dry_run: false,
             access_token: None,
         }
     }
