@@ -793,6 +793,8 @@ mod tests {
             "optimizer.betas".into(),
             "resume".into(),
             "resume_force".into(),
+            "accelerator".into(),
+            "dry_run".into(),
         ];
         leaves("", &serde_json::to_value(FinetuneSettings::default()).unwrap(), &mut settings);
         let mut flags: Vec<_> =
