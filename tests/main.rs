@@ -4,7 +4,9 @@
 mod cli;
 mod command_lines;
 mod download;
+mod faults;
 mod finetune;
+mod folders;
 mod gguf;
 mod golden;
 mod golden_litgpt;
