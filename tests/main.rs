@@ -3,7 +3,9 @@
 
 mod cli;
 mod command_lines;
+mod device;
 mod download;
+mod emulated;
 mod faults;
 mod finetune;
 mod folders;

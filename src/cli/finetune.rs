@@ -53,7 +53,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     attach(&mut gpt, &settings);
     ui.note(&format!(
         "{} trainable of {} parameters, frozen weights {:.2} GB{}",
-        millions(gpt.parameters.len()),
+        millions(gpt.parameters.cols()),
         millions(gpt.config.parameters()),
         gpt.weight_bytes() as f64 / 1e9,
         settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))

@@ -12,8 +12,8 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
-use crate::ops::in_pool;
 use crate::ops::optimizer::{AdamW, Moments, norm};
+use crate::ops::{Matrix, in_pool};
 pub use progress::Progress;
 use report::{Event, Figures, Report, Summary, row_numbers};
 use schedule::Schedule;
@@ -119,7 +119,7 @@ struct Run<'a, 'b> {
     schedule: Schedule,
     optimizer: AdamW,
     moments: Moments,
-    grads: Vec<f32>,
+    grads: Matrix,
     batches: Batches,
     /// Where it stands; its seconds are those before this process.
     at: Progress,
@@ -159,7 +159,6 @@ pub fn fit(
     // Examples are decoded between steps: their answers need positions too.
     let answer = settings.eval.max_new_tokens.unwrap_or(0);
     job.gpt.prepare((longest + answer).min(job.gpt.config.block_size));
-    let parameters = job.gpt.parameters.len();
     let optimizer = AdamW {
         beta1: settings.optimizer.beta1,
         beta2: settings.optimizer.beta2,
@@ -167,7 +166,8 @@ pub fn fit(
         weight_decay: settings.optimizer.weight_decay,
     };
     let resumed = resume.is_some();
-    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(parameters)));
+    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(&job.gpt.parameters)));
+    let grads = job.gpt.parameters.zeros_like(1, job.gpt.parameters.cols());
     let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     batches.seek(progress.iter);
     let mut run = Run {
@@ -177,7 +177,7 @@ pub fn fit(
         schedule,
         optimizer,
         moments,
-        grads: vec![0.0; parameters],
+        grads,
         batches,
         at: progress,
         started: Instant::now(),
@@ -316,7 +316,7 @@ impl Run<'_, '_> {
     fn window(&mut self) -> Option<Window> {
         let settings = self.job.settings;
         let mut window = Window::default();
-        self.grads.fill(0.0);
+        self.grads.zero();
         let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
         for iter in self.at.iter..end {
             if self.outside.stop_asked() {
