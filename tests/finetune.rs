@@ -340,7 +340,7 @@ fn saved_steps_are_adapters() {
     let dir = tempfile::tempdir().unwrap();
     finetune(dir.path(), &tiny(), "--train.save_interval 2 --train.max_steps 5").ok();
     let out = dir.path().join("out");
-    assert_eq!(names(&out), [".lock", "final", "metrics.csv", "step-000002", "step-000004"]);
+    assert_eq!(names(&out), [".lock", "best", "final", "latest", "metrics.csv", "step-000002", "step-000004"]);
     for step in ["step-000002", "step-000004"] {
         assert_eq!(names(&out.join(step)), ADAPTER_FILES);
         assert!(!greedy(dir.path(), &format!("out/{step}"), "Describe a fox.").trim().is_empty());

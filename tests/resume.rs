@@ -61,7 +61,7 @@ fn resuming_at_any_saved_step_is_exact() {
 #[cfg(unix)]
 fn killed_at_random_moments_the_result_is_the_same() {
     let runs: usize = std::env::var("LITGPT_KILL_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-    let more = "--lora_dropout 0.1 --train.max_steps 24 --train.save_interval 2 --train.save_total_limit 3 \
+    let more = "--lora_dropout 0.1 --train.max_steps 60 --train.save_interval 2 --train.save_total_limit 3 \
                 --train.global_batch_size 4 --train.micro_batch_size 2 --eval.interval 5 --eval.max_iters 2";
     let dir = tempfile::tempdir().unwrap();
     let start = |more: &str| finetune_command(dir.path(), &tiny(), more).spawn().unwrap();
@@ -77,7 +77,7 @@ fn killed_at_random_moments_the_result_is_the_same() {
         let mut child = start(&format!("{more} --resume auto"));
         if asked < runs {
             // Not the whole time: what is resumed has less to do.
-            std::thread::sleep(Duration::from_millis(random(&mut state) % (whole_ms / 2).max(1)));
+            std::thread::sleep(Duration::from_millis(random(&mut state) % (whole_ms / 3).max(1)));
             let (signal, code) =
                 [("-KILL", None), ("-INT", Some(130)), ("-TERM", Some(143))][random(&mut state) as usize % 3];
             kill(&child, signal);

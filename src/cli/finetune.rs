@@ -2,7 +2,7 @@
 
 use super::args::FinetuneArgs;
 use super::folders::{self, BEST, Folders};
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, weights};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
@@ -48,8 +48,10 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if settings.data.pack {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
+    let compute = Compute::find(settings.accelerator, settings.precision, ui)?;
+    settings.precision = Some(compute.precision);
     let base_hash = checkpoint.content_hash()?;
-    let mut gpt = weights(&checkpoint, store(settings.precision), quantizer, ui)?;
+    let mut gpt = weights(&checkpoint, &compute, quantizer, ui)?;
     attach(&mut gpt, &settings);
     ui.note(&format!(
         "{} trainable of {} parameters, frozen weights {:.2} GB{}",

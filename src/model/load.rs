@@ -6,14 +6,17 @@ use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
 use super::experts::Experts;
 use super::linear::Linear;
 use super::mlp::{Dense, Mlp};
-use super::{Gpt, attention};
-use crate::error::Result;
+use super::{Gpt, attention, device_error};
+use crate::error::{Error, Result};
 use crate::ops::attention::Attention as Core;
 use crate::ops::device::{Device, Dtype};
 use crate::ops::norm::{Kind, Norm};
 use crate::ops::quantized::{Codes, Quantizer};
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
+
+/// Channels of a head that the attention kernels have room for.
+const LARGEST_HEAD: usize = 256;
 
 /// Tensors by their Hugging Face Llama names, whatever the file calls them.
 pub trait Source {
@@ -68,12 +71,19 @@ impl Gpt {
         quantizer: Option<Quantizer>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
+        if let Some(device) = device.filter(|_| config.head_size > LARGEST_HEAD) {
+            let what = format!("heads of {} channels on {}", config.head_size, device.name());
+            return Err(Error::unsupported(what, "use --accelerator cpu"));
+        }
         let loader = Loader { config, source, store, quantizer, device };
         let embedding =
             Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
         let mut blocks = Vec::with_capacity(config.n_layer);
         for layer in 0..config.n_layer {
             blocks.push(loader.block(layer)?);
+            if let Some(device) = device {
+                device.check().map_err(device_error)?;
+            }
             progress(layer);
         }
         let final_norm = loader.norm("model.norm")?;

@@ -19,8 +19,9 @@ pub mod mlp;
 pub use config::Config;
 pub use load::Source;
 
+use crate::error::{Error, Result};
 use crate::ops::attention::Spans;
-use crate::ops::device::{Constant, Device, Dtype};
+use crate::ops::device::{Constant, Device, Dtype, Failure};
 use crate::ops::head::{Loss, Transform, cross_entropy};
 use crate::ops::norm::Norm;
 use crate::ops::rope::{Scaling, Tables};
@@ -120,6 +121,19 @@ impl Cache {
     }
 }
 
+/// A device's failure as a user reads it.
+#[must_use]
+pub fn device_error(failure: Failure) -> Error {
+    let hint = match failure {
+        Failure::OutOfMemory { .. } => {
+            "use --quantize nf4 or nf4-dq; in training also --train.activation_checkpointing on, a smaller \
+             --train.micro_batch_size or --train.max_seq_length; or --accelerator cpu"
+        }
+        Failure::Other { .. } => "look at `nvidia-smi`; --accelerator cpu works without a GPU",
+    };
+    Error::refused(failure.to_string(), hint)
+}
+
 /// What a block's backward starts from.
 enum Kept {
     Input(Matrix),
@@ -181,6 +195,14 @@ impl Gpt {
     #[must_use]
     pub fn place(&self) -> Option<(&Device, Dtype)> {
         self.embedding.place()
+    }
+
+    /// Whether the device did all that it was asked for; what it computed since a failure means nothing.
+    ///
+    /// # Errors
+    /// The device's failure, with what to do about it.
+    pub fn check(&self) -> Result<()> {
+        self.place().map_or(Ok(()), |(device, _)| device.check().map_err(device_error))
     }
 
     /// Gives the adapters these parameters, which are on the host.

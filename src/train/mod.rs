@@ -186,7 +186,7 @@ pub fn fit(
         resumed,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
-    run.rehearse();
+    run.rehearse()?;
     run.all()
 }
 
@@ -260,7 +260,7 @@ impl Run<'_, '_> {
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
-    fn rehearse(&mut self) {
+    fn rehearse(&mut self) -> Result<()> {
         let mut packs: Vec<&Vec<usize>> = self.job.packs.iter().collect();
         packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| self.job.train[*r].input_ids.len()).sum::<usize>()));
         packs.truncate(self.job.settings.train.micro_batch_size);
@@ -269,6 +269,7 @@ impl Run<'_, '_> {
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
         let _ = in_pool(|| gpt.loss(&tokens, Some(training)));
+        gpt.check()
     }
 
     fn out_of_budget(&self) -> bool {
@@ -281,7 +282,7 @@ impl Run<'_, '_> {
     /// `false`: a stop was asked for.
     fn step(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
-        let Some(window) = self.window() else { return Ok(false) };
+        let Some(window) = self.window()? else { return Ok(false) };
         let scale = 1.0 / window.targets.max(1) as f64;
         let (loss, grad_norm) = (window.loss * scale, norm(&self.grads) * scale);
         let learning_rate = self.schedule.at(self.at.step);
@@ -313,7 +314,10 @@ impl Run<'_, '_> {
 
     /// Sums loss and gradient over an accumulation window. `None`: a stop was asked for; the window's micro batches so
     /// far are forgotten, and taken again by the run that resumes.
-    fn window(&mut self) -> Option<Window> {
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn window(&mut self) -> Result<Option<Window>> {
         let settings = self.job.settings;
         let mut window = Window::default();
         self.grads.zero();
@@ -321,7 +325,7 @@ impl Run<'_, '_> {
         for iter in self.at.iter..end {
             if self.outside.stop_asked() {
                 self.batches.seek(self.at.iter);
-                return None;
+                return Ok(None);
             }
             let rows: Vec<usize> =
                 self.batches.next_batch().into_iter().flat_map(|pack| self.job.packs[pack].clone()).collect();
@@ -334,6 +338,7 @@ impl Run<'_, '_> {
             };
             let gpt = &*self.job.gpt;
             let loss = in_pool(|| gpt.loss(&tokens, Some(training)));
+            gpt.check()?;
             if !loss.is_finite() {
                 window.broken.extend(&rows);
             }
@@ -344,7 +349,7 @@ impl Run<'_, '_> {
         }
         self.at.iter = end;
         self.at.tokens += window.tokens;
-        Some(window)
+        Ok(Some(window))
     }
 
     /// The optimizer's step with the gradient times `scale`, clipped.
@@ -387,6 +392,7 @@ impl Run<'_, '_> {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, None));
+            gpt.check()?;
             if !sum.is_finite() {
                 broken.extend(rows);
             }
