@@ -12,6 +12,7 @@ use crate::ops::attention::Attention as Core;
 use crate::ops::device::{Device, Dtype};
 use crate::ops::norm::{Kind, Norm};
 use crate::ops::quantized::{Codes, Quantizer};
+use crate::ops::resident::{Part, Resident};
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
 
@@ -123,14 +124,18 @@ impl Loader<'_> {
 
     /// A weight where the model shall be.
     fn placed(&self, weight: Weight) -> Weight {
-        let dtype = match self.store {
+        match self.device {
+            Some(device) => weight.to_device(device, self.dtype()),
+            None => weight,
+        }
+    }
+
+    /// Type of the activations on a device.
+    fn dtype(&self) -> Dtype {
+        match self.store {
             Store::F32 => Dtype::F32,
             Store::Bf16 => Dtype::Bf16,
             Store::F16 => Dtype::F16,
-        };
-        match self.device {
-            Some(device) => weight.to_device(device, dtype),
-            None => weight,
         }
     }
 
@@ -138,13 +143,18 @@ impl Loader<'_> {
     fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
         // Each by itself: its scales' mean and nested blocks are those that bitsandbytes finds.
-        let codes = parts.iter().map(|(name, rows)| {
+        let parts = parts.iter().map(|(name, rows)| {
             let mut data = Data::F32(Vec::with_capacity(rows * cols));
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
             let Data::F32(values) = data else { unreachable!("`append` keeps the store") };
-            Ok(Codes::new(quantizer, &values, *rows, cols))
+            Ok((values, *rows))
         });
-        Ok(self.placed(Weight::quantized(cols, codes.collect::<Result<_>>()?, self.store)))
+        let Some(device) = self.device else {
+            let codes = parts.map(|part| part.map(|(values, rows)| Codes::new(quantizer, &values, rows, cols)));
+            return Ok(Weight::quantized(cols, codes.collect::<Result<_>>()?, self.store));
+        };
+        let parts = parts.map(|part| part.map(|(values, rows)| Part::quantize(device, quantizer, &values, rows, cols)));
+        Ok(Weight::resident(Resident::quantized(device, self.dtype(), cols, parts.collect::<Result<_>>()?)))
     }
 
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {

@@ -117,12 +117,15 @@ impl Matrix {
     pub fn to(&self, device: Option<(&Device, Dtype)>) -> Self {
         let host = self.to_host();
         let Some((device, dtype)) = device else { return host };
-        let bytes: Vec<u8> = match dtype {
-            Dtype::F32 => host.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Dtype::Bf16 => host.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-            Dtype::F16 => host.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        let buffer = match dtype {
+            Dtype::F32 => device.upload(bytemuck::cast_slice(&host)),
+            Dtype::Bf16 => {
+                device.upload(bytemuck::cast_slice(&host.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>()))
+            }
+            Dtype::F16 => {
+                device.upload(bytemuck::cast_slice(&host.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>()))
+            }
         };
-        let buffer = device.upload(&bytes);
         Self { rows: self.rows, cols: self.cols, storage: Storage::Device { buffer, dtype } }
     }
 

@@ -9,7 +9,7 @@ use super::device::{Constant, Device, Dtype};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View};
 use super::quantized::Codes;
-use super::resident::Resident;
+use super::resident::{Part, Resident};
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use half::slice::HalfFloatSliceExt;
@@ -97,10 +97,18 @@ impl Weight {
         let resident = match self.kept {
             Kept::Whole(data) => Resident::whole(device, dtype, rows, cols, &data),
             Kept::Quantized { parts, .. } => {
-                Resident::quantized(device, dtype, rows, cols, &parts.iter().collect::<Vec<_>>())
+                let parts = parts.iter().map(|codes| Part::upload(device, codes)).collect();
+                Resident::quantized(device, dtype, cols, parts)
             }
             Kept::Resident(resident) => resident,
         };
+        Self { rows, cols, kept: Kept::Resident(resident) }
+    }
+
+    /// A matrix that is on a device already.
+    #[must_use]
+    pub fn resident(resident: Resident) -> Self {
+        let (rows, cols) = resident.shape();
         Self { rows, cols, kept: Kept::Resident(resident) }
     }
 

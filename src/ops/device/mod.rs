@@ -463,32 +463,13 @@ pub struct Constant<T> {
     there: OnceLock<Buffer>,
 }
 
-/// A number of four bytes.
-pub trait Number: Copy {
-    /// Its bytes as a device reads them.
-    fn bytes(self) -> [u8; 4];
-}
-
-impl Number for f32 {
-    fn bytes(self) -> [u8; 4] {
-        self.to_le_bytes()
-    }
-}
-
-impl Number for u32 {
-    fn bytes(self) -> [u8; 4] {
-        self.to_le_bytes()
-    }
-}
-
-impl<T: Number> Constant<T> {
+impl<T: bytemuck::NoUninit> Constant<T> {
     /// Address of the device's copy.
     ///
     /// # Panics
     /// When it was used on another device.
     pub fn on(&self, device: &Device) -> u64 {
-        let upload = || device.upload(&self.values.iter().flat_map(|v| v.bytes()).collect::<Vec<u8>>());
-        let buffer = self.there.get_or_init(upload);
+        let buffer = self.there.get_or_init(|| device.upload(bytemuck::cast_slice(&self.values)));
         assert!(buffer.device == *device, "a constant of another device");
         buffer.pointer
     }
