@@ -799,6 +799,7 @@ mod tests {
             "optimizer.betas".into(),
             "resume".into(),
             "resume_force".into(),
+            "accelerator".into(),
         ];
         leaves("", &serde_json::to_value(FinetuneSettings::default()).unwrap(), &mut settings);
         let mut flags: Vec<_> =
