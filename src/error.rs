@@ -120,11 +120,14 @@ impl Error {
 }
 
 fn io_hint(source: &std::io::Error) -> Option<&'static str> {
-    use std::io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, StorageFull};
+    use std::io::ErrorKind::{
+        FileTooLarge, NotADirectory, NotFound, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+    };
     match source.kind() {
-        StorageFull => {
+        StorageFull | QuotaExceeded => {
             Some("free some space on that disk or choose another folder with --out_dir; nothing was half written")
         }
+        FileTooLarge => Some("raise the limit of file sizes (`ulimit -f`); nothing was half written"),
         PermissionDenied | ReadOnlyFilesystem => Some("choose a folder that you may write to"),
         NotFound => Some("check the path"),
         NotADirectory => Some("a part of that path is a file, not a folder"),

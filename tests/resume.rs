@@ -1,52 +1,43 @@
 //! Runs that are stopped and resumed come to what an undisturbed run comes to, bit for bit; what would not is refused.
 #![allow(clippy::unwrap_used)]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use crate::util::{content, copy_tiny, dataset, finetune, litgpt, metrics, names, tiny};
+use litgpt::checkpoint::Checkpoint;
+use litgpt::data::Origin;
+use litgpt::data::sft::Sample;
+use litgpt::model::Gpt;
+use litgpt::model::lora::LoraConfig;
+use litgpt::ops::Matrix;
+use litgpt::ops::optimizer::Moments;
+use litgpt::ops::weight::Store;
+use litgpt::train::report::{Event, Report, Summary};
+use litgpt::train::settings::FinetuneSettings;
+use litgpt::train::{Job, Outside, Progress, Snapshot, fit, side_by_side};
+
+use crate::util::{
+    Ran, content, copy_tiny, dataset, finetune, finetune_command, kill, litgpt, losses, names, result, tiny, wait_until,
+};
 
 const RUN: &str =
     "--lora_dropout 0.1 --train.max_steps 10 --train.save_interval 3 --eval.interval 4 --eval.max_iters 2";
-
-/// Starts the run of [`finetune`] without waiting for it.
-fn start(cwd: &Path, more: &str) -> Child {
-    let fixed = format!(
-        "finetune lora --checkpoint_dir {} --data JSON --data.json_path {} --lora_key true --lora_projection true \
-         --lora_mlp true --lr 2e-3 --train.global_batch_size 8 --train.micro_batch_size 4 --train.lr_warmup_steps 1 \
-         --eval.max_new_tokens 4 --out_dir out {more}",
-        tiny().display(),
-        dataset().display()
-    );
-    let mut command = Command::new(env!("CARGO_BIN_EXE_litgpt"));
-    command.args(fixed.split_whitespace()).current_dir(cwd).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().unwrap()
-}
-
-/// Losses by step and kind, without the columns that hold durations.
-fn losses(out: &Path) -> Vec<BTreeMap<String, String>> {
-    let mut rows = metrics(out);
-    for row in &mut rows {
-        row.remove("iter_time");
-        row.remove("tokens_per_s");
-    }
-    rows
-}
-
-/// The bytes that training decides.
-fn result(out: &Path) -> [Vec<u8>; 2] {
-    ["adapter_model.safetensors", "training_state.safetensors"]
-        .map(|name| fs::read(out.join("final").join(name)).unwrap())
-}
 
 /// SplitMix64.
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z ^ (z >> 27)
+}
+
+/// What `latest` and `best` stand for, and how many step folders there are: a stop saves steps that no interval has.
+fn pointers(out: &Path) -> (String, String, usize) {
+    let [latest, best] = ["latest", "best"].map(|name| fs::read_link(out.join(name)).unwrap().display().to_string());
+    (latest, best, names(out).iter().filter(|name| name.starts_with("step-")).count())
 }
 
 #[test]
@@ -70,25 +61,29 @@ fn resuming_at_any_saved_step_is_exact() {
 #[cfg(unix)]
 fn killed_at_random_moments_the_result_is_the_same() {
     let runs: usize = std::env::var("LITGPT_KILL_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-    let more = "--lora_dropout 0.1 --train.max_steps 30 --train.save_interval 1 --eval.interval 7 --eval.max_iters 2";
+    let more = "--lora_dropout 0.1 --train.max_steps 60 --train.save_interval 2 --train.save_total_limit 3 \
+                --train.global_batch_size 4 --train.micro_batch_size 2 --eval.interval 5 --eval.max_iters 2";
     let dir = tempfile::tempdir().unwrap();
+    let start = |more: &str| finetune_command(dir.path(), &tiny(), more).spawn().unwrap();
     let begun = std::time::Instant::now();
-    assert!(start(dir.path(), more).wait().unwrap().success());
+    assert!(start(more).wait().unwrap().success());
     let whole_ms = begun.elapsed().as_millis() as u64;
     let out = dir.path().join("out");
-    let (expected, rows) = (result(&out), losses(&out));
-    let (mut stopped, mut finished, mut state) = (0, 0, 1);
+    let (expected, rows, folders) = (result(&out), losses(&out), pointers(&out));
+    let (mut asked, mut interrupted, mut finished, mut state) = (0, 0, 0, 1);
     let mut codes: BTreeMap<String, usize> = BTreeMap::new();
     fs::remove_dir_all(&out).unwrap();
-    while stopped < runs || finished == 0 {
-        let mut child = start(dir.path(), &format!("{more} --resume auto"));
-        if stopped < runs {
-            std::thread::sleep(Duration::from_millis(random(&mut state) % whole_ms.max(1)));
+    while asked < runs || finished == 0 {
+        let mut child = start(&format!("{more} --resume auto"));
+        if asked < runs {
+            // Not the whole time: what is resumed has less to do.
+            std::thread::sleep(Duration::from_millis(random(&mut state) % (whole_ms / 3).max(1)));
             let (signal, code) =
                 [("-KILL", None), ("-INT", Some(130)), ("-TERM", Some(143))][random(&mut state) as usize % 3];
-            let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
+            kill(&child, signal);
             let status = child.wait().unwrap();
-            stopped += 1;
+            asked += 1;
+            interrupted += usize::from(!status.success());
             *codes.entry(format!("{signal} {status}")).or_default() += 1;
             // Before it listens, a signal ends the process as it does any; after its end, it is too late.
             assert!(status.success() || status.code().is_none() || status.code() == code, "{signal}: {status}");
@@ -96,16 +91,21 @@ fn killed_at_random_moments_the_result_is_the_same() {
             assert!(child.wait().unwrap().success());
         }
         if out.join("final").is_dir() {
+            // A run that was killed right behind its end has to mend its pointers.
+            assert!(start(&format!("{more} --resume auto")).wait().unwrap().success());
             finished += 1;
-            assert!(result(&out) == expected, "after {stopped} stopped runs");
-            assert_eq!(losses(&out), rows, "after {stopped} stopped runs");
-            let hidden: Vec<String> =
-                names(&out).into_iter().filter(|n| n.starts_with(".partial") || n.starts_with(".replaced")).collect();
-            assert!(hidden.is_empty() || stopped < runs, "{hidden:?}");
+            assert!(result(&out) == expected, "after {asked} signals");
+            assert_eq!(losses(&out), rows, "after {asked} signals");
+            assert_eq!(pointers(&out), folders, "after {asked} signals");
+            let hidden: Vec<String> = names(&out).into_iter().filter(|name| name.starts_with(".partial")).collect();
+            assert!(hidden.is_empty(), "{hidden:?}");
             fs::remove_dir_all(&out).unwrap();
         }
     }
-    println!("{stopped} runs stopped, {finished} results, all equal: {codes:?}");
+    println!(
+        "{asked} signals, {interrupted} runs interrupted, {finished} results, all equal, in {:.0} s: {codes:?}",
+        begun.elapsed().as_secs_f64()
+    );
 }
 
 #[test]
@@ -113,20 +113,126 @@ fn killed_at_random_moments_the_result_is_the_same() {
 fn signals_save_and_say_how_to_go_on() {
     let dir = tempfile::tempdir().unwrap();
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
-        let mut child = start(dir.path(), "--train.max_steps 100000 --train.epochs 1000 --eval.final_validation false");
-        let metrics = dir.path().join("out/metrics.csv");
-        let begun = std::time::Instant::now();
-        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
-            assert!(begun.elapsed() < Duration::from_secs(120));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let busy = finetune(dir.path(), &tiny(), "");
-        busy.refused(1, &["another run", &child.id().to_string()]);
-        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(code));
+        let endless = "--train.max_steps 100000 --train.epochs 1000 --eval.final_validation false";
+        let child = finetune_command(dir.path(), &tiny(), endless).stderr(Stdio::piped()).spawn().unwrap();
+        let csv = dir.path().join("out/metrics.csv");
+        wait_until("the fourth step", || fs::read_to_string(&csv).is_ok_and(|text| text.lines().count() > 4));
+        kill(&child, signal);
+        let ran = Ran::from(child.wait_with_output().unwrap());
+        assert_eq!(ran.code, code, "{ran:#?}");
+        assert!(ran.stderr.contains("--resume auto goes on") && !ran.stderr.contains("error:"), "{ran:#?}");
         assert!(names(&dir.path().join("out")).iter().any(|name| name.starts_with("step-")));
         fs::remove_dir_all(dir.path().join("out")).unwrap();
     }
+}
+
+/// A run in memory: keeps what is saved, and is asked to stop before one micro batch.
+struct InMemory {
+    stop_before: usize,
+    asked: Cell<usize>,
+    losses: Vec<f64>,
+    /// Progress, updates, and parameters with their moments.
+    saved: Option<(Progress, u64, [Vec<f32>; 3])>,
+}
+
+impl InMemory {
+    fn new(stop_before: usize) -> Self {
+        Self { stop_before, asked: Cell::new(0), losses: Vec::new(), saved: None }
+    }
+}
+
+impl Report for InMemory {
+    fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        match event {
+            Event::Step(figures) => self.losses.push(figures.loss),
+            Event::Validation { loss, .. } => self.losses.push(*loss),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl Outside for InMemory {
+    fn save(&mut self, gpt: &Gpt, _: &str, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
+        let progress = Progress { seconds: 0.0, ..snapshot.progress };
+        let Moments { m, v, step } = snapshot.moments;
+        self.saved = Some((progress, *step, [&gpt.parameters, m, v].map(|matrix| matrix.to_host().to_vec())));
+        Ok(())
+    }
+
+    fn stop_asked(&self) -> bool {
+        self.asked.set(self.asked.get() + 1);
+        self.asked.get() > self.stop_before
+    }
+
+    fn answer(&mut self, _: &Gpt, _: usize) -> anyhow::Result<String> {
+        Ok(String::new())
+    }
+}
+
+/// The quickstart's model with fresh adapters.
+fn model(alpha: f64) -> Gpt {
+    let checkpoint = Checkpoint::open(&tiny()).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| {}).unwrap();
+    let config = LoraConfig { r: 4, alpha, rslora: false, dropout: 0.1 };
+    gpt.attach(|name| name.ends_with("q_proj").then_some(config));
+    gpt.initialize_adapters(1);
+    gpt
+}
+
+fn samples(seed: u64, count: usize) -> Vec<Sample> {
+    let mut state = seed;
+    let mut sample = |row| {
+        let input_ids: Vec<u32> = (0..12).map(|_| (random(&mut state) % 1000) as u32).collect();
+        let labels = input_ids.iter().map(|id| *id as i32).collect();
+        Sample { input_ids, labels, prompt_len: 0, raw_len: 12, row: Origin { file: 0, row } }
+    };
+    (1..=count).map(&mut sample).collect()
+}
+
+/// Two epochs over seven samples, three to a step: windows of 3, 3, 3, 3 and 2 micro batches.
+fn run_in_memory(gpt: &mut Gpt, outside: &mut InMemory, from: Option<(Progress, Moments)>) -> anyhow::Result<Summary> {
+    let mut settings = FinetuneSettings::default();
+    (settings.train.global_batch_size, settings.train.epochs) = (3, Some(2));
+    (settings.eval.interval, settings.train.save_interval) = (2, None);
+    let (train, val) = (samples(1, 7), samples(2, 2));
+    let packs = side_by_side(&settings, &train);
+    let mut job = Job { gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing: false };
+    fit(&mut job, outside, from)
+}
+
+#[test]
+fn a_stop_inside_an_accumulation_window_forgets_the_window() {
+    let mut whole = InMemory::new(usize::MAX);
+    let summary = run_in_memory(&mut model(12.0), &mut whole, None).unwrap();
+    assert_eq!((summary.at.step, summary.at.iter), (5, 14));
+    for before in 0..14 {
+        let mut first = InMemory::new(before);
+        assert!(run_in_memory(&mut model(12.0), &mut first, None).unwrap().stopped);
+        let (progress, updates, values) = first.saved.unwrap();
+        let [parameters, m, v] = values.map(|values| Matrix::from_slice(1, values.len(), &values));
+        let begun = before / 3 * 3;
+        assert_eq!((progress.step, progress.iter), (before / 3, begun), "stopped before micro batch {before}");
+        let (mut gpt, mut second) = (model(12.0), InMemory::new(usize::MAX));
+        gpt.set_parameters(&parameters);
+        run_in_memory(&mut gpt, &mut second, Some((progress, Moments { m, v, step: updates }))).unwrap();
+        assert_eq!(second.asked.get(), 14 - begun, "micro batches after a stop before the {before}th");
+        assert!(second.saved == whole.saved, "stopped before micro batch {before}");
+        assert_eq!([first.losses, second.losses].concat(), whole.losses, "stopped before micro batch {before}");
+    }
+}
+
+/// The loss is finite, as B = 0; the gradient of B is beyond f32.
+#[test]
+fn an_infinite_gradient_moves_nothing() {
+    let mut gpt = model(1e7);
+    gpt.parameters.iter_mut().for_each(|a| *a *= 1e35);
+    let before = gpt.parameters.to_host().to_vec();
+    let mut outside = InMemory::new(usize::MAX);
+    let error = run_in_memory(&mut gpt, &mut outside, None).unwrap_err().to_string();
+    assert!(error.contains("5 steps in a row") && error.contains("the gradient norm is inf"), "{error}");
+    assert!(error.contains("(training rows "), "{error}");
+    assert!(*gpt.parameters.to_host() == *before && outside.losses.len() == 2, "{:?}", outside.losses);
 }
 
 #[test]

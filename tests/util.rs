@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+#[cfg(unix)]
+use std::process::Child;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -67,26 +70,82 @@ impl Ran {
     }
 }
 
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
 /// Runs the binary in `cwd`.
 pub fn litgpt<S: AsRef<OsStr>>(cwd: &Path, args: impl IntoIterator<Item = S>) -> Ran {
     let mut command = assert_cmd::Command::new(env!("CARGO_BIN_EXE_litgpt"));
     for name in ["HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR"] {
         command.env_remove(name);
     }
-    let output = command.args(args).current_dir(cwd).timeout(Duration::from_secs(300)).output().unwrap();
-    Ran {
-        code: output.status.code().unwrap_or(-1),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
-    }
+    command.args(args).current_dir(cwd).timeout(Duration::from_secs(300)).output().unwrap().into()
+}
+
+/// Arguments of a short run on the quickstart's dataset into `out`; `more`, split at blanks, beats its settings.
+fn short_run(base: &Path, more: &str) -> Vec<String> {
+    let (base, data) = (base.display(), dataset());
+    let fixed = format!("finetune lora --checkpoint_dir {base} --data JSON --data.json_path {}", data.display());
+    [&fixed, SHORT, more].into_iter().flat_map(str::split_whitespace).map(str::to_owned).collect()
 }
 
 /// A short run on the quickstart's dataset into `cwd/out`; `more`, split at blanks, beats its settings.
 pub fn finetune(cwd: &Path, base: &Path, more: &str) -> Ran {
-    let (base, data) = (base.to_str().unwrap(), dataset());
-    let fixed =
-        ["finetune", "lora", "--checkpoint_dir", base, "--data", "JSON", "--data.json_path", data.to_str().unwrap()];
-    litgpt(cwd, fixed.into_iter().chain(SHORT.split_whitespace()).chain(more.split_whitespace()))
+    litgpt(cwd, short_run(base, more))
+}
+
+/// The same, not yet started and without anyone who reads what it says.
+pub fn finetune_command(cwd: &Path, base: &Path, more: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_litgpt"));
+    command.args(short_run(base, more)).current_dir(cwd).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// The same through a shell that runs `before` first.
+#[cfg(unix)]
+pub fn finetune_after(cwd: &Path, base: &Path, before: &str, more: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{before}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_litgpt")]);
+    command.args(short_run(base, more)).current_dir(cwd);
+    command
+}
+
+/// Waits until `holds`.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{what} never came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sends a signal such as `-HUP`.
+#[cfg(unix)]
+pub fn kill(child: &Child, signal: &str) {
+    Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status().unwrap();
+}
+
+/// The bytes of `out/final` that training decides.
+pub fn result(out: &Path) -> [Vec<u8>; 2] {
+    ["adapter_model.safetensors", "training_state.safetensors"]
+        .map(|name| fs::read(out.join("final").join(name)).unwrap())
+}
+
+/// The rows of a metrics file without the columns that hold durations.
+pub fn losses(out: &Path) -> Vec<BTreeMap<String, String>> {
+    let mut rows = metrics(out);
+    for row in &mut rows {
+        row.remove("iter_time");
+        row.remove("tokens_per_s");
+    }
+    rows
 }
 
 /// The likeliest answer of the model in `dir`, a folder below `cwd` or an absolute path.
@@ -147,12 +206,15 @@ pub fn column(out_dir: &Path, name: &str) -> Vec<f64> {
     metrics(out_dir).iter().filter_map(|row| row[name].parse().ok()).collect()
 }
 
-/// Every file below `dir` with its content.
+/// Every file below `dir` with its content, every link with its target.
 pub fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
+        if path.is_symlink() {
+            let target = fs::read_link(&path).unwrap();
+            files.insert(path, target.into_os_string().into_encoded_bytes());
+        } else if path.is_dir() {
             files.extend(content(&path));
         } else {
             files.insert(path.clone(), fs::read(&path).unwrap());

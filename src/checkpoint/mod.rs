@@ -1,6 +1,7 @@
 //! Checkpoint folders, read in place: Hugging Face's (config.json, tokenizer files, safetensors or pytorch_model.bin,
 //! with or without an index) and LitGPT's (lit_model.pth; names and settings in `litgpt`). Adapters are in `adapter`,
-//! merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, the Hub in `hub`.
+//! merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, names
+//! that stand for a folder in `pointer`, the Hub in `hub`.
 
 pub mod adapter;
 mod archive;
@@ -10,6 +11,7 @@ pub mod hub;
 pub mod litgpt;
 pub mod merge;
 pub mod pickle;
+pub mod pointer;
 mod safe;
 pub mod state;
 pub mod write;

@@ -15,6 +15,8 @@ use std::path::Path;
 pub const TENSORS: &str = "training_state.safetensors";
 /// File of sizes and hashes.
 pub const MANIFEST: &str = "manifest.json";
+/// What to do about a changed folder.
+const HINT: &str = "copy the folder again from where it was saved; delete manifest.json if you changed it on purpose";
 const NAMES: [&str; 3] = ["parameters", "exp_avg", "exp_avg_sq"];
 
 /// Writes parameters, first and second moments, all of one length.
@@ -76,31 +78,49 @@ pub fn seal(staging: &Staging) -> Result<()> {
     staging.write(MANIFEST, text.expect("plain data becomes JSON").as_bytes())
 }
 
+/// What [`MANIFEST`] holds.
+#[derive(Deserialize)]
+struct Manifest {
+    files: BTreeMap<String, Entry>,
+}
+
+impl Manifest {
+    /// `None`: the folder has none.
+    fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(MANIFEST);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        serde_json::from_str(&text).map(Some).map_err(|e| Error::invalid(&path, e.to_string(), HINT))
+    }
+}
+
+/// Whether `dir` is a sealed folder into which nobody put anything else since.
+#[must_use]
+pub fn holds_only_what_was_sealed(dir: &Path) -> bool {
+    let (Ok(Some(manifest)), Ok(mut entries)) = (Manifest::read(dir), fs::read_dir(dir)) else { return false };
+    entries.all(|entry| {
+        let name = entry.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        name.is_ok_and(|name| name == MANIFEST || manifest.files.contains_key(&name))
+    })
+}
+
 /// Checks those of `names` that the manifest in `dir` lists; a folder without one passes.
 ///
 /// # Errors
 /// When one is missing or is not what was written.
 pub fn verify(dir: &Path, names: &[&str]) -> Result<()> {
-    #[derive(Deserialize)]
-    struct Manifest {
-        files: BTreeMap<String, Entry>,
-    }
-    let path = dir.join(MANIFEST);
-    if !path.is_file() {
-        return Ok(());
-    }
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let hint = "copy the folder again from where it was saved; delete manifest.json if you changed it on purpose";
-    let manifest: Manifest = serde_json::from_str(&text).map_err(|e| Error::invalid(&path, e.to_string(), hint))?;
+    let Some(manifest) = Manifest::read(dir)? else { return Ok(()) };
     for (name, written) in manifest.files.iter().filter(|(name, _)| names.contains(&name.as_str())) {
         let file = dir.join(name);
         let found = entry(&file)?;
         if found.size != written.size {
             let problem = format!("has {} bytes, was written with {}", found.size, written.size);
-            return Err(Error::invalid(&file, problem, hint));
+            return Err(Error::invalid(&file, problem, HINT));
         }
         if found.blake3 != written.blake3 {
-            return Err(Error::invalid(&file, "its content is not what was written (BLAKE3 hash)", hint));
+            return Err(Error::invalid(&file, "its content is not what was written (BLAKE3 hash)", HINT));
         }
     }
     Ok(())

@@ -7,8 +7,8 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Begin of the name of a folder that is being filled.
-const PARTIAL: &str = ".partial-";
+/// Begin of the name of what is being filled or removed.
+pub(super) const PARTIAL: &str = ".partial-";
 /// Begin of the name of a folder with one that is being replaced; the latter's name follows.
 const REPLACED: &str = ".replaced-";
 
@@ -51,15 +51,16 @@ impl Staging {
     ///
     /// # Errors
     /// When one cannot be read or written.
-    pub fn copy(&self, from: &Path, names: &[&str]) -> Result<()> {
-        for name in names {
-            let source = from.join(name);
-            if source.is_file() {
-                let content = fs::read(&source).map_err(Error::io("read", &source))?;
-                self.write(name, &content)?;
-            }
-        }
-        Ok(())
+    pub fn copy(&self, from: &Path, names: &[&'static str]) -> Result<()> {
+        self.write_all(&read(from, names)?)
+    }
+
+    /// Writes files.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write_all(&self, files: &[(&'static str, Vec<u8>)]) -> Result<()> {
+        files.iter().try_for_each(|(name, content)| self.write(name, content))
     }
 
     /// Flushes every file and puts the folder in place of what stood there.
@@ -91,6 +92,33 @@ impl Staging {
     }
 }
 
+/// Those of the files `names` that `dir` has, with their content.
+///
+/// # Errors
+/// When one cannot be read.
+pub fn read(dir: &Path, names: &[&'static str]) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let present = names.iter().map(|name| (*name, dir.join(name))).filter(|(_, path)| path.is_file());
+    present.map(|(name, path)| Ok((name, fs::read(&path).map_err(Error::io("read", &path))?))).collect()
+}
+
+/// Removes a folder. Under its name it is there whole or not at all.
+///
+/// # Errors
+/// When it cannot be renamed or removed.
+pub fn remove(dir: &Path) -> Result<()> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let aside = dir.with_file_name(format!("{PARTIAL}{name}"));
+    discard(&aside)?;
+    fs::rename(dir, &aside).map_err(Error::io("remove", dir))?;
+    discard(&aside)
+}
+
+/// Removes a folder, file or link, if there is one.
+fn discard(path: &Path) -> Result<()> {
+    let Ok(data) = fs::symlink_metadata(path) else { return Ok(()) };
+    if data.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(Error::io("remove", path))
+}
+
 /// Clears what a killed process left in `parent`: half written folders go, and a replaced one whose successor never came
 /// is put back. No other process may be writing there.
 ///
@@ -105,7 +133,7 @@ pub fn clear(parent: &Path) -> Result<()> {
             fs::rename(path.join("old"), target).map_err(Error::io("write", target))?;
         }
         if target.is_some() || name.starts_with(PARTIAL) {
-            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            discard(&path)?;
         }
     }
     Ok(())
@@ -210,6 +238,18 @@ mod tests {
     }
 
     #[test]
+    fn a_removed_folder_leaves_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        for folder in ["step-000003", ".partial-step-000003"] {
+            fs::create_dir(parent.path().join(folder)).unwrap();
+            fs::write(parent.path().join(folder).join("a"), "a").unwrap();
+        }
+        remove(&parent.path().join("step-000003")).unwrap();
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+        assert!(remove(&parent.path().join("step-000003")).is_err());
+    }
+
+    #[test]
     fn what_a_killed_process_left_is_cleared() {
         let parent = tempfile::tempdir().unwrap();
         for (folder, text) in [
@@ -221,6 +261,7 @@ mod tests {
             fs::create_dir_all(parent.path().join(folder)).unwrap();
             fs::write(parent.path().join(folder).join("a"), text).unwrap();
         }
+        fs::write(parent.path().join(".partial-best"), "half a pointer").unwrap();
         clear(parent.path()).unwrap();
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
         assert_eq!(fs::read_to_string(parent.path().join("final/a")).unwrap(), "lost");

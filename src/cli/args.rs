@@ -13,6 +13,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum, value_parser};
 use serde_json::Value;
 
+use crate::checkpoint::pointer;
 use crate::error::{Error, Result};
 use crate::train::settings::{Accelerator, FinetuneSettings, Precision, quantizer};
 
@@ -235,6 +236,10 @@ pub const FLAGS: &[Flag] = &[
     row("train.min_lr", Number, TRAINING, "Where the cosine ends, at most the learning rate (LitGPT: ends at 0)"),
     row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm"),
     row("train.save_interval", Whole, TRAINING, "Steps between two saved adapters; null: only at the end"),
+    row("train.save_total_limit", Whole, TRAINING,
+        "Step folders that are kept, the best and the latest among them [default: all]"),
+    row("train.max_skipped_steps", Whole, TRAINING,
+        "Steps without a finite loss and gradient are skipped; give up after this many in a row"),
     row("train.log_interval", Whole, TRAINING, "Micro batches between two log lines"),
     row("train.tie_embeddings", Boolean, TRAINING, "Only null: the checkpoint decides it"),
 
@@ -246,6 +251,8 @@ pub const FLAGS: &[Flag] = &[
     row("eval.final_validation", Boolean, EVALUATION, "Evaluate after the last step"),
     row("eval.evaluate_example", Text, EVALUATION,
         "Which validation sample the model answers: first, random or an index"),
+    row("eval.early_stopping_patience", Whole, EVALUATION,
+        "Stop after this many evaluations without a lower validation loss [default: never]"),
 
     row("optimizer.name", Text, OPTIMIZER,
         "Only AdamW; as JSON with its settings: {\"class_path\": \"torch.optim.AdamW\", \"init_args\": {\"lr\": \
@@ -380,10 +387,11 @@ impl ModelArg {
     }
 }
 
-/// LitGPT's shorthand: where `path` is no folder but `checkpoints/path` is, the latter is meant.
+/// LitGPT's shorthand: where `path` is no folder but `checkpoints/path` is, the latter is meant. A pointer (`best`) is
+/// the folder that it names.
 #[must_use]
 pub fn checkpoint_dir(path: &Path) -> PathBuf {
-    checkpoint_dir_in(Path::new(""), path)
+    checkpoint_dir_in(Path::new(""), &pointer::resolve(path))
 }
 
 fn checkpoint_dir_in(root: &Path, path: &Path) -> PathBuf {

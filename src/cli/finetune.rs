@@ -1,12 +1,13 @@
 //! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
 
 use super::args::FinetuneArgs;
+use super::folders::{self, BEST, Folders};
 use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, weights};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
 use super::{args, download, recipe};
-use crate::checkpoint::write::{COMPANIONS, Staging};
+use crate::checkpoint::write::{self, COMPANIONS, Staging};
 use crate::checkpoint::{Checkpoint, adapter, hub, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
@@ -20,7 +21,7 @@ use crate::tokenizer::Tokenizer;
 use crate::train::estimate::{Computed, Estimate, ways_out};
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
-use crate::train::{Job, Outside, Plan, Snapshot, fit, longest_tokens, side_by_side};
+use crate::train::{FINAL, Job, Outside, Plan, Snapshot, fit, is_over, longest_tokens, side_by_side};
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -73,7 +74,10 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let from = resume::From::find(&settings, ui)?;
     if let Some(from) = &from {
         from.check(&made_of, settings.resume_force, ui)?;
-        if from.finished() && from.state.progress.iter >= plan.iters {
+    }
+    let folders = Folders::open(&out_dir, &settings.train, from.as_ref())?;
+    if let Some(from) = &from {
+        if from.finished() && is_over(&settings, &plan, &from.state.progress) {
             ui.note(&format!("nothing to do: `{}` is the end of this run", from.dir.display()));
             return Ok(());
         }
@@ -81,28 +85,32 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let start = from.as_ref().map(|from| Ok((from.state.progress, from.restore(job.gpt)?))).transpose();
     let start = start.map_err(|e: Error| e)?;
-    let metrics = match from.as_ref().and_then(|from| from.metrics_bytes(&out_dir)) {
-        Some(bytes) => Metrics::resume(&out_dir, bytes)?,
+    let signals = Signals::listen()?;
+    let metrics = match from.as_ref().filter(|from| from.name_in(&out_dir).is_some()) {
+        Some(from) => Metrics::resume(&out_dir, from.state.metrics_bytes)?,
         None => Metrics::create(&out_dir)?,
     };
     let mut outside = Run {
         ui,
         metrics,
+        folders,
         settings: &settings,
         checkpoint: &checkpoint,
+        base: checkpoint.dir.canonicalize().map_err(Error::io("read", &checkpoint.dir))?,
+        companions: write::read(&checkpoint.dir, COMPANIONS)?,
         tokenizer: &tokenizer,
         dataset: &dataset,
         encoder,
         base_hash,
         made_of,
-        signals: Signals::listen()?,
+        signals,
     };
     let summary = fit(&mut job, &mut outside, start)?;
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
         outside.ui.end();
         ui.note(&format!(
             "stopped at step {}; the same command with --resume auto goes on exactly there",
-            summary.steps
+            summary.at.step
         ));
         return Err(stopped.into());
     }
@@ -128,6 +136,7 @@ fn check_out_dir(out_dir: &Path) -> Result<()> {
         let message = format!("--out_dir `{}`: `{}` is a file", out_dir.display(), existing.display());
         return Err(Error::refused(message, "choose another --out_dir"));
     }
+    folders::check(out_dir)?;
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
     tempfile::tempfile_in(existing).map(drop).map_err(Error::io("write in", existing))
 }
@@ -293,15 +302,21 @@ fn millions(count: usize) -> String {
 }
 
 fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
-    let rate = summary.tokens as f64 / summary.seconds;
+    let at = &summary.at;
+    let skipped = if at.skipped > 0 { format!(", {} of them skipped", at.skipped) } else { String::new() };
+    let rate = at.tokens as f64 / at.seconds;
     ui.note(&format!(
-        "done: {} steps, {} tokens in {:.1} s, {rate:.0} tokens/s",
-        summary.steps, summary.tokens, summary.seconds
+        "done: {} steps{skipped}, {} tokens in {:.1} s, {rate:.0} tokens/s",
+        at.step, at.tokens, at.seconds
     ));
     if let Some(bytes) = peak_memory() {
         ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
     }
-    let last = out_dir.join("final");
+    if let Some(loss) = at.best.filter(|_| at.best_step != at.step) {
+        let best = out_dir.join(BEST);
+        ui.note(&format!("best: step {} with val loss {loss:.4}, {}", at.best_step, best.display()));
+    }
+    let last = out_dir.join(FINAL);
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", last.display()));
     ui.note(&format!("      litgpt merge_lora --checkpoint_dir {}", last.display()));
 }
@@ -310,8 +325,13 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
 struct Run<'a> {
     ui: &'a mut Ui,
     metrics: Metrics,
+    folders: Folders,
     settings: &'a FinetuneSettings,
     checkpoint: &'a Checkpoint,
+    /// The checkpoint's folder and those of its files that every saved folder gets: a save must not depend on what
+    /// becomes of the folder while the run goes on.
+    base: PathBuf,
+    companions: Vec<(&'static str, Vec<u8>)>,
     tokenizer: &'a Tokenizer,
     dataset: &'a Dataset,
     encoder: Encoder<'a>,
@@ -330,10 +350,9 @@ impl Report for Run<'_> {
 impl Outside for Run<'_> {
     fn save(&mut self, gpt: &Gpt, name: &str, snapshot: &Snapshot<'_>) -> anyhow::Result<()> {
         let dir = self.settings.out_dir.join(name);
-        let base = self.checkpoint.dir.canonicalize().map_err(Error::io("read", &self.checkpoint.dir))?;
         let manifest = Manifest {
             litgpt_version: env!("CARGO_PKG_VERSION").to_owned(),
-            base_model: base.clone(),
+            base_model: self.base.clone(),
             base_hash: self.base_hash.clone(),
             prompt_style: self.dataset.style.name().to_owned(),
             add_bos: self.tokenizer.adds_bos(),
@@ -342,15 +361,17 @@ impl Outside for Run<'_> {
             step: snapshot.progress.step,
         };
         let staging = Staging::new(&dir)?;
-        adapter::save(&staging, self.checkpoint.family, gpt, &base.to_string_lossy())?;
+        adapter::save(&staging, self.checkpoint.family, gpt, &self.base.to_string_lossy())?;
         staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
         staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
-        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        staging.write_all(&self.companions)?;
         resume::save(&staging, gpt, snapshot, self.metrics.bytes()?, &self.made_of)?;
         state::seal(&staging)?;
+        self.folders.before(name, &snapshot.progress)?;
         staging.commit()?;
-        self.event(&Event::Saved { path: dir })
+        let best = self.folders.saved(name, &snapshot.progress, self.ui)?;
+        self.event(&Event::Saved { path: dir, best })
     }
 
     fn stop_asked(&self) -> bool {

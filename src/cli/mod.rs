@@ -5,6 +5,7 @@ pub mod compat;
 mod convert;
 mod download;
 mod finetune;
+mod folders;
 mod generate;
 mod load;
 mod merge_lora;

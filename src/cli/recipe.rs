@@ -12,7 +12,9 @@ use serde_json::{Map, Value, json};
 
 use super::args::{self, FLAGS, FinetuneArgs, Flag, Kind, LOG_FLAGS};
 use crate::error::{Error, Result};
-use crate::train::settings::{DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch};
+use crate::train::settings::{
+    DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch, TrainSettings,
+};
 
 /// Name of the file with the resolved settings in each saved adapter's folder.
 pub const HYPERPARAMETERS: &str = "hyperparameters.yaml";
@@ -506,6 +508,15 @@ fn to_tree(settings: &FinetuneSettings) -> Value {
         if settings.train.lr_schedule == LrSchedule::Cosine {
             map.shift_remove("lr_schedule");
         }
+        if settings.train.save_total_limit.is_none() {
+            map.shift_remove("save_total_limit");
+        }
+        if settings.train.max_skipped_steps == TrainSettings::default().max_skipped_steps {
+            map.shift_remove("max_skipped_steps");
+        }
+    }
+    if let Some(map) = tree["eval"].as_object_mut().filter(|_| settings.eval.early_stopping_patience.is_none()) {
+        map.shift_remove("early_stopping_patience");
     }
     tree
 }
@@ -677,7 +688,8 @@ mod tests {
         let line = "litgpt finetune m --data JSON --data.json_path no --lora_key --lr 3e-5 --quantize bnb.nf4-dq \
                     --train.save_interval null --train.epochs null --train.max_steps 7 --train.lr_warmup_fraction 0.1 \
                     --precision 16-true --eval.evaluate_example 3 --add_bos off --optimizer.beta2 0.95 --lora_alpha 1.5 \
-                    --train.activation_checkpointing on --data.prompt_style litgpt.prompts.Llama3";
+                    --train.activation_checkpointing on --train.save_total_limit 2 --train.max_skipped_steps 3 \
+                    --eval.early_stopping_patience 4 --data.prompt_style litgpt.prompts.Llama3";
         let settings = resolved(line).unwrap();
         for what in ["", "skip_null", "skip_default", "skip_null,skip_default"] {
             let (_folder, path) = recipe(&print_config(&settings, what).unwrap());
@@ -701,6 +713,9 @@ mod tests {
         assert_eq!(tree["optimizer"]["init_args"]["betas"], json!([0.9, 0.999]));
         assert_eq!(tree["quantize"], "bnb.nf4");
         assert_eq!(tree["lora_alpha"], json!(16));
+        for key in ["/train/save_total_limit", "/train/max_skipped_steps", "/eval/early_stopping_patience"] {
+            assert!(tree.pointer(key).is_none(), "LitGPT does not read `{key}`");
+        }
         assert!(tree.get("add_bos").is_none() && tree["train"].get("activation_checkpointing").is_none());
     }
 

@@ -2,13 +2,13 @@
 
 use super::ui::Ui;
 use crate::checkpoint::write::Staging;
-use crate::checkpoint::{adapter, state};
+use crate::checkpoint::{adapter, pointer, state};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::ops::Matrix;
 use crate::ops::optimizer::Moments;
 use crate::train::settings::FinetuneSettings;
-use crate::train::{Job, Progress, Snapshot};
+use crate::train::{FINAL, Job, Progress, Snapshot};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::{self, File, TryLockError};
@@ -25,6 +25,8 @@ const FREE: &[&str] = &[
     "checkpoint_dir",
     "eval",
     "train.save_interval",
+    "train.save_total_limit",
+    "train.max_skipped_steps",
     "train.log_interval",
     "train.max_time",
     "train.max_tokens",
@@ -43,6 +45,18 @@ pub struct State {
     pub metrics_bytes: u64,
     /// What the run was made of.
     pub made_of: MadeOf,
+}
+
+impl State {
+    /// The state that `dir` holds.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be read.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(STATE);
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        serde_json::from_str(&text).map_err(|e| Error::invalid(&path, e.to_string(), "resume from another folder"))
+    }
 }
 
 /// Everything that decides a run's numbers.
@@ -123,10 +137,7 @@ impl From {
             return Err(Error::Missing { what: "training state to resume from".to_owned(), path, hint });
         }
         state::verify(dir, &[STATE, state::TENSORS, adapter::TENSORS])?;
-        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let state = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(&path, e.to_string(), "resume from another folder"))?;
-        Ok(Self { dir: dir.to_owned(), state })
+        Ok(Self { dir: dir.to_owned(), state: State::read(dir)? })
     }
 
     /// The folder that `settings` ask to resume from; `None`: begin anew.
@@ -136,7 +147,7 @@ impl From {
     pub fn find(settings: &FinetuneSettings, ui: &Ui) -> Result<Option<Self>> {
         let Some(asked) = settings.resume.as_deref() else { return Ok(None) };
         if !matches!(asked, "auto" | "true") {
-            return Self::read(Path::new(asked)).map(Some);
+            return Self::read(&pointer::resolve(Path::new(asked))).map(Some);
         }
         let mut found: Vec<Self> = Vec::new();
         let entries = fs::read_dir(&settings.out_dir).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -157,7 +168,14 @@ impl From {
 
     /// Whether the run that saved it had come to its end.
     pub fn finished(&self) -> bool {
-        self.dir.file_name().is_some_and(|name| name == "final")
+        self.dir.canonicalize().is_ok_and(|dir| dir.ends_with(FINAL))
+    }
+
+    /// Name of the folder, if it lies in `out_dir`.
+    pub fn name_in(&self, out_dir: &Path) -> Option<String> {
+        let dir = self.dir.canonicalize().ok()?;
+        let inside = dir.parent()? == out_dir.canonicalize().ok()?;
+        inside.then(|| dir.file_name().unwrap_or_default().to_string_lossy().into_owned())
     }
 
     /// Refuses a run that is not the recorded one, unless `force`.
@@ -187,18 +205,12 @@ impl From {
         let [parameters, m, v] = state::load(&self.dir, len)?.map(|values| Matrix::from_slice(1, len, &values));
         gpt.set_parameters(&parameters);
         let [m, v] = [m, v].map(|moment| moment.to(gpt.parameters.place()));
-        Ok(Moments { m, v, step: self.state.progress.step as u64 })
-    }
-
-    /// Length of `metrics.csv` at the state, if it lies in `out_dir`.
-    pub fn metrics_bytes(&self, out_dir: &Path) -> Option<u64> {
-        let parent = self.dir.canonicalize().ok()?.parent()?.to_owned();
-        (parent == out_dir.canonicalize().ok()?).then_some(self.state.metrics_bytes)
+        Ok(Moments { m, v, step: self.state.progress.updates() })
     }
 }
 
 fn is_saved(dir: &Path) -> bool {
-    dir.file_name().is_some_and(|name| name == "final" || name.to_string_lossy().starts_with("step-"))
+    dir.file_name().is_some_and(|name| name == FINAL || name.to_string_lossy().starts_with("step-"))
 }
 
 /// Writes the training state of `snapshot` into `staging`.

@@ -1,4 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP ask a run to stop; the second one of a kind ends the process at once.
+//! SIGINT, SIGTERM and SIGHUP ask a run to stop; the second one of a kind ends the process at once. SIGXFSZ is caught, so
+//! that a write beyond the limit of file sizes fails as one to a full disk does. Under `nohup`, SIGHUP stays ignored.
 
 use crate::error::{Error, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -22,16 +23,22 @@ impl Signals {
     /// When the system refuses.
     pub fn listen() -> Result<Self> {
         let last = Arc::new(AtomicUsize::new(0));
+        let refused = |e: std::io::Error| Error::refused(format!("cannot listen to signals: {e}"), "");
         let mut all = vec![SIGINT, SIGTERM];
         #[cfg(unix)]
-        all.push(signal_hook::consts::SIGHUP);
+        {
+            if !is_ignored(signal_hook::consts::SIGHUP) {
+                all.push(signal_hook::consts::SIGHUP);
+            }
+            flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).map_err(refused)?;
+        }
         for signal in all {
             let asked = Arc::new(AtomicBool::new(false));
             // In this order: the first signal finds `asked` unset.
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked))
                 .and_then(|_| flag::register(signal, asked))
                 .and_then(|_| flag::register_usize(signal, Arc::clone(&last), signal as usize))
-                .map_err(|e| Error::refused(format!("cannot listen to signals: {e}"), ""))?;
+                .map_err(refused)?;
         }
         Ok(Self(last))
     }
@@ -41,4 +48,12 @@ impl Signals {
         let signal = self.0.load(Ordering::Relaxed);
         (signal != 0).then_some(Stopped(signal as u8))
     }
+}
+
+/// Whether this process was started with `signal` ignored, where the system tells.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }

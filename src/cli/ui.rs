@@ -4,7 +4,7 @@
 use super::exit_code;
 use super::signals::Stopped;
 use crate::error::Error;
-use crate::train::report::{Event, Report};
+use crate::train::report::{Event, Figures, Report};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -132,7 +132,8 @@ impl Report for Ui {
                 }
                 self.begin("train", plan.iters as u64, false);
             }
-            Event::Step { epoch, iter, step, loss, learning_rate, tokens, seconds, .. } => {
+            Event::Step(figures) => {
+                let Figures { epoch, iter, step, loss, learning_rate, tokens, seconds, .. } = figures;
                 self.position(*iter as u64);
                 let rate = *tokens as f64 / seconds;
                 if let Some(bar) = &self.bar {
@@ -149,7 +150,21 @@ impl Report for Ui {
                     loss.exp()));
             }
             Event::Example { text, .. } => self.note(&format!("example: {}", text.trim())),
-            Event::Saved { path } => self.note(&format!("saved {}", path.display())),
+            Event::Skipped { figures, problem } => {
+                self.position(figures.iter as u64);
+                self.note(&format!("warning: step {} is skipped, {problem}", figures.step));
+            }
+            Event::Saved { path, best } => {
+                let best = if *best { ", the best so far" } else { "" };
+                self.note(&format!("saved {}{best}", path.display()));
+            }
+            Event::EarlyStop { at } => self.note(&format!(
+                "early stopping at step {}: {} evaluations without a lower validation loss than {:.4} at step {}",
+                at.step,
+                at.without_improvement,
+                at.best.unwrap_or(f64::NAN),
+                at.best_step
+            )),
             Event::Finished(_) => self.end(),
         }
         Ok(())

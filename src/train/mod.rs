@@ -5,6 +5,7 @@
 //! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
 
 pub mod estimate;
+mod progress;
 pub mod report;
 pub mod schedule;
 pub mod settings;
@@ -15,9 +16,9 @@ use crate::model::{Gpt, Tokens, Training};
 use crate::ops::matrix::sparing;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
-use report::{Event, Report, Summary};
+pub use progress::Progress;
+use report::{Event, Figures, Report, Summary, row_numbers};
 use schedule::Schedule;
-use serde::{Deserialize, Serialize};
 use settings::{EvaluateExample, FinetuneSettings};
 use std::time::Instant;
 
@@ -54,21 +55,6 @@ pub trait Outside: Report {
     /// # Errors
     /// When decoding fails.
     fn answer(&mut self, gpt: &Gpt, index: usize) -> anyhow::Result<String>;
-}
-
-/// Where a run stands between two optimizer steps. Learning rate, order of the data and dropout follow from it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
-    /// Optimizer steps taken.
-    pub step: usize,
-    /// Micro batches trained on.
-    pub iter: usize,
-    /// Tokens trained on.
-    pub tokens: u64,
-    /// Duration of the training so far, without validation and saving.
-    pub seconds: f64,
-    /// Best validation loss so far.
-    pub best: Option<f64>,
 }
 
 /// What a run needs, besides its parameters, to go on exactly.
@@ -151,22 +137,32 @@ struct Run<'a, 'b> {
     moments: Moments,
     grads: Matrix,
     batches: Batches,
-    iter: usize,
-    step: usize,
-    tokens: u64,
+    /// Where it stands; its seconds are those before this process.
+    at: Progress,
     started: Instant,
-    /// Duration of training before this process.
-    seconds_before: f64,
     /// Duration of validation and saving in this process.
     evaluating: f64,
-    best: Option<f64>,
+    val_loss: Option<f64>,
     resumed: bool,
+}
+
+/// What an accumulation window came to.
+#[derive(Default)]
+struct Window {
+    /// Sum over its targets.
+    loss: f64,
+    targets: usize,
+    tokens: u64,
+    /// Its samples.
+    rows: Vec<usize>,
+    /// Those of micro batches whose loss is no finite number.
+    broken: Vec<usize>,
 }
 
 /// Trains the adapters of `job`, from where `resume` stands if given (its parameters are in the model), and returns what the run came to.
 ///
 /// # Errors
-/// When the run would do nothing, the loss stops being a number, or saving fails.
+/// When the run would do nothing, too many steps in a row are skipped, the validation loss is no number, or saving fails.
 pub fn fit(
     job: &mut Job<'_>,
     outside: &mut dyn Outside,
@@ -199,13 +195,10 @@ pub fn fit(
         moments,
         grads,
         batches,
-        iter: progress.iter,
-        step: progress.step,
-        tokens: progress.tokens,
+        at: progress,
         started: Instant::now(),
-        seconds_before: progress.seconds,
         evaluating: 0.0,
-        best: progress.best,
+        val_loss: None,
         resumed,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
@@ -213,43 +206,60 @@ pub fn fit(
     run.all()
 }
 
+/// Whether a run that stands at `at` has nothing left to do, but for budgets of time and tokens.
+#[must_use]
+pub fn is_over(settings: &FinetuneSettings, plan: &Plan, at: &Progress) -> bool {
+    let patience = settings.eval.early_stopping_patience;
+    at.iter >= plan.iters || patience.is_some_and(|n| at.without_improvement >= n)
+}
+
 impl Run<'_, '_> {
     fn all(&mut self) -> anyhow::Result<Summary> {
         let settings = self.job.settings;
-        if settings.eval.initial_validation && !self.resumed {
-            self.validate(settings.eval.max_iters)?;
+        if settings.eval.initial_validation && !self.resumed && self.validate(false)? {
+            self.save(&step_name(0))?;
         }
         self.started = Instant::now();
-        while self.iter < self.plan.iters && !self.out_of_budget() {
-            if !self.window()? {
-                self.save(&step_name(self.step))?;
-                return Ok(self.summary(None, true));
+        while !is_over(settings, &self.plan, &self.at) && !self.out_of_budget() {
+            if !self.step()? {
+                self.save(&step_name(self.at.step))?;
+                return Ok(self.summary(true));
             }
             let begun = Instant::now();
-            if self.step.is_multiple_of(settings.eval.interval) && self.iter < self.plan.iters {
-                self.validate(settings.eval.max_iters)?;
+            let mut improved = false;
+            if self.at.step.is_multiple_of(settings.eval.interval) && self.at.iter < self.plan.iters {
+                improved = self.validate(false)?;
                 self.example()?;
             }
             self.evaluating += begun.elapsed().as_secs_f64();
-            if settings.train.save_interval.is_some_and(|n| self.step.is_multiple_of(n)) {
-                self.save(&step_name(self.step))?;
+            if improved || settings.train.save_interval.is_some_and(|n| self.at.step.is_multiple_of(n)) {
+                self.save(&step_name(self.at.step))?;
             }
         }
-        let ended = Instant::now();
-        let val_loss = if settings.eval.final_validation { self.validate(usize::MAX)? } else { None };
-        if settings.eval.final_validation {
+        self.end()
+    }
+
+    /// What comes behind the last step.
+    fn end(&mut self) -> anyhow::Result<Summary> {
+        let (eval, at) = (&self.job.settings.eval, self.at);
+        if at.iter < self.plan.iters && is_over(self.job.settings, &self.plan, &at) {
+            self.outside.event(&Event::EarlyStop { at })?;
+        }
+        let begun = Instant::now();
+        if eval.final_validation {
+            self.validate(true)?;
             self.example()?;
         }
-        self.evaluating += ended.elapsed().as_secs_f64();
-        self.save("final")?;
-        let summary = self.summary(val_loss, false);
+        self.evaluating += begun.elapsed().as_secs_f64();
+        self.save(FINAL)?;
+        let summary = self.summary(false);
         self.outside.event(&Event::Finished(summary))?;
         Ok(summary)
     }
 
     fn progress(&self) -> Progress {
-        let seconds = self.seconds_before + self.started.elapsed().as_secs_f64() - self.evaluating;
-        Progress { step: self.step, iter: self.iter, tokens: self.tokens, seconds, best: self.best }
+        let seconds = self.at.seconds + self.started.elapsed().as_secs_f64() - self.evaluating;
+        Progress { seconds, ..self.at }
     }
 
     fn save(&mut self, name: &str) -> anyhow::Result<()> {
@@ -260,9 +270,8 @@ impl Run<'_, '_> {
         Ok(())
     }
 
-    fn summary(&self, val_loss: Option<f64>, stopped: bool) -> Summary {
-        let Progress { step: steps, iter: iters, tokens, seconds, best } = self.progress();
-        Summary { steps, iters, tokens, seconds, val_loss, best, stopped }
+    fn summary(&self, stopped: bool) -> Summary {
+        Summary { at: self.progress(), val_loss: self.val_loss, stopped }
     }
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
@@ -278,107 +287,152 @@ impl Run<'_, '_> {
 
     fn out_of_budget(&self) -> bool {
         let train = &self.job.settings.train;
-        train.max_time.is_some_and(|s| self.seconds_before + self.started.elapsed().as_secs_f64() >= s)
-            || train.max_tokens.is_some_and(|n| self.tokens >= n)
+        train.max_time.is_some_and(|s| self.at.seconds + self.started.elapsed().as_secs_f64() >= s)
+            || train.max_tokens.is_some_and(|n| self.at.tokens >= n)
     }
 
-    /// One accumulation window and its optimizer step. `false`: a stop was asked for; the window's micro batches so far
-    /// are forgotten, and taken again by the run that resumes.
-    fn window(&mut self) -> anyhow::Result<bool> {
+    /// One accumulation window and its optimizer step, which is left out where loss or gradient are no finite numbers.
+    /// `false`: a stop was asked for.
+    fn step(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
+        let Some(window) = self.window()? else { return Ok(false) };
+        let scale = 1.0 / window.targets.max(1) as f64;
+        let (loss, grad_norm) = (window.loss * scale, norm(&self.grads) * scale);
+        let learning_rate = self.schedule.at(self.at.step);
+        let finite = loss.is_finite() && grad_norm.is_finite();
+        if finite {
+            self.update(scale, grad_norm, learning_rate);
+        }
+        self.at.count_step(finite);
+        let figures = Figures {
+            epoch: self.batches.epoch() + 1,
+            iter: self.at.iter,
+            step: self.at.step,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens: window.tokens,
+            total_tokens: self.at.tokens,
+            seconds: begun.elapsed().as_secs_f64(),
+            skipped: self.at.skipped,
+        };
+        let log_interval = self.job.settings.train.log_interval.max(1);
+        if !finite {
+            self.skipped(figures, &window)?;
+        } else if self.at.step.is_multiple_of(log_interval) || self.at.iter == self.plan.iters {
+            self.outside.event(&Event::Step(figures))?;
+        }
+        Ok(true)
+    }
+
+    /// Sums loss and gradient over an accumulation window. `None`: a stop was asked for; the window's micro batches so
+    /// far are forgotten, and taken again by the run that resumes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn window(&mut self) -> Result<Option<Window>> {
+        let settings = self.job.settings;
+        let mut window = Window::default();
         self.grads.zero();
-        let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
-        let iter_before = self.iter;
-        for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
+        let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
+        for iter in self.at.iter..end {
             if self.outside.stop_asked() {
-                (self.iter, self.tokens) = (iter_before, tokens_before);
-                self.batches.seek(iter_before);
-                return Ok(false);
+                self.batches.seek(self.at.iter);
+                return Ok(None);
             }
             let rows: Vec<usize> =
                 self.batches.next_batch().into_iter().flat_map(|pack| self.job.packs[pack].clone()).collect();
-            let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
+            let tokens = collect(self.job.train, &rows, settings.data.ignore_index);
             let training = Training {
                 grads: &mut self.grads,
                 weight: 1.0,
-                seed: dropout_seed(self.job.settings.seed, self.iter),
+                seed: dropout_seed(settings.seed, iter),
                 checkpointing: self.job.checkpointing,
             };
             let gpt = &*self.job.gpt;
-            let sum = in_pool(|| gpt.loss(&tokens, Some(training)));
+            let loss = in_pool(|| gpt.loss(&tokens, Some(training)));
             gpt.check()?;
-            self.require_number(sum, &rows)?;
-            loss += sum;
-            targets += tokens.n_targets();
-            self.tokens += tokens.ids.len() as u64;
-            self.iter += 1;
+            if !loss.is_finite() {
+                window.broken.extend(&rows);
+            }
+            window.loss += loss;
+            window.targets += tokens.n_targets();
+            window.tokens += tokens.ids.len() as u64;
+            window.rows.extend(rows);
         }
-        let learning_rate = self.schedule.at(self.step);
-        let mut scale = 1.0 / targets.max(1) as f64;
-        let grad_norm = norm(&self.grads) * scale;
+        self.at.iter = end;
+        self.at.tokens += window.tokens;
+        Ok(Some(window))
+    }
+
+    /// The optimizer's step with the gradient times `scale`, clipped.
+    fn update(&mut self, mut scale: f64, grad_norm: f64, learning_rate: f64) {
         if let Some(limit) = self.job.settings.train.max_norm.filter(|limit| grad_norm > *limit) {
             // torch's clip_grad_norm_ divides by norm + 1e-6.
             scale *= limit / (grad_norm + 1e-6);
         }
         self.optimizer.step(&mut self.job.gpt.parameters, &self.grads, scale as f32, &mut self.moments, learning_rate);
-        self.step += 1;
-        if self.step.is_multiple_of(self.job.settings.train.log_interval.max(1)) || self.iter == self.plan.iters {
-            self.outside.event(&Event::Step {
-                epoch: self.batches.epoch() + 1,
-                iter: self.iter,
-                step: self.step,
-                loss: loss / targets.max(1) as f64,
-                grad_norm,
-                learning_rate,
-                tokens: self.tokens - tokens_before,
-                total_tokens: self.tokens,
-                seconds: begun.elapsed().as_secs_f64(),
-            })?;
-        }
-        Ok(true)
     }
 
-    fn require_number(&self, loss: f64, rows: &[usize]) -> Result<()> {
-        if loss.is_finite() {
+    /// Tells of a skipped step, and gives up after too many in a row.
+    fn skipped(&mut self, figures: Figures, window: &Window) -> anyhow::Result<()> {
+        let rows = if window.broken.is_empty() { &window.rows } else { &window.broken };
+        let problem = format!("{} (training {})", figures.problem(), row_numbers(self.job.train, rows));
+        self.outside.event(&Event::Skipped { figures, problem: problem.clone() })?;
+        let in_a_row = self.at.skipped_in_a_row;
+        if in_a_row < self.job.settings.train.max_skipped_steps {
             return Ok(());
         }
-        let rows: Vec<String> = rows.iter().map(|r| self.job.train[*r].row.row.to_string()).collect();
-        let message = format!("the loss is {loss} at iteration {} (training rows {})", self.iter + 1, rows.join(", "));
-        Err(Error::refused(
-            message,
-            "use a smaller --lr, or --train.max_norm 1; check these rows and the base model's weights",
-        ))
+        let message = match in_a_row {
+            1 => format!("step {} cannot be taken: {problem}", figures.step),
+            n => format!("{n} steps in a row could not be taken; at the last one, step {}, {problem}", figures.step),
+        };
+        let hint = "use a smaller --lr, or --train.max_norm 1, and check these rows and the base model's weights; \
+                    --resume auto --resume_force true goes on from what was saved";
+        Err(Error::refused(message, hint).into())
     }
 
-    /// Mean validation loss in nats a target token, over at most `max_iters` micro batches.
-    fn validate(&mut self, max_iters: usize) -> anyhow::Result<Option<f64>> {
+    /// Mean validation loss in nats a target token, over all samples or at most `eval.max_iters` micro batches. Whether
+    /// it is the lowest so far: for that, the same samples count every time.
+    fn validate(&mut self, all: bool) -> anyhow::Result<bool> {
         let settings = self.job.settings;
         let begun = Instant::now();
-        let (mut loss, mut targets, mut means) = (0.0, 0, Vec::new());
+        let (mut loss, mut targets, mut means, mut broken) = (0.0, 0, Vec::new(), Vec::new());
+        let mut comparable = None;
         let samples: Vec<usize> = (0..self.job.val.len()).collect();
-        for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(max_iters) {
+        let limit = if all { usize::MAX } else { settings.eval.max_iters };
+        for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(limit) {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, None));
             gpt.check()?;
+            if !sum.is_finite() {
+                broken.extend(rows);
+            }
             means.push(sum / tokens.n_targets().max(1) as f64);
             loss += sum;
             targets += tokens.n_targets();
+            if means.len() == settings.eval.max_iters {
+                comparable = Some(loss / targets.max(1) as f64);
+            }
         }
         if targets == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         let loss = loss / targets as f64;
         if !loss.is_finite() {
-            let message = format!("the validation loss is {loss} after step {}", self.step);
-            return Err(Error::refused(message, "the run diverged: use a smaller --lr, or --train.max_norm 1").into());
+            let rows = row_numbers(self.job.val, &broken);
+            let message = format!("the validation loss is {loss} after step {} (validation {rows})", self.at.step);
+            let hint = "the run diverged, or these rows are broken: use a smaller --lr, or --train.max_norm 1";
+            return Err(Error::refused(message, hint).into());
         }
-        self.best = Some(self.best.map_or(loss, |b| b.min(loss)));
+        let lowest = self.at.count_validation(comparable.unwrap_or(loss));
+        self.val_loss = Some(loss);
         let seconds = begun.elapsed().as_secs_f64();
         let mean_of_batches = means.iter().sum::<f64>() / means.len() as f64;
-        let (step, iter) = (self.step, self.iter);
+        let (step, iter) = (self.at.step, self.at.iter);
         self.outside.event(&Event::Validation { step, iter, loss, mean_of_batches, seconds })?;
-        Ok(Some(loss))
+        Ok(lowest)
     }
 
     /// The answer to one validation sample, as text.
@@ -389,16 +443,20 @@ impl Run<'_, '_> {
         }
         let index = match eval.evaluate_example {
             EvaluateExample::First => 0,
-            EvaluateExample::Random => dropout_seed(self.job.settings.seed, self.step) as usize % self.job.val.len(),
+            EvaluateExample::Random => dropout_seed(self.job.settings.seed, self.at.step) as usize % self.job.val.len(),
             EvaluateExample::Index(index) => index.min(self.job.val.len() - 1),
         };
         let text = self.outside.answer(self.job.gpt, index)?;
-        self.outside.event(&Event::Example { step: self.step, text })
+        self.outside.event(&Event::Example { step: self.at.step, text })
     }
 }
 
+/// Name of the folder of a run that came to its end.
+pub const FINAL: &str = "final";
+
 /// Name of the folder of a step.
-fn step_name(step: usize) -> String {
+#[must_use]
+pub fn step_name(step: usize) -> String {
     format!("step-{step:06}")
 }
 

@@ -1,7 +1,8 @@
 //! What a run tells the outside: events, and the metrics file made of them.
 
-use super::Plan;
 use super::schedule::Schedule;
+use super::{Plan, Progress};
+use crate::data::sft::Sample;
 use crate::error::Error;
 use std::fs::File;
 use std::io::Write;
@@ -18,25 +19,13 @@ pub enum Event {
         schedule: Schedule,
     },
     /// An optimizer step was taken.
-    Step {
-        /// Epoch, from 1.
-        epoch: usize,
-        /// Micro batches so far.
-        iter: usize,
-        /// Steps so far.
-        step: usize,
-        /// Loss of the window, nats a target token.
-        loss: f64,
-        /// Norm of the gradient before clipping.
-        grad_norm: f64,
-        /// Learning rate of the step.
-        learning_rate: f64,
-        /// Tokens of the window.
-        tokens: u64,
-        /// Tokens so far.
-        total_tokens: u64,
-        /// Duration of the window.
-        seconds: f64,
+    Step(Figures),
+    /// An optimizer step was left out.
+    Skipped {
+        /// Its figures, of which loss or norm are no finite numbers.
+        figures: Figures,
+        /// What they are, and with which rows.
+        problem: String,
     },
     /// The validation samples were scored.
     Validation {
@@ -62,26 +51,72 @@ pub enum Event {
     Saved {
         /// The folder.
         path: PathBuf,
+        /// Whether no validation loss was lower than theirs.
+        best: bool,
+    },
+    /// Validation stopped getting better, and so the run stops.
+    EarlyStop {
+        /// Where.
+        at: Progress,
     },
     /// The run ended.
     Finished(Summary),
 }
 
+/// What an accumulation window came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Figures {
+    /// Epoch, from 1.
+    pub epoch: usize,
+    /// Micro batches so far.
+    pub iter: usize,
+    /// Steps so far.
+    pub step: usize,
+    /// Loss, nats a target token.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Tokens so far.
+    pub total_tokens: u64,
+    /// Duration.
+    pub seconds: f64,
+    /// Skipped steps so far.
+    pub skipped: usize,
+}
+
+impl Figures {
+    /// Which of loss and norm is no finite number, and what it is.
+    #[must_use]
+    pub fn problem(&self) -> String {
+        if self.loss.is_finite() {
+            format!("the gradient norm is {}", self.grad_norm)
+        } else {
+            format!("the loss is {}", self.loss)
+        }
+    }
+}
+
+/// The rows of a data file that the samples at `indices` were read from, as words.
+#[must_use]
+pub fn row_numbers(samples: &[Sample], indices: &[usize]) -> String {
+    const MOST: usize = 16;
+    let shown: Vec<String> = indices.iter().take(MOST).map(|i| samples[*i].row.row.to_string()).collect();
+    let more = indices.len().saturating_sub(MOST);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("row{} {}{more}", if indices.len() == 1 { "" } else { "s" }, shown.join(", "))
+}
+
 /// What a run came to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Summary {
-    /// Optimizer steps.
-    pub steps: usize,
-    /// Micro batches.
-    pub iters: usize,
-    /// Tokens trained on.
-    pub tokens: u64,
-    /// Duration of the training, without validation and saving.
-    pub seconds: f64,
+    /// Where it stands.
+    pub at: Progress,
     /// Last validation loss.
     pub val_loss: Option<f64>,
-    /// Best validation loss.
-    pub best: Option<f64>,
     /// Whether it was stopped before its end.
     pub stopped: bool,
 }
@@ -95,7 +130,7 @@ pub trait Report {
     fn event(&mut self, event: &Event) -> anyhow::Result<()>;
 }
 
-/// `metrics.csv`: a line for each logged step and each validation, flushed as it is written.
+/// `metrics.csv`: a line for each logged step, each skipped one and each validation, flushed as it is written.
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
@@ -103,7 +138,7 @@ pub struct Metrics {
 }
 
 const COLUMNS: &str =
-    "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s";
+    "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s,skipped";
 
 impl Metrics {
     /// Starts the file in `dir`, which is made if need be.
@@ -145,14 +180,16 @@ impl Metrics {
 impl Report for Metrics {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         let line = match event {
-            Event::Step { epoch, iter, step, loss, grad_norm, learning_rate, tokens, total_tokens, seconds } => {
+            Event::Step(figures) | Event::Skipped { figures, .. } => {
+                let Figures { epoch, iter, step, loss, grad_norm, learning_rate, .. } = figures;
+                let Figures { tokens, total_tokens, seconds, skipped, .. } = figures;
+                let rate = *tokens as f64 / seconds;
                 format!(
-                    "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{}",
-                    *tokens as f64 / seconds
+                    "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{rate},{skipped}"
                 )
             }
             Event::Validation { step, iter, loss, seconds, .. } => {
-                format!(",{iter},{step},,{loss},{},,,,,{seconds},", loss.exp())
+                format!(",{iter},{step},,{loss},{},,,,,{seconds},,", loss.exp())
             }
             _ => return Ok(()),
         };
@@ -164,11 +201,8 @@ impl Report for Metrics {
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_line_has_every_column() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut metrics = Metrics::create(dir.path()).unwrap();
-        let step = Event::Step {
+    fn figures() -> Figures {
+        Figures {
             epoch: 1,
             iter: 4,
             step: 1,
@@ -178,12 +212,39 @@ mod tests {
             tokens: 100,
             total_tokens: 100,
             seconds: 0.5,
-        };
-        metrics.event(&step).unwrap();
+            skipped: 0,
+        }
+    }
+
+    #[test]
+    fn every_line_has_every_column() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut metrics = Metrics::create(dir.path()).unwrap();
+        metrics.event(&Event::Step(figures())).unwrap();
         metrics.event(&Event::Validation { step: 1, iter: 4, loss: 2.0, mean_of_batches: 2.1, seconds: 0.1 }).unwrap();
+        let broken = Figures { loss: f64::NAN, grad_norm: f64::INFINITY, skipped: 1, ..figures() };
+        metrics.event(&Event::Skipped { figures: broken, problem: String::new() }).unwrap();
         let text = std::fs::read_to_string(dir.path().join("metrics.csv")).unwrap();
         let counts: Vec<usize> = text.lines().map(|l| l.split(',').count()).collect();
-        assert_eq!(counts, [12, 12, 12]);
-        assert!(text.lines().nth(1).unwrap().ends_with(",200"));
+        assert_eq!(counts, [13, 13, 13, 13]);
+        assert!(text.lines().nth(1).unwrap().ends_with(",200,0"));
+        assert!(text.lines().nth(3).unwrap().contains(",NaN,,,0.0001,inf,") && text.ends_with(",1\n"), "{text}");
+    }
+
+    #[test]
+    fn the_problem_is_the_number_that_is_none() {
+        let figures = figures();
+        assert_eq!(Figures { loss: f64::NAN, ..figures }.problem(), "the loss is NaN");
+        assert_eq!(Figures { grad_norm: f64::INFINITY, ..figures }.problem(), "the gradient norm is inf");
+    }
+
+    #[test]
+    fn rows_are_named_as_the_file_counts_them() {
+        let row = |row| crate::data::Origin { file: 0, row };
+        let sample = |r| Sample { input_ids: Vec::new(), labels: Vec::new(), prompt_len: 0, raw_len: 0, row: row(r) };
+        let samples: Vec<Sample> = (1..=30).map(|n| sample(10 * n)).collect();
+        assert_eq!(row_numbers(&samples, &[1]), "row 20");
+        assert_eq!(row_numbers(&samples, &[2, 0]), "rows 30, 10");
+        assert!(row_numbers(&samples, &(0..20).collect::<Vec<_>>()).ends_with(", 160 and 4 more"));
     }
 }

@@ -272,6 +272,10 @@ impl LoraSettings {
 pub struct TrainSettings {
     /// Steps between two saved checkpoints; `None`: only at the end.
     pub save_interval: Option<usize>,
+    /// Most step folders that are kept; `None`: all. Not in LitGPT.
+    pub save_total_limit: Option<usize>,
+    /// Steps in a row without a finite loss and gradient after which the run gives up; not in LitGPT.
+    pub max_skipped_steps: usize,
     /// Micro batches between two log lines.
     pub log_interval: usize,
     /// Samples in one step.
@@ -308,6 +312,8 @@ impl Default for TrainSettings {
     fn default() -> Self {
         Self {
             save_interval: Some(1000),
+            save_total_limit: None,
+            max_skipped_steps: 5,
             log_interval: 1,
             global_batch_size: 16,
             micro_batch_size: 1,
@@ -332,6 +338,8 @@ impl TrainSettings {
         let (global, micro) = (self.global_batch_size, self.micro_batch_size);
         let mut found = Vec::new();
         nonzero(&mut found, "train.save_interval", self.save_interval);
+        nonzero(&mut found, "train.save_total_limit", self.save_total_limit);
+        nonzero(&mut found, "train.max_skipped_steps", Some(self.max_skipped_steps));
         nonzero(&mut found, "train.log_interval", Some(self.log_interval));
         nonzero(&mut found, "train.global_batch_size", Some(global));
         nonzero(&mut found, "train.micro_batch_size", Some(micro));
@@ -384,6 +392,8 @@ pub struct EvalSettings {
     pub final_validation: bool,
     /// Which sample the model answers.
     pub evaluate_example: EvaluateExample,
+    /// Stop after so many evaluations without a lower loss; `None`: do not. Not in LitGPT.
+    pub early_stopping_patience: Option<usize>,
 }
 
 impl Default for EvalSettings {
@@ -395,6 +405,7 @@ impl Default for EvalSettings {
             initial_validation: false,
             final_validation: true,
             evaluate_example: EvaluateExample::First,
+            early_stopping_patience: None,
         }
     }
 }
@@ -404,6 +415,7 @@ impl EvalSettings {
         let mut found = Vec::new();
         nonzero(&mut found, "eval.interval", Some(self.interval));
         nonzero(&mut found, "eval.max_iters", Some(self.max_iters));
+        nonzero(&mut found, "eval.early_stopping_patience", self.early_stopping_patience);
         found
     }
 }
