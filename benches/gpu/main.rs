@@ -131,6 +131,7 @@ fn python(rows: &[&[u32]]) -> String {
 
 /// What the iterations gave.
 struct Measured {
+    /// Of an iteration, one value a window.
     milliseconds: Vec<f64>,
     losses: Vec<f64>,
     tokens: usize,
@@ -149,11 +150,11 @@ fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
     let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
     let (mut milliseconds, mut losses, mut tokens) = (Vec::new(), Vec::new(), 0);
     let mut begun = Instant::now();
+    let (mut tick, mut window_start) = (Instant::now(), 0);
     for iteration in 0..total {
         if iteration == args.warmup {
             begun = Instant::now();
         }
-        let tick = Instant::now();
         let at = iteration * args.micro_batch;
         let rows: Vec<&[u32]> = (at..at + args.micro_batch).map(|row| &sequences[row % sequences.len()][..]).collect();
         let mut batch = Tokens::default();
@@ -166,15 +167,22 @@ fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
         let weight = 1.0 / (batch.n_targets() * args.accumulate) as f32;
         let training =
             Training { grads: &mut grads, weight, seed: iteration as u64, checkpointing: args.checkpointing };
-        let loss = in_pool(|| gpt.loss(&batch, Some(training)));
-        losses.push(loss / batch.n_targets() as f64);
+        losses.push((in_pool(|| gpt.pass(&batch, Some(training))), batch.n_targets()));
         if (iteration + 1) % args.accumulate == 0 {
             adamw.step(&mut gpt.parameters, &grads, 1.0, &mut moments, schedule.at(iteration / args.accumulate));
             grads.zero();
         }
         if iteration >= args.warmup {
-            milliseconds.push(tick.elapsed().as_secs_f64() * 1e3);
             tokens += batch.ids.len();
+        }
+        // As a run does: the device is waited for once a window, and an iteration is the window's mean.
+        if (iteration + 1) % args.accumulate == 0 || iteration + 1 == args.warmup {
+            let _ = losses.last().map(|(loss, _)| loss.value());
+            let elapsed = tick.elapsed().as_secs_f64() * 1e3;
+            if iteration >= args.warmup {
+                milliseconds.push(elapsed / (iteration + 1 - window_start) as f64);
+            }
+            (tick, window_start) = (Instant::now(), iteration + 1);
         }
     }
     let _ = gpt.parameters.to_host(); // waits for the last step
@@ -183,7 +191,9 @@ fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
         write!(text, "{byte:02x}").unwrap();
         text
     });
-    Measured { milliseconds, losses, tokens, seconds: begun.elapsed().as_secs_f64(), sha: sha[..12].to_owned() }
+    let seconds = begun.elapsed().as_secs_f64();
+    let losses = losses.iter().map(|(loss, targets)| loss.value() / *targets as f64).collect();
+    Measured { milliseconds, losses, tokens, seconds, sha: sha[..12].to_owned() }
 }
 
 /// Peak of the process, bytes, by the kernel's account.

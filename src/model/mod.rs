@@ -257,9 +257,18 @@ impl Gpt {
     /// Sum of the losses in nats over all targets; with `training`, the adapters' gradients too.
     ///
     /// # Panics
+    /// As [`Self::pass`].
+    #[must_use]
+    pub fn loss(&self, tokens: &Tokens, training: Option<Training<'_>>) -> f64 {
+        self.pass(tokens, training).value()
+    }
+
+    /// As [`Self::loss`], without waiting for a device: the sum is there when it is asked for.
+    ///
+    /// # Panics
     /// When `prepare` was not called for samples of this length, or an id is outside the vocabulary.
     #[must_use]
-    pub fn loss(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> f64 {
+    pub fn pass(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> Loss {
         let (positions, spans) = (tokens.positions(), Spans::whole(&tokens.segments));
         let parameters = self.parameters_of_products();
         let seed = training.as_ref().map(|t| t.seed);
@@ -294,7 +303,7 @@ impl Gpt {
                 }
             }
         }
-        loss.value()
+        loss
     }
 
     /// Final norm, head and loss, in chunks of the rows that have a target; the gradient of the last block's output

@@ -13,6 +13,7 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
+use crate::ops::head::Loss;
 use crate::ops::matrix::sparing;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
@@ -333,6 +334,7 @@ impl Run<'_, '_> {
     fn window(&mut self) -> Result<Option<Window>> {
         let settings = self.job.settings;
         let mut window = Window::default();
+        let (mut losses, mut micro_batches) = (Vec::new(), Vec::new());
         self.grads.zero();
         let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
         for iter in self.at.iter..end {
@@ -350,16 +352,20 @@ impl Run<'_, '_> {
                 checkpointing: self.job.checkpointing,
             };
             let gpt = &*self.job.gpt;
-            let loss = in_pool(|| gpt.loss(&tokens, Some(training)));
-            gpt.check()?;
+            losses.push(in_pool(|| gpt.pass(&tokens, Some(training))));
+            window.targets += tokens.n_targets();
+            window.tokens += tokens.ids.len() as u64;
+            micro_batches.push(rows);
+        }
+        // A device is waited for once a window, here.
+        for (loss, rows) in losses.iter().map(Loss::value).zip(micro_batches) {
             if !loss.is_finite() {
                 window.broken.extend(&rows);
             }
             window.loss += loss;
-            window.targets += tokens.n_targets();
-            window.tokens += tokens.ids.len() as u64;
             window.rows.extend(rows);
         }
+        self.job.gpt.check()?;
         self.at.iter = end;
         self.at.tokens += window.tokens;
         Ok(Some(window))
