@@ -1,11 +1,13 @@
 //! Decoding: sampling the next token, and the loop that yields text until something stops it.
 
 use crate::error::{Error, Result};
-use crate::model::Gpt;
+use crate::model::{Cache, Gpt};
 use crate::ops::in_pool;
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How tokens are drawn.
@@ -80,6 +82,51 @@ pub fn room(prompt: usize, max_new_tokens: usize, context: usize) -> Result<usiz
     Ok(max_new_tokens.min(context - prompt))
 }
 
+/// What one generation leaves to the next of the same model: keys and values of the tokens so far.
+#[derive(Debug)]
+pub struct Session {
+    cache: Cache,
+    /// The tokens that the cache holds.
+    ids: Vec<u32>,
+    /// Set from outside to end the text.
+    stop: Arc<AtomicBool>,
+}
+
+impl Session {
+    /// An empty session; a generation ends when `stop` is set.
+    #[must_use]
+    pub fn new(gpt: &Gpt, stop: Arc<AtomicBool>) -> Self {
+        Self { cache: gpt.cache(), ids: Vec::new(), stop }
+    }
+
+    /// A session of one generation.
+    #[must_use]
+    pub fn alone(gpt: &Gpt) -> Self {
+        Self::new(gpt, Arc::default())
+    }
+
+    /// Prepares the model for `positions` positions. What the cache holds stays right: a position turns by its own angle,
+    /// however many there are.
+    pub fn prepare(&self, gpt: &mut Gpt, positions: usize) {
+        gpt.prepare(positions);
+    }
+
+    /// Whether a generation was asked to end.
+    #[must_use]
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Keeps what `prompt` begins with, but its last token, and returns the rest, which is still to be computed.
+    fn begin<'a>(&mut self, prompt: &'a [u32]) -> &'a [u32] {
+        let same = self.ids.iter().zip(prompt).take_while(|(kept, new)| kept == new).count();
+        let same = same.min(prompt.len().saturating_sub(1));
+        self.cache.truncate(same);
+        self.ids.truncate(same);
+        &prompt[same..]
+    }
+}
+
 /// Token ids that follow the prompt, each given to `yield_token`, which may end the text by returning false. The model
 /// is prepared for as many positions as the text may have.
 ///
@@ -87,18 +134,22 @@ pub fn room(prompt: usize, max_new_tokens: usize, context: usize) -> Result<usiz
 /// When the prompt does not fit the context, drawing fails, or `yield_token` does.
 pub fn tokens(
     gpt: &Gpt,
+    session: &mut Session,
     request: &Request<'_>,
     mut yield_token: impl FnMut(u32) -> anyhow::Result<bool>,
 ) -> anyhow::Result<Figures> {
     let room = room(request.prompt.len(), request.max_new_tokens, gpt.prepared())?;
     let mut processor = request.draw.processor();
-    let mut cache = gpt.cache();
     let mut figures = Figures::default();
     let mut begun = Instant::now();
-    let mut next = request.prompt.to_vec();
+    let mut next = session.begin(request.prompt).to_vec();
     for index in 0..room {
-        let logits = in_pool(|| gpt.next_logits(&next, &mut cache));
+        if session.stopped() {
+            break;
+        }
+        let logits = in_pool(|| gpt.next_logits(&next, &mut session.cache));
         gpt.check()?;
+        session.ids.extend_from_slice(&next);
         let token = processor.sample(&Tensor::from_slice(&logits, logits.cols(), &Device::Cpu)?)?;
         if index == 0 {
             figures.prefill = begun.elapsed();
@@ -126,12 +177,13 @@ pub fn tokens(
 pub fn text(
     gpt: &Gpt,
     tokenizer: &Tokenizer,
+    session: &mut Session,
     request: &Request<'_>,
     mut yield_text: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Figures> {
     let mut stream = tokenizer.stream();
     let mut held = Held { text: String::new(), stop_texts: request.stop_texts };
-    let figures = tokens(gpt, request, |token| {
+    let figures = tokens(gpt, session, request, |token| {
         if let Some(piece) = stream.push(token)? {
             let (out, stopped) = held.push(&piece);
             if !out.is_empty() {
@@ -179,6 +231,8 @@ impl Held<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Config, Source};
+    use crate::ops::weight::{Data, Store};
 
     #[test]
     fn a_stop_text_across_pieces_never_goes_out() {
@@ -187,6 +241,30 @@ mod tests {
         assert_eq!(held.push("ually"), ("Usually".to_owned(), false));
         assert_eq!(held.push(" é\nU"), (" é".to_owned(), false));
         assert_eq!(held.push("ser: x"), (String::new(), true));
+    }
+
+    #[test]
+    fn a_session_computes_what_is_new() {
+        let config = Config::llama(11, 0, 4, 1, 4);
+        let gpt = Gpt::load(&config, &Nothing, Store::F32, None, &mut |_| ()).unwrap();
+        let mut session = Session::alone(&gpt);
+        session.ids = vec![1, 2, 3, 4];
+        assert_eq!(session.begin(&[1, 2, 5, 6]), [5, 6]);
+        assert_eq!(session.ids, [1, 2]);
+        session.ids = vec![1, 2, 3, 4];
+        assert_eq!(session.begin(&[1, 2, 3]), [3], "the last token's logits are asked for");
+    }
+
+    /// Weights of a model without blocks.
+    struct Nothing;
+
+    impl Source for Nothing {
+        fn append(&self, _: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
+            if let Data::F32(values) = data {
+                values.resize(values.len() + rows * cols, 0.0);
+            }
+            Ok(())
+        }
     }
 
     #[test]

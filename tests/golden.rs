@@ -181,7 +181,7 @@ pub fn check_generation(gpt: &Gpt, generation: &Value) {
         stop_texts: &[],
     };
     let mut got = Vec::new();
-    litgpt::generate::tokens(gpt, &request, |token| {
+    litgpt::generate::tokens(gpt, &mut litgpt::generate::Session::alone(gpt), &request, |token| {
         got.push(token);
         Ok(true)
     })

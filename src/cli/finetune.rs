@@ -2,18 +2,18 @@
 
 use super::args::FinetuneArgs;
 use super::folders::{self, BEST, Folders};
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, quantizer, weights};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
-use super::{args, download, recipe};
+use super::{download, recipe};
 use crate::checkpoint::write::{self, COMPANIONS, Staging};
-use crate::checkpoint::{Checkpoint, adapter, hub, state};
+use crate::checkpoint::{Checkpoint, adapter, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
 use crate::error::{Error, Result};
-use crate::generate::{Draw, Request, text};
+use crate::generate::{Draw, Request, Session, text};
 use crate::model::lora::{LoraConfig, Targets};
 use crate::model::{Config, Gpt};
 use crate::ops::quantized::Quantizer;
@@ -31,7 +31,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         return ui.result(&recipe::print_config(&settings, what)?);
     }
     let quantizer = quantizer(settings.quantize.as_deref())?;
-    settings.checkpoint_dir = fetched(&settings, ui)?;
+    settings.checkpoint_dir = fetched(&settings.checkpoint_dir, settings.access_token.clone(), ui)?;
     let out_dir = settings.out_dir.clone();
     check_out_dir(&out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
@@ -116,17 +116,6 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     close(&summary, &out_dir, ui);
     Ok(())
-}
-
-/// The checkpoint's folder; a repository of the Hub that is no folder here is downloaded.
-fn fetched(settings: &FinetuneSettings, ui: &mut Ui) -> Result<PathBuf> {
-    let dir = args::checkpoint_dir(&settings.checkpoint_dir);
-    let name = settings.checkpoint_dir.to_string_lossy();
-    if dir.is_dir() || !hub::is_repo_id(&name) {
-        return Ok(dir);
-    }
-    ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
-    download::repository(&name, None, settings.access_token.clone(), false, Path::new("checkpoints"), ui)
 }
 
 /// An output folder that cannot be one is found out before the work, and without making it.
@@ -392,7 +381,7 @@ impl Outside for Run<'_> {
         };
         let mut answer = String::new();
         if max_new_tokens > 0 {
-            text(gpt, self.tokenizer, &request, |piece| {
+            text(gpt, self.tokenizer, &mut Session::alone(gpt), &request, |piece| {
                 answer.push_str(piece);
                 Ok(())
             })?;

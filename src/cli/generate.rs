@@ -5,7 +5,7 @@ use super::load::{Compute, model};
 use super::ui::{Ui, peak_memory};
 use crate::data::chat::Message;
 use crate::error::Error;
-use crate::generate::{Draw, Request, room, text};
+use crate::generate::{Draw, Request, Session, room, text};
 
 /// Runs the command.
 pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -38,7 +38,7 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
             stop_texts: loaded.style.stop_texts(),
         };
         let mut whole = String::new();
-        let figures = text(&loaded.gpt, &loaded.tokenizer, &request, |piece| {
+        let figures = text(&loaded.gpt, &loaded.tokenizer, &mut Session::alone(&loaded.gpt), &request, |piece| {
             if args.stream {
                 return ui.result(piece);
             }

@@ -1,7 +1,7 @@
 //! What commands share: a model from a folder (base, adapter or merged), with its tokenizer and prompt style.
 
 use super::ui::Ui;
-use crate::checkpoint::{Checkpoint, adapter};
+use crate::checkpoint::{Checkpoint, adapter, hub};
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result};
 use crate::model::{Gpt, device_error};
@@ -151,6 +151,20 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     Ok(PromptStyle::for_model(&absolute.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// The folder `given`; a repository of the Hub that is no folder here is downloaded.
+///
+/// # Errors
+/// When the download fails.
+pub fn fetched(given: &Path, token: Option<String>, ui: &mut Ui) -> Result<PathBuf> {
+    let dir = super::args::checkpoint_dir(given);
+    let name = given.to_string_lossy();
+    if dir.is_dir() || !hub::is_repo_id(&name) {
+        return Ok(dir);
+    }
+    ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
+    super::download::repository(&name, None, token, false, Path::new("checkpoints"), ui)
 }
 
 /// A model ready to use.

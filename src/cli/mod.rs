@@ -1,6 +1,7 @@
 //! The command line: what there is, and one match arm per subcommand. Each command is a file; only `ui` prints.
 
 pub mod args;
+mod chat;
 pub mod compat;
 mod convert;
 mod download;
@@ -42,6 +43,8 @@ enum Command {
     FinetuneLora(Box<args::FinetuneArgs>),
     /// Continue a prompt with a model or a finished adapter
     Generate(args::GenerateArgs),
+    /// Talk with a model or a finished adapter
+    Chat(args::ChatArgs),
     /// Merge an adapter into its base model
     MergeLora(args::MergeArgs),
     /// Write LitGPT's lit_model.pth and model_config.yaml into a Hugging Face folder
@@ -66,6 +69,7 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Command::Download(args) => download::run(&args, &mut ui),
         Command::FinetuneLora(args) => finetune::run(&args, &mut ui),
         Command::Generate(args) => generate::run(&args, &mut ui),
+        Command::Chat(args) => chat::run(&args, &mut ui),
         Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
         Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
         Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),

@@ -34,6 +34,11 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
+    /// Forgets all rows but the first `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     /// Room for another `rows` rows at least; it doubles, so that a token seldom copies the others.
     fn reserve(&mut self, rows: usize, like: View<'_>, new_like: impl Fn(usize, usize) -> Matrix) {
         let needed = self.len + rows;

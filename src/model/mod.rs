@@ -119,6 +119,12 @@ impl Cache {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Forgets all tokens but the first `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
+    }
 }
 
 /// Rows whose logits exist at a time.
