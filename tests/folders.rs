@@ -105,6 +105,8 @@ fn early_stopping_ends_the_run_and_resumes_exactly() {
     };
     let (said, validations) = run("--eval.early_stopping_patience 3");
     assert!(said.contains("early stopping at step 4: 3 evaluations without"), "{said}");
+    // The last validation is over all samples, of which the first ones decide.
+    assert_eq!(said.matches(", for `best` ").count(), 1, "{said}");
     assert_eq!(validations, 5, "steps 1 to 4, and all samples at the end");
     assert_eq!(steps(&out).len(), 4);
     let (expected, rows) = (result(&out), losses(&out));

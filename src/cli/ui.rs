@@ -145,9 +145,12 @@ impl Report for Ui {
                     ));
                 }
             }
-            Event::Validation { step, loss, mean_of_batches, seconds, .. } => {
-                self.note(&format!("step {step} | val loss {loss:.4} (mean of batches {mean_of_batches:.4}) | val ppl {:.2} | {seconds:.1} s",
-                    loss.exp()));
+            Event::Validation { step, loss, comparable, mean_of_batches, seconds, .. } => {
+                let of_best = if comparable == loss { String::new() } else { format!(", for `best` {comparable:.4}") };
+                self.note(&format!(
+                    "step {step} | val loss {loss:.4} (mean of batches {mean_of_batches:.4}{of_best}) | val ppl {:.2} | {seconds:.1} s",
+                    loss.exp()
+                ));
             }
             Event::Example { text, .. } => self.note(&format!("example: {}", text.trim())),
             Event::Skipped { figures, problem } => {

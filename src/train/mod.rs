@@ -432,12 +432,13 @@ impl Run<'_, '_> {
             let hint = "the run diverged, or these rows are broken: use a smaller --lr, or --train.max_norm 1";
             return Err(Error::refused(message, hint).into());
         }
-        let lowest = self.at.count_validation(comparable.unwrap_or(loss));
+        let comparable = comparable.unwrap_or(loss);
+        let lowest = self.at.count_validation(comparable);
         self.val_loss = Some(loss);
         let seconds = begun.elapsed().as_secs_f64();
         let mean_of_batches = means.iter().sum::<f64>() / means.len() as f64;
         let (step, iter) = (self.at.step, self.at.iter);
-        self.outside.event(&Event::Validation { step, iter, loss, mean_of_batches, seconds })?;
+        self.outside.event(&Event::Validation { step, iter, loss, comparable, mean_of_batches, seconds })?;
         Ok(lowest)
     }
 

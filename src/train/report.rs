@@ -35,6 +35,8 @@ pub enum Event {
         iter: usize,
         /// Loss, nats a target token.
         loss: f64,
+        /// Loss over the samples of every validation, where this one had more.
+        comparable: f64,
         /// Mean of the micro batches' mean losses, which is LitGPT's validation loss.
         mean_of_batches: f64,
         /// Duration.
@@ -221,7 +223,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut metrics = Metrics::create(dir.path()).unwrap();
         metrics.event(&Event::Step(figures())).unwrap();
-        metrics.event(&Event::Validation { step: 1, iter: 4, loss: 2.0, mean_of_batches: 2.1, seconds: 0.1 }).unwrap();
+        metrics
+            .event(&Event::Validation {
+                step: 1,
+                iter: 4,
+                loss: 2.0,
+                comparable: 2.0,
+                mean_of_batches: 2.1,
+                seconds: 0.1,
+            })
+            .unwrap();
         let broken = Figures { loss: f64::NAN, grad_norm: f64::INFINITY, skipped: 1, ..figures() };
         metrics.event(&Event::Skipped { figures: broken, problem: String::new() }).unwrap();
         let text = std::fs::read_to_string(dir.path().join("metrics.csv")).unwrap();
