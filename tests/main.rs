@@ -11,6 +11,7 @@ mod golden_litgpt;
 mod kernels;
 mod layering;
 mod pains;
+mod recipes;
 mod resume;
 mod text;
 mod util;

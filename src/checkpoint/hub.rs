@@ -38,6 +38,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// A connection that brings nothing for so long counts as broken.
 const STALL: Duration = Duration::from_secs(60);
 const LISTING_LIMIT_BYTES: u64 = 64 << 20;
+/// A text that is read from the web is short.
+const TEXT_LIMIT_BYTES: u64 = 1 << 20;
 
 /// The models that `download list` offers: repository and family. Any other repository of a supported family works too.
 pub fn models() -> impl Iterator<Item = (&'static str, &'static str)> {
@@ -217,7 +219,7 @@ impl Hub {
         if !is_web_address(url) {
             return Err(Error::usage(format!("not a web address: `{url}`"), "it begins with https://"));
         }
-        let errand = Errand::Url { url, to };
+        let errand = Errand::Url { url, to: Some(to) };
         let Some(name) = to.file_name() else {
             return Err(Error::usage(format!("not a file name: `{}`", to.display()), "name the file to write"));
         };
@@ -234,12 +236,35 @@ impl Hub {
         self.bring(&errand, &Item { name, url: url.to_owned(), to: to.to_owned(), size: None, digest: None }, progress)
     }
 
+    /// The text at `url`, such as a recipe; at most 1 MB.
+    ///
+    /// # Errors
+    /// No such file, no access, no network, too long, or not UTF-8.
+    pub fn read_text(&self, url: &str, progress: &mut dyn Progress) -> Result<String> {
+        if !is_web_address(url) {
+            return Err(Error::usage(format!("not a web address: `{url}`"), "it begins with https://"));
+        }
+        let bytes = self.read(&Errand::Url { url, to: None }, url, TEXT_LIMIT_BYTES, progress)?;
+        let hint = "give the address of a text file";
+        String::from_utf8(bytes).map_err(|_| Error::invalid(Path::new(url), "not a text file", hint))
+    }
+
     fn listing(&self, errand: &Errand<'_>, repo: &Repo, progress: &mut dyn Progress) -> Result<Listing> {
         let url = format!("{}/api/{}?blobs=true", self.endpoint, repo.api_url());
+        let body = self.read(errand, &url, LISTING_LIMIT_BYTES, progress)?;
+        let listing: Listing = serde_json::from_slice(&body).map_err(|error| {
+            let message = format!("`{}` does not answer like the Hugging Face Hub: {error}", self.endpoint);
+            Error::refused(message, "check HF_ENDPOINT and whether a proxy or login page is in between")
+        })?;
+        listing.checked(&self.endpoint)
+    }
+
+    /// What `url` gives, kept in memory.
+    fn read(&self, errand: &Errand<'_>, url: &str, limit_bytes: u64, progress: &mut dyn Progress) -> Result<Vec<u8>> {
         let mut tries = 0;
         loop {
-            let trouble = match self.ask(errand, &url) {
-                Ok(listing) => return listing.checked(&self.endpoint),
+            let trouble = match self.read_once(errand, url, limit_bytes) {
+                Ok(body) => return Ok(body),
                 Err(trouble) => trouble,
             };
             tries += 1;
@@ -248,16 +273,17 @@ impl Hub {
         }
     }
 
-    fn ask(&self, errand: &Errand<'_>, url: &str) -> std::result::Result<Listing, Trouble> {
+    fn read_once(&self, errand: &Errand<'_>, url: &str, limit_bytes: u64) -> std::result::Result<Vec<u8>, Trouble> {
         let mut answer = self.get(errand, url, &[])?;
         if answer.status() != 200 {
             return Err(errand.refusal(self, &answer));
         }
-        let body = answer.response.body_mut().with_config().limit(LISTING_LIMIT_BYTES).read_to_vec();
-        let body = body.map_err(|error| Trouble::broken(error.to_string()))?;
-        serde_json::from_slice(&body).map_err(|error| {
-            let message = format!("`{}` does not answer like the Hugging Face Hub: {error}", self.endpoint);
-            Error::refused(message, "check HF_ENDPOINT and whether a proxy or login page is in between").into()
+        answer.response.body_mut().with_config().limit(limit_bytes).read_to_vec().map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(_) => {
+                let message = format!("`{}` gives more than {} MB", errand.name(), limit_bytes >> 20);
+                Error::refused(message, "check the address").into()
+            }
+            error => Trouble::broken(error.to_string()),
         })
     }
 
@@ -538,8 +564,16 @@ fn is_midway(error: &io::Error) -> bool {
 
 /// What is being brought, for the messages.
 enum Errand<'a> {
-    Repo { repo: &'a Repo, repo_id: &'a str, dir: &'a Path },
-    Url { url: &'a str, to: &'a Path },
+    Repo {
+        repo: &'a Repo,
+        repo_id: &'a str,
+        dir: &'a Path,
+    },
+    /// `to` is where the file goes, if it is kept.
+    Url {
+        url: &'a str,
+        to: Option<&'a Path>,
+    },
 }
 
 impl Errand<'_> {
@@ -555,7 +589,10 @@ impl Errand<'_> {
             Self::Repo { dir, .. } => {
                 format!("put config.json, tokenizer.json and *.safetensors by hand into `{}`", dir.display())
             }
-            Self::Url { to, .. } => format!("put the file by hand at `{}`", to.display()),
+            Self::Url { to: Some(to), .. } => format!("put the file by hand at `{}`", to.display()),
+            Self::Url { to: None, .. } => {
+                "bring the file by other means and name it in place of the address".to_owned()
+            }
         };
         let hint = match self {
             _ if hub.offline => format!("unset HF_HUB_OFFLINE, or {by_hand}"),

@@ -306,7 +306,7 @@ impl Args for FinetuneArgs {
             .short('c')
             .long("config")
             .value_name("FILE")
-            .help("YAML or JSON file with settings; of several, later ones win")
+            .help("YAML or JSON file with settings, or its web address; of several, later ones win")
             .action(ArgAction::Append)
             .value_parser(value_parser!(PathBuf));
         let print_config = Arg::new("print_config")

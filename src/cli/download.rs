@@ -39,6 +39,14 @@ pub fn repository(
     dir
 }
 
+/// The text at a web address.
+///
+/// # Errors
+/// Those of the Hub and of the address.
+pub fn text(url: &str) -> Result<String> {
+    Hub::from_env(None)?.read_text(url, &mut Silent)
+}
+
 /// A download shown on the terminal.
 struct Shown<'a>(&'a mut Ui);
 
