@@ -3,6 +3,7 @@
 
 mod cli;
 mod command_lines;
+mod datasets;
 mod download;
 mod finetune;
 mod gguf;

@@ -3,17 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::Path;
-use std::thread;
 
 use litgpt::cli::recipe;
 use litgpt::data::{by_name, prompt::PromptStyle};
 use litgpt::train::settings::{FinetuneSettings, Precision};
 use serde_json::Value;
 
-use crate::util::{litgpt, root};
+use crate::util::{litgpt, page, root, serve, status};
 
 /// The models of LitGPT's finetuning recipes; those whose weights alone fill 16 GB in bf16 have `qlora` only.
 const MODELS: [(&str, &[&str]); 16] = [
@@ -114,36 +112,19 @@ fn printed_recipes_run_again_to_the_same() {
     }
 }
 
-/// A server that gives `answer` to every request; its address.
-fn serve(answer: impl Into<Vec<u8>>) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    let answer = answer.into();
-    thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-            lines.map_while(Result::ok).take_while(|line| !line.is_empty()).for_each(drop);
-            stream.write_all(&answer).unwrap();
-        }
-    });
-    address
-}
-
-fn page(content: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{content}", content.len())
-}
-
 #[test]
 fn recipes_come_from_the_web() {
     let path = root().join("data/recipes/phi-2-qlora.yaml");
-    let raw = serve(page(&fs::read_to_string(&path).unwrap()));
+    let recipe = fs::read_to_string(&path).unwrap();
+    let raw = serve(move |_| page(&recipe));
     let settings = resolved(&format!("{raw}/phi-2-qlora.yaml")).unwrap();
     assert_eq!(settings, resolved(path.to_str().unwrap()).unwrap());
-    let moved = format!("HTTP/1.1 302 Found\r\nLocation: {raw}/there.yaml\r\nConnection: close\r\n\r\n");
-    assert_eq!(resolved(&format!("{}/here.yaml", serve(moved))).unwrap(), settings);
+    let there = format!("Location: {raw}/there.yaml\r\n");
+    let moved = serve(move |_| status("302 Found", &there));
+    assert_eq!(resolved(&format!("{moved}/here.yaml")).unwrap(), settings);
 
     // Flags beat it, as they beat a file; a group may come from the web, too.
-    let group = serve(page("epochs: 7\nmax_steps: 9\n"));
+    let group = serve(|_| page("epochs: 7\nmax_steps: 9\n"));
     let dir = tempfile::tempdir().unwrap();
     let url = format!("{raw}/x.yaml");
     let args = ["finetune", "lora", "--config", &url, "--lora_r", "3", "--train", &group, "--print_config"];
@@ -156,19 +137,17 @@ fn recipes_come_from_the_web() {
 fn what_is_no_recipe_on_the_web_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let closed = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-    let status = |line: &str| serve(format!("HTTP/1.1 {line}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"));
-    let long = format!("# {}", "x".repeat(2 << 20));
-    for (address, code, says) in [
-        (serve(page("<!DOCTYPE html>\n<p>lora_r: 4</p>")), 1, "a web page, not a recipe"),
-        (serve(page("lora_r: 4\nlora_q: 1\n")), 1, "`lora_q`, did you mean `lora_query`?"),
-        (serve(page("just words")), 1, "expected `key: value` lines"),
-        (serve(page(&long)), 1, "more than 1 MB"),
-        (status("404 Not Found"), 1, "file on the web not found"),
-        (status("403 Forbidden"), 1, "no access"),
-        (closed, 1, "in place of the address"),
+    let long = "x".repeat(2 << 20);
+    for (address, says) in [
+        (serve(|_| page("<!DOCTYPE html>\n<p>lora_r: 4</p>")), "a web page, not a recipe"),
+        (serve(|_| page("lora_r: 4\nlora_q: 1\n")), "`lora_q`, did you mean `lora_query`?"),
+        (serve(|_| page("just words")), "expected `key: value` lines"),
+        (serve(move |_| page(format!("# {long}"))), "more than 1 MB"),
+        (serve(|_| status("404 Not Found", "")), "file on the web not found"),
+        (serve(|_| status("403 Forbidden", "")), "no access"),
+        (closed, "in place of the address"),
     ] {
         let url = format!("{address}/lora.yaml");
-        litgpt(dir.path(), ["finetune", "lora", "--config", &url, "--print_config"])
-            .refused(code, &[says, "/lora.yaml"]);
+        litgpt(dir.path(), ["finetune", "lora", "--config", &url, "--print_config"]).refused(1, &[says, "/lora.yaml"]);
     }
 }

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{self, FLAGS, FinetuneArgs, Flag, Kind, LOG_FLAGS};
 use super::download;
+use crate::checkpoint::hub::is_repo_id;
 use crate::error::{Error, Result};
 use crate::train::settings::{DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch};
 
@@ -195,9 +196,12 @@ fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<
         let tree = parse_tree(text)
             .map_err(|problem| Error::usage(format!("`--{group}`: {problem}"), "check quotes and braces"))?;
         flatten(group, tree, expanded);
-    } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv"]) {
+    } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv", ".parquet"]) {
         expanded.push(Entry { name: "data".into(), value: "JSON".into() });
         expanded.push(Entry { name: "data.json_path".into(), value: text.into() });
+    } else if group == "data" && is_repo_id(text) && !Path::new(text).exists() {
+        expanded.push(Entry { name: "data".into(), value: "Hub".into() });
+        expanded.push(Entry { name: "data.repo_id".into(), value: text.into() });
     } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && !entry.value.is_null()) {
         flatten(group, read_tree(Path::new(text))?, expanded);
     } else if !entry.value.is_null() {
@@ -391,7 +395,8 @@ fn data_module(name: &str) -> std::result::Result<&'static str, String> {
         Some(near) => format!("unknown data module `{name}`, did you mean `{near}`?"),
         None => {
             format!(
-                "unknown data module `{name}`, expected one of {}, or a .json, .jsonl or .csv file",
+                "unknown data module `{name}`, expected one of {}, a .json, .jsonl, .csv or .parquet file, or a dataset of \
+                 the Hub as ORGANISATION/NAME",
                 names.join(", ")
             )
         }
