@@ -715,6 +715,4 @@ fn what_is_not_offered_is_refused_in_one_line() {
         assert!(error.to_string().ends_with("is not offered"), "{line}: {error}");
         assert!(error.hint().is_some_and(|hint| !hint.contains('\n')), "{line}");
     }
-    let network = "litgpt finetune --config https://raw.githubusercontent.com/Lightning-AI/litgpt/main/config_hub/finetune/llama-2-7b/lora.yaml --lora_r 4";
-    assert!(recipe::parse_finetune(&words(network)).unwrap_err().hint().unwrap().starts_with("curl -LO"));
 }

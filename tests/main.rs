@@ -4,6 +4,7 @@
 mod chat;
 mod cli;
 mod command_lines;
+mod datasets;
 mod device;
 mod download;
 mod emulated;
@@ -16,6 +17,7 @@ mod golden_litgpt;
 mod kernels;
 mod layering;
 mod pains;
+mod recipes;
 mod resume;
 mod text;
 mod util;

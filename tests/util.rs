@@ -4,10 +4,13 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 #[cfg(unix)]
 use std::process::Child;
 use std::process::{Command, Output, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use safetensors::tensor::TensorView;
@@ -82,10 +85,16 @@ impl From<Output> for Ran {
 
 /// Runs the binary in `cwd`.
 pub fn litgpt<S: AsRef<OsStr>>(cwd: &Path, args: impl IntoIterator<Item = S>) -> Ran {
+    litgpt_in(cwd, &[], args)
+}
+
+/// Runs the binary in `cwd` with these environment variables.
+pub fn litgpt_in<S: AsRef<OsStr>>(cwd: &Path, env: &[(&str, &str)], args: impl IntoIterator<Item = S>) -> Ran {
     let mut command = assert_cmd::Command::new(env!("CARGO_BIN_EXE_litgpt"));
-    for name in ["HF_TOKEN", "LIGHTNING_ARTIFACTS_DIR"] {
+    for name in ["HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIGHTNING_ARTIFACTS_DIR"] {
         command.env_remove(name);
     }
+    command.envs(env.iter().copied());
     command.args(args).current_dir(cwd).timeout(Duration::from_secs(300)).output().unwrap().into()
 }
 
@@ -94,6 +103,33 @@ fn short_run(base: &Path, more: &str) -> Vec<String> {
     let (base, data) = (base.display(), dataset());
     let fixed = format!("finetune lora --checkpoint_dir {base} --data JSON --data.json_path {}", data.display());
     [&fixed, SHORT, more].into_iter().flat_map(str::split_whitespace).map(str::to_owned).collect()
+}
+
+/// Starts a web server on loopback that answers each request, given as its head, with a whole response; its address.
+pub fn serve(answer: impl Fn(&str) -> Vec<u8> + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+            // A client that has enough of it hangs up.
+            let _ = stream.write_all(&answer(&head.join("\n")));
+        }
+    });
+    address
+}
+
+/// A response with `content`.
+pub fn page(content: impl AsRef<[u8]>) -> Vec<u8> {
+    let content = content.as_ref();
+    let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", content.len());
+    [head.as_bytes(), content].concat()
+}
+
+/// A response without content; `headers` end in line ends.
+pub fn status(line: &str, headers: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {line}\r\nConnection: close\r\nContent-Length: 0\r\n{headers}\r\n").into()
 }
 
 /// A short run on the quickstart's dataset into `cwd/out`; `more`, split at blanks, beats its settings.

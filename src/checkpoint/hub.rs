@@ -38,6 +38,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// A connection that brings nothing for so long counts as broken.
 const STALL: Duration = Duration::from_secs(60);
 const LISTING_LIMIT_BYTES: u64 = 64 << 20;
+/// A text that is read from the web is short.
+const TEXT_LIMIT_BYTES: u64 = 1 << 20;
 
 /// The models that `download list` offers: repository and family. Any other repository of a supported family works too.
 pub fn models() -> impl Iterator<Item = (&'static str, &'static str)> {
@@ -209,6 +211,39 @@ impl Hub {
         Ok(dir)
     }
 
+    /// Downloads those files of a dataset's repository that `choose` takes of all names into `into`, below which they keep
+    /// their names; files that are there and right are kept.
+    ///
+    /// # Errors
+    /// As [`Hub::download`], and those of `choose`.
+    pub fn dataset(
+        &self,
+        repo_id: &str,
+        into: &Path,
+        choose: &mut dyn FnMut(&[String]) -> Result<Vec<String>>,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        if !is_repo_id(repo_id) {
+            let hint = "write `organisation/name`, as in --data tatsu-lab/alpaca";
+            return Err(Error::usage(format!("not a repository id: `{repo_id}`"), hint));
+        }
+        let repo = Repo::dataset(repo_id.to_owned());
+        let errand = Errand::Repo { repo: &repo, repo_id, dir: into };
+        let listing = self.listing(&errand, &repo, progress)?;
+        let all: Vec<String> = listing.siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();
+        let names = choose(&all)?;
+        if let Some(name) = names.iter().find(|name| !name.split('/').all(is_plain_name)) {
+            return Err(outside(&self.endpoint, name));
+        }
+        fs::create_dir_all(into).map_err(Error::io("create", into))?;
+        let _alone = wait_for_turn(into, progress)?;
+        let items = names.iter().map(|name| self.item(&errand, &listing, name)).collect::<Result<Vec<_>>>()?;
+        for dir in items.iter().filter_map(|item| item.to.parent()) {
+            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        self.bring_all(&errand, &items, progress)
+    }
+
     /// Downloads one file from `url` to `to`, resuming where the server can. A file that is there is kept as it is.
     ///
     /// # Errors
@@ -217,7 +252,7 @@ impl Hub {
         if !is_web_address(url) {
             return Err(Error::usage(format!("not a web address: `{url}`"), "it begins with https://"));
         }
-        let errand = Errand::Url { url, to };
+        let errand = Errand::Url { url, to: Some(to) };
         let Some(name) = to.file_name() else {
             return Err(Error::usage(format!("not a file name: `{}`", to.display()), "name the file to write"));
         };
@@ -231,15 +266,41 @@ impl Hub {
             return Ok(());
         }
         let name = name.to_string_lossy().into_owned();
-        self.bring(&errand, &Item { name, url: url.to_owned(), to: to.to_owned(), size: None, digest: None }, progress)
+        // A mirror has what the Hub has.
+        let path = url.strip_prefix(ENDPOINT).filter(|path| path.starts_with('/'));
+        let url = path.map_or_else(|| url.to_owned(), |path| format!("{}{path}", self.endpoint));
+        self.bring(&errand, &Item { name, url, to: to.to_owned(), size: None, digest: None }, progress)
+    }
+
+    /// The text at `url`, such as a recipe; at most 1 MB.
+    ///
+    /// # Errors
+    /// No such file, no access, no network, too long, or not UTF-8.
+    pub fn read_text(&self, url: &str, progress: &mut dyn Progress) -> Result<String> {
+        if !is_web_address(url) {
+            return Err(Error::usage(format!("not a web address: `{url}`"), "it begins with https://"));
+        }
+        let bytes = self.read(&Errand::Url { url, to: None }, url, TEXT_LIMIT_BYTES, progress)?;
+        let hint = "give the address of a text file";
+        String::from_utf8(bytes).map_err(|_| Error::invalid(Path::new(url), "not a text file", hint))
     }
 
     fn listing(&self, errand: &Errand<'_>, repo: &Repo, progress: &mut dyn Progress) -> Result<Listing> {
         let url = format!("{}/api/{}?blobs=true", self.endpoint, repo.api_url());
+        let body = self.read(errand, &url, LISTING_LIMIT_BYTES, progress)?;
+        let listing: Listing = serde_json::from_slice(&body).map_err(|error| {
+            let message = format!("`{}` does not answer like the Hugging Face Hub: {error}", self.endpoint);
+            Error::refused(message, "check HF_ENDPOINT and whether a proxy or login page is in between")
+        })?;
+        listing.checked(&self.endpoint)
+    }
+
+    /// What `url` gives, kept in memory.
+    fn read(&self, errand: &Errand<'_>, url: &str, limit_bytes: u64, progress: &mut dyn Progress) -> Result<Vec<u8>> {
         let mut tries = 0;
         loop {
-            let trouble = match self.ask(errand, &url) {
-                Ok(listing) => return listing.checked(&self.endpoint),
+            let trouble = match self.read_once(errand, url, limit_bytes) {
+                Ok(body) => return Ok(body),
                 Err(trouble) => trouble,
             };
             tries += 1;
@@ -248,16 +309,17 @@ impl Hub {
         }
     }
 
-    fn ask(&self, errand: &Errand<'_>, url: &str) -> std::result::Result<Listing, Trouble> {
+    fn read_once(&self, errand: &Errand<'_>, url: &str, limit_bytes: u64) -> std::result::Result<Vec<u8>, Trouble> {
         let mut answer = self.get(errand, url, &[])?;
         if answer.status() != 200 {
             return Err(errand.refusal(self, &answer));
         }
-        let body = answer.response.body_mut().with_config().limit(LISTING_LIMIT_BYTES).read_to_vec();
-        let body = body.map_err(|error| Trouble::broken(error.to_string()))?;
-        serde_json::from_slice(&body).map_err(|error| {
-            let message = format!("`{}` does not answer like the Hugging Face Hub: {error}", self.endpoint);
-            Error::refused(message, "check HF_ENDPOINT and whether a proxy or login page is in between").into()
+        answer.response.body_mut().with_config().limit(limit_bytes).read_to_vec().map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(_) => {
+                let message = format!("`{}` gives more than {} MB", errand.name(), limit_bytes >> 20);
+                Error::refused(message, "check the address").into()
+            }
+            error => Trouble::broken(error.to_string()),
         })
     }
 
@@ -293,7 +355,7 @@ impl Hub {
         let revision = listing.commit().map_or_else(|| repo.url_revision().into(), Cow::Borrowed);
         Ok(Item {
             name: name.to_owned(),
-            url: format!("{}/{}/resolve/{revision}/{}", self.endpoint, repo.url(), escape(name)),
+            url: format!("{}/{}/resolve/{revision}/{}", self.endpoint, repo.url(), escape_path(name)),
             to: dir.join(name),
             size: sibling.lfs.as_ref().and_then(|lfs| lfs.size).or(sibling.size),
             digest: sibling.digest(),
@@ -538,8 +600,16 @@ fn is_midway(error: &io::Error) -> bool {
 
 /// What is being brought, for the messages.
 enum Errand<'a> {
-    Repo { repo: &'a Repo, repo_id: &'a str, dir: &'a Path },
-    Url { url: &'a str, to: &'a Path },
+    Repo {
+        repo: &'a Repo,
+        repo_id: &'a str,
+        dir: &'a Path,
+    },
+    /// `to` is where the file goes, if it is kept.
+    Url {
+        url: &'a str,
+        to: Option<&'a Path>,
+    },
 }
 
 impl Errand<'_> {
@@ -552,10 +622,16 @@ impl Errand<'_> {
 
     fn unreachable(&self, hub: &Hub, why: &str) -> Error {
         let by_hand = match self {
+            Self::Repo { repo, dir, .. } if is_dataset(repo) => {
+                format!("put its files for training (.parquet, .jsonl, .json or .csv) by hand into `{}`", dir.display())
+            }
             Self::Repo { dir, .. } => {
                 format!("put config.json, tokenizer.json and *.safetensors by hand into `{}`", dir.display())
             }
-            Self::Url { to, .. } => format!("put the file by hand at `{}`", to.display()),
+            Self::Url { to: Some(to), .. } => format!("put the file by hand at `{}`", to.display()),
+            Self::Url { to: None, .. } => {
+                "bring the file by other means and name it in place of the address".to_owned()
+            }
         };
         let hint = match self {
             _ if hub.offline => format!("unset HF_HUB_OFFLINE, or {by_hand}"),
@@ -620,7 +696,7 @@ fn repo_refusal(hub: &Hub, answer: &Answer, repo: &Repo, repo_id: &str) -> Error
         (_, "RevisionNotFound") => missing(
             &format!("revision of `{repo_id}`"),
             repo.revision(),
-            format!("the branches and tags are at {endpoint}/{repo_id}/tree/main; without --revision it is main"),
+            format!("the branches and tags are at {endpoint}/{}/tree/main; without --revision it is main", repo.url()),
         ),
         (_, "EntryNotFound") => missing(
             &format!("file of `{repo_id}`"),
@@ -629,20 +705,25 @@ fn repo_refusal(hub: &Hub, answer: &Answer, repo: &Repo, repo_id: &str) -> Error
         ),
         (_, code) if status == 404 || code == "RepoNotFound" => {
             let hint = match nearest_model(repo_id) {
+                _ if is_dataset(repo) => {
+                    format!("look it up at {endpoint}/datasets; a private one needs --access_token or HF_TOKEN")
+                }
                 Some(name) => format!("did you mean `{name}`? a private repository needs --access_token or HF_TOKEN"),
                 None => {
                     "`litgpt download list` shows names; a private repository needs --access_token or HF_TOKEN".into()
                 }
             };
-            missing(&format!("repository at {endpoint}"), repo_id, hint)
+            let what = if is_dataset(repo) { "dataset" } else { "repository" };
+            missing(&format!("{what} at {endpoint}"), repo_id, hint)
         }
         (token, _) => Error::refused(
             format!("no access to `{repo_id}` ({status}): it is gated or private"),
             match token {
-                None => format!("accept the licence at {endpoint}/{repo_id} and give --access_token or HF_TOKEN"),
+                None => format!("accept the licence at {endpoint}/{} and give --access_token or HF_TOKEN", repo.url()),
                 Some(token) => format!(
-                    "accept the licence at {endpoint}/{repo_id} with the account of the token {}, and let that token \
-                     read gated repositories",
+                    "accept the licence at {endpoint}/{} with the account of the token {}, and let that token read \
+                     gated repositories",
+                    repo.url(),
                     token.origin
                 ),
             },
@@ -723,10 +804,7 @@ impl Listing {
         };
         match self.siblings.iter().find(|sibling| escapes(&sibling.rfilename)) {
             None => Ok(self),
-            Some(Sibling { rfilename, .. }) => Err(Error::refused(
-                format!("`{endpoint}` lists a file that would be written outside its folder: {rfilename:?}"),
-                "nothing was written; check HF_ENDPOINT",
-            )),
+            Some(Sibling { rfilename, .. }) => Err(outside(endpoint, rfilename)),
         }
     }
 
@@ -775,6 +853,15 @@ impl Listing {
         }
         .to_owned()
     }
+}
+
+fn outside(endpoint: &str, name: &str) -> Error {
+    let message = format!("`{endpoint}` lists a file that would be written outside its folder: {name:?}");
+    Error::refused(message, "nothing was written; check HF_ENDPOINT")
+}
+
+fn is_dataset(repo: &Repo) -> bool {
+    repo.url().starts_with("datasets/")
 }
 
 fn is_small_file(name: &str) -> bool {
@@ -1283,6 +1370,11 @@ fn escape(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
     let escaped = |byte: u8| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     name.bytes().map(escaped).collect()
+}
+
+/// The same, but for the slashes between folders.
+fn escape_path(name: &str) -> String {
+    name.split('/').map(escape).collect::<Vec<_>>().join("/")
 }
 
 #[cfg(test)]

@@ -192,11 +192,11 @@ pub const FLAGS: &[Flag] = &[
     row("lora_head", Boolean, LORA, "Adapt the LM head"),
 
     row("data.name", Text, DATA,
-        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Dolly, JSON, LongForm; or a .json, \
-         .jsonl or .csv file")
+        "Data module: Alpaca, Alpaca2k, AlpacaGPT4, Deita, Dolly, FLAN, JSON, LIMA, LongForm; or a .json, .jsonl, .csv or \
+         .parquet file; or a dataset of the Hub, ORGANISATION/NAME")
         .also(&["data", "data.class_path"]),
-    row("data.json_path", File, DATA, "JSON: a .json, .jsonl or .csv file, or a folder with a train and a val file"),
-    row("data.columns", Text, DATA, "JSON: what the file calls the keys of a row, e.g. instruction=question,output=answer"),
+    row("data.json_path", File, DATA, "JSON: a .json, .jsonl, .csv or .parquet file, or a folder with a train and a val file"),
+    row("data.columns", Text, DATA, "JSON, Hub: what the file calls the keys of a row, e.g. instruction=question,output=answer"),
     row("data.mask_prompt", Boolean, DATA, "Train on the answers only [default: true for conversations, else false]")
         .also(&["data.mask_prompt", "data.mask_inputs"]),
     row("data.pack", Boolean, DATA,
@@ -210,9 +210,9 @@ pub const FLAGS: &[Flag] = &[
     row("data.seed", Whole, DATA, "Seed of the split and of the order of samples"),
     row("data.num_workers", Whole, DATA, "Accepted for LitGPT's sake, without effect"),
     row("data.download_dir", File, DATA, "Where downloaded data is kept [default: the module's own]"),
-    row("data.include_multiturn_conversations", Boolean, DATA, "Deita, LIMA: also the later turns, each as a sample"),
+    row("data.include_multiturn_conversations", Boolean, DATA, "Deita, LIMA: also the later answers, each as a sample"),
     row("data.repo_id", Text, DATA, "Another dataset repository on the Hub"),
-    row("data.subsets", Text, DATA, "FLAN: names of subsets with commas between"),
+    row("data.subsets", Text, DATA, "FLAN, Hub: names of subsets with commas between"),
     row("data.file_url", Text, DATA, "Another address of the data file"),
     row("data.file_name", Text, DATA, "Name under which the downloaded file is kept"),
     row("data.url", Text, DATA, "FLAN: another address of the folder"),
@@ -316,7 +316,7 @@ impl Args for FinetuneArgs {
             .short('c')
             .long("config")
             .value_name("FILE")
-            .help("YAML or JSON file with settings; of several, later ones win")
+            .help("YAML or JSON file with settings, or its web address; of several, later ones win")
             .action(ArgAction::Append)
             .value_parser(value_parser!(PathBuf));
         let print_config = Arg::new("print_config")

@@ -3,8 +3,9 @@
 use super::args::DownloadArgs;
 use super::ui::Ui;
 use crate::checkpoint::hub::{Hub, Progress, Request, models};
-use crate::data::Fetch;
+use crate::data::{Choose, Fetch};
 use crate::error::Result;
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -39,6 +40,14 @@ pub fn repository(
     dir
 }
 
+/// The text at a web address.
+///
+/// # Errors
+/// Those of the Hub and of the address.
+pub fn text(url: &str) -> Result<String> {
+    Hub::from_env(None)?.read_text(url, &mut Silent)
+}
+
 /// A download shown on the terminal.
 struct Shown<'a>(&'a mut Ui);
 
@@ -64,22 +73,58 @@ impl Progress for Shown<'_> {
     }
 }
 
-/// Fetches the files of datasets, without a display.
-pub struct Fetcher(Hub);
+/// Fetches the files of datasets.
+pub struct Fetcher<'a> {
+    hub: Hub,
+    ui: RefCell<&'a mut Ui>,
+}
 
-impl Fetcher {
+impl<'a> Fetcher<'a> {
     /// With the Hub's settings.
     ///
     /// # Errors
     /// When the environment's are wrong.
-    pub fn new(token: Option<String>) -> Result<Self> {
-        Ok(Self(Hub::from_env(token)?))
+    pub fn new(token: Option<String>, ui: &'a mut Ui) -> Result<Self> {
+        Ok(Self { hub: Hub::from_env(token)?, ui: RefCell::new(ui) })
     }
 }
 
-impl Fetch for Fetcher {
+impl Fetch for Fetcher<'_> {
     fn fetch(&self, url: &str, to: &Path) -> Result<()> {
-        self.0.fetch_url(url, to, &mut Silent)
+        let mut ui = self.ui.borrow_mut();
+        ui.note(&format!("downloading {url}"));
+        let done = self.hub.fetch_url(url, to, &mut One(&mut ui));
+        ui.end();
+        done
+    }
+
+    fn fetch_dataset(&self, repo_id: &str, dir: &Path, choose: Choose<'_>) -> Result<()> {
+        let mut ui = self.ui.borrow_mut();
+        ui.note(&format!("downloading the dataset {repo_id} into {}", dir.display()));
+        let done = self.hub.dataset(repo_id, dir, choose, &mut Shown(&mut ui));
+        ui.end();
+        done
+    }
+}
+
+/// The download of a single file, whose name was told before.
+struct One<'a>(&'a mut Ui);
+
+impl Progress for One<'_> {
+    fn file(&mut self, _: &str, size: u64, have: u64) {
+        self.0.end();
+        self.0.begin("download", size, true);
+        self.0.position(have);
+    }
+
+    fn bytes(&mut self, n: u64) {
+        self.0.advance(n);
+    }
+
+    fn done(&mut self, _: &str) {}
+
+    fn note(&mut self, line: &str) {
+        self.0.note(line);
     }
 }
 

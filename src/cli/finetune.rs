@@ -37,11 +37,8 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
-    let dataset = crate::data::load(
-        &data_config(&settings),
-        &tokenizer,
-        &download::Fetcher::new(settings.access_token.clone())?,
-    )?;
+    let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
+    let dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
     let encoder = encoder(&settings, &checkpoint, &tokenizer, &dataset);
     let (train, val) = encode(&encoder, &dataset, ui)?;
     let packs = side_by_side(&settings, &train);
@@ -142,6 +139,12 @@ fn data_config(settings: &FinetuneSettings) -> DataConfig {
         seed: data.seed,
         num_workers: data.num_workers,
         download_dir: data.download_dir.clone(),
+        include_multiturn_conversations: data.include_multiturn_conversations,
+        repo_id: data.repo_id.clone(),
+        subsets: data.subsets.clone(),
+        file_url: data.file_url.clone(),
+        file_name: data.file_name.clone(),
+        url: data.url.clone(),
     }
 }
 

@@ -11,6 +11,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::args::{self, FLAGS, FinetuneArgs, Flag, Kind, LOG_FLAGS};
+use super::download;
+use crate::checkpoint::hub::is_repo_id;
 use crate::error::{Error, Result};
 use crate::train::settings::{
     DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch, TrainSettings,
@@ -113,26 +115,27 @@ impl Layer {
     }
 }
 
-/// Reads a YAML or JSON file whose top is a mapping.
+/// Reads a YAML or JSON file whose top is a mapping, from a path or a web address.
 fn read_tree(path: &Path) -> Result<Value> {
     let name = path.to_string_lossy();
-    if name.starts_with("https://") || name.starts_with("http://") {
-        let file = name.rsplit('/').next().unwrap_or("recipe.yaml");
-        return Err(Error::unsupported(
-            format!("recipe from the network: `{name}`"),
-            format!("curl -LO {name}, then --config {file}"),
-        ));
-    }
-    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+    let is_address = name.starts_with("https://") || name.starts_with("http://");
+    let text = if is_address { download::text(&name)? } else { read_file(path)? };
+    parse_tree(&text).map_err(|problem| match text.trim_start().starts_with('<') {
+        true => Error::invalid(path, "a web page, not a recipe", "give the address or path of the YAML file itself"),
+        false => Error::invalid(path, problem, "a recipe is YAML with one `key: value` a line"),
+    })
+}
+
+fn read_file(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::Missing {
             what: "recipe".into(),
             path: path.to_owned(),
-            hint: "give --config the path of a YAML file".into(),
+            hint: "give --config the path or web address of a YAML file".into(),
         },
         std::io::ErrorKind::InvalidData => Error::invalid(path, "not a text file", "give --config a YAML file"),
         _ => Error::io("read", path)(error),
-    })?;
-    parse_tree(&text).map_err(|problem| Error::invalid(path, problem, "a recipe is YAML with one `key: value` a line"))
+    })
 }
 
 fn parse_tree(text: &str) -> std::result::Result<Value, String> {
@@ -195,9 +198,12 @@ fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<
         let tree = parse_tree(text)
             .map_err(|problem| Error::usage(format!("`--{group}`: {problem}"), "check quotes and braces"))?;
         flatten(group, tree, expanded);
-    } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv"]) {
+    } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv", ".parquet"]) {
         expanded.push(Entry { name: "data".into(), value: "JSON".into() });
         expanded.push(Entry { name: "data.json_path".into(), value: text.into() });
+    } else if group == "data" && is_repo_id(text) && !Path::new(text).exists() {
+        expanded.push(Entry { name: "data".into(), value: "Hub".into() });
+        expanded.push(Entry { name: "data.repo_id".into(), value: text.into() });
     } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && !entry.value.is_null()) {
         flatten(group, read_tree(Path::new(text))?, expanded);
     } else if !entry.value.is_null() {
@@ -391,7 +397,8 @@ fn data_module(name: &str) -> std::result::Result<&'static str, String> {
         Some(near) => format!("unknown data module `{name}`, did you mean `{near}`?"),
         None => {
             format!(
-                "unknown data module `{name}`, expected one of {}, or a .json, .jsonl or .csv file",
+                "unknown data module `{name}`, expected one of {}, a .json, .jsonl, .csv or .parquet file, or a dataset of \
+                 the Hub as ORGANISATION/NAME",
                 names.join(", ")
             )
         }
@@ -666,7 +673,6 @@ mod tests {
             ("--optimizer.betas 0.9", "expected two numbers, got `0.9`"),
             ("--train.max_step 3", "unexpected argument '--train.max_step' found"),
             ("--config missing.yaml", "recipe not found: `missing.yaml`"),
-            ("--config https://x.org/lora.yaml", "recipe from the network"),
             ("--checkpoint_dir other", "two models"),
         ] {
             let error = resolved(&format!("litgpt finetune_lora m {flags}")).unwrap_err();

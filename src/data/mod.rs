@@ -1,8 +1,9 @@
 //! Datasets: which ones there are, how their files are read and checked, and how they are split.
 //!
-//! A record is an instruction, a conversation or plain text. Files are parsed in `read.rs`, which recognizes the form of
-//! the user's own rows; what becomes of a record is next door too: `prompt.rs` and `chat.rs` make its text, `sft.rs` its
-//! ids and labels. Downloading is left to the caller, behind [`Fetch`].
+//! A record is an instruction, a conversation or plain text. The known datasets are in `registry.rs`, which files they
+//! are in `source.rs`. Files are parsed in `read.rs` and `parquet.rs`; the former recognizes the form of the user's own
+//! rows. What becomes of a record is next door too: `prompt.rs` and `chat.rs` make its text, `sft.rs` its ids and
+//! labels. Downloading is left to the caller, behind [`Fetch`].
 
 use std::path::{Path, PathBuf};
 
@@ -18,162 +19,20 @@ pub mod sft;
 mod system_prompts;
 pub mod torch_rng;
 
+mod parquet;
 mod read;
+mod registry;
+mod source;
 
 use prompt::PromptStyle;
 use read::Form;
+pub use registry::{
+    DATASETS, DatasetKind, FLAN_ENDING, FLAN_SUBSETS, Files, Keys, RemoteFile, Rows, Validation, by_name,
+};
+use source::Parts;
 
 /// Validation share that LitGPT takes from a single file if none is given.
 const DEFAULT_VAL_SPLIT_FRACTION: f64 = 0.05;
-
-/// One dataset of the registry.
-#[derive(Debug)]
-pub struct DatasetKind {
-    /// LitGPT's class, such as `Alpaca`.
-    pub name: &'static str,
-    /// One line for a list of datasets.
-    pub about: &'static str,
-    /// Default folder of its files; empty for `JSON`.
-    pub dir: &'static str,
-    /// Its files.
-    pub files: Files,
-    /// What its rows call the three parts.
-    pub keys: Keys,
-    /// Default prompt style.
-    pub style: &'static str,
-}
-
-/// Files of a dataset.
-#[derive(Debug)]
-pub enum Files {
-    /// The user's own, at `json_path`.
-    Own,
-    /// One file, split by `val_split_fraction`, whose default this is.
-    One(RemoteFile, f64),
-    /// One file for training, one for validation.
-    Two(RemoteFile, RemoteFile),
-}
-
-/// A file and where it comes from.
-#[derive(Debug)]
-pub struct RemoteFile {
-    /// Its name in the download folder; `.json` or `.jsonl`.
-    pub name: &'static str,
-    /// Its address; for an address that is no JSON file, `made` says how to make the file.
-    pub url: &'static str,
-    /// `None`: the address gives the file itself. Else what to do by hand.
-    pub made: Option<&'static str>,
-}
-
-/// Keys of a row.
-#[derive(Debug, Clone, Copy)]
-pub struct Keys {
-    /// Key of the instruction.
-    pub instruction: &'static str,
-    /// Key of the input, which a row may lack.
-    pub input: Option<&'static str>,
-    /// Key of the answer.
-    pub output: &'static str,
-}
-
-const ALPACA_KEYS: Keys = Keys { instruction: "instruction", input: Some("input"), output: "output" };
-
-/// All datasets that can be read.
-pub const DATASETS: &[DatasetKind] = &[
-    DatasetKind {
-        name: "Alpaca",
-        about: "52,000 instructions, cleaned (tloen/alpaca-lora)",
-        dir: "data/alpaca",
-        files: Files::One(
-            RemoteFile {
-                name: "alpaca_data_cleaned_archive.json",
-                url: "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json",
-                made: None,
-            },
-            0.03865,
-        ),
-        keys: ALPACA_KEYS,
-        style: "alpaca",
-    },
-    DatasetKind {
-        name: "Alpaca2k",
-        about: "2,000 instructions of Alpaca (mhenrichsen/alpaca_2k_test)",
-        dir: "data/alpaca2k",
-        files: Files::One(
-            RemoteFile {
-                name: "alpaca2k_data_cleaned_archive.json",
-                url: "https://huggingface.co/datasets/mhenrichsen/alpaca_2k_test",
-                made: Some(
-                    "save its rows as a JSON list, with Python's load_dataset(..., split='train').to_json(FILE, lines=False)",
-                ),
-            },
-            0.05,
-        ),
-        keys: ALPACA_KEYS,
-        style: "alpaca",
-    },
-    DatasetKind {
-        name: "AlpacaGPT4",
-        about: "52,000 instructions answered by GPT-4",
-        dir: "data/alpacagpt4",
-        files: Files::One(
-            RemoteFile {
-                name: "alpacagpt4_data_cleaned_archive.json",
-                url: "https://raw.githubusercontent.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM/main/data/alpaca_gpt4_data.json",
-                made: None,
-            },
-            0.03847,
-        ),
-        keys: ALPACA_KEYS,
-        style: "alpaca",
-    },
-    DatasetKind {
-        name: "Dolly",
-        about: "15,000 instructions written by people (databricks-dolly-15k)",
-        dir: "data/dolly",
-        files: Files::One(
-            RemoteFile {
-                name: "databricks-dolly-15k.jsonl",
-                url: "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
-                made: None,
-            },
-            0.1,
-        ),
-        keys: Keys { instruction: "instruction", input: Some("context"), output: "response" },
-        style: "alpaca",
-    },
-    DatasetKind {
-        name: "JSON",
-        about: "your own file or folder, given by `json_path`",
-        dir: "",
-        files: Files::Own,
-        keys: ALPACA_KEYS,
-        style: "alpaca",
-    },
-    DatasetKind {
-        name: "LongForm",
-        about: "instructions with long answers (akoksal/LongForm)",
-        dir: "data/longform",
-        files: Files::Two(
-            RemoteFile {
-                name: "train.json",
-                url: "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset/train.json",
-                made: None,
-            },
-            RemoteFile {
-                name: "val.json",
-                url: "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset/val.json",
-                made: None,
-            },
-        ),
-        keys: Keys { instruction: "input", input: None, output: "output" },
-        style: "longform",
-    },
-];
-
-/// Datasets of LitGPT that are not JSON files with one instruction a row.
-const NOT_READ: &[&str] =
-    &["Deita", "FLAN", "LIMA", "LitData", "MicroLlama", "OpenWebText", "TextFiles", "TinyLlama", "TinyStories"];
 
 /// Which dataset, and how it is used; LitGPT's names and defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -181,7 +40,7 @@ const NOT_READ: &[&str] =
 pub struct DataConfig {
     /// Dataset, as in [`DATASETS`] (`Alpaca`, `litgpt.data.Alpaca`).
     pub name: String,
-    /// `JSON` only: a `.json`, `.jsonl` or `.csv` file, or a folder with a train and a val file.
+    /// `JSON` only: a `.json`, `.jsonl`, `.csv` or `.parquet` file, or a folder with a train and a val file.
     pub json_path: Option<PathBuf>,
     /// Renamed keys of the user's own rows: `instruction=question,output=answer`.
     pub columns: Option<String>,
@@ -197,6 +56,18 @@ pub struct DataConfig {
     pub num_workers: usize,
     /// Where the dataset's files are, or go; `None`: the dataset's own folder.
     pub download_dir: Option<PathBuf>,
+    /// Deita and LIMA: all answers of a conversation, each as a sample; else the first.
+    pub include_multiturn_conversations: bool,
+    /// Another repository of the Hub.
+    pub repo_id: Option<String>,
+    /// FLAN, Hub: names of subsets with commas between.
+    pub subsets: Option<String>,
+    /// Another address of the dataset's file.
+    pub file_url: Option<String>,
+    /// Another name for the dataset's file.
+    pub file_name: Option<String>,
+    /// FLAN: another address of the folder.
+    pub url: Option<String>,
 }
 
 impl Default for DataConfig {
@@ -211,6 +82,12 @@ impl Default for DataConfig {
             seed: 42,
             num_workers: 4,
             download_dir: None,
+            include_multiturn_conversations: false,
+            repo_id: None,
+            subsets: None,
+            file_url: None,
+            file_name: None,
+            url: None,
         }
     }
 }
@@ -289,37 +166,23 @@ impl Dataset {
     }
 }
 
-/// Brings a file from the web; the one way in which this room reaches the network.
+/// Takes from all names of a repository those that are needed.
+pub type Choose<'a> = &'a mut dyn FnMut(&[String]) -> Result<Vec<String>>;
+
+/// Brings files from the web; the one way in which this room reaches the network.
 pub trait Fetch {
     /// Saves what `url` gives as the file `to`, in a folder that exists.
     ///
     /// # Errors
     /// When that fails; then there is no file `to`.
     fn fetch(&self, url: &str, to: &Path) -> Result<()>;
-}
 
-/// The dataset called `name` (case and a leading `litgpt.data.` do not matter).
-///
-/// # Errors
-/// `Error::Usage` for an unknown name, `Error::Unsupported` for a dataset of LitGPT's that is not read here.
-pub fn by_name(name: &str) -> Result<&'static DatasetKind> {
-    let last = name.rsplit('.').next().unwrap_or(name);
-    let normal = |text: &str| text.replace(['_', '-'], "").to_lowercase();
-    let same = |other: &str| normal(other) == normal(last);
-    if let Some(kind) = DATASETS.iter().find(|kind| same(kind.name)) {
-        return Ok(kind);
-    }
-    if let Some(known) = NOT_READ.iter().find(|known| same(known)) {
-        let hint = "save its rows as a JSON list with the keys instruction, input and output, and use \
-                    --data JSON --data.json_path FILE";
-        return Err(Error::unsupported(format!("dataset `{known}`"), hint));
-    }
-    let all = || DATASETS.iter().map(|kind| kind.name);
-    let hint = closest(last, all()).map_or_else(
-        || format!("choose one of {}", all().collect::<Vec<_>>().join(", ")),
-        |near| format!("did you mean `{near}`?"),
-    );
-    Err(Error::usage(format!("no dataset is called `{name}`"), hint))
+    /// Brings the files that `choose` takes of a dataset's repository on the Hub into `dir`, below which they keep their
+    /// names.
+    ///
+    /// # Errors
+    /// When that fails, or `choose` does.
+    fn fetch_dataset(&self, repo_id: &str, dir: &Path, choose: Choose<'_>) -> Result<()>;
 }
 
 /// Reads, checks and splits the dataset that `config` asks for, fetching its files if they are not there.
@@ -333,31 +196,33 @@ pub fn load(config: &DataConfig, tokenizer: &Tokenizer, fetch: &dyn Fetch) -> Re
     let kind = by_name(&config.name)?;
     let style = PromptStyle::resolve(config.prompt_style.as_deref().unwrap_or(kind.style), tokenizer)?;
     check_fraction(config)?;
-    let fraction = config.val_split_fraction;
-    let dir = config.download_dir.clone().unwrap_or_else(|| PathBuf::from(kind.dir));
-    if config.columns.is_some() && !matches!(kind.files, Files::Own) {
-        let message = format!("columns goes with your own file, not with --data {}", kind.name);
+    if config.columns.is_some() && !matches!(kind.rows, Rows::Any) {
+        let message = format!("columns goes with your own rows, not with --data {}", kind.name);
         return Err(Error::usage(message, "leave --data.columns out, or give --data FILE"));
     }
     if config.json_path.is_some() && !matches!(kind.files, Files::Own) {
         let message = format!("json_path goes with --data JSON, not with --data {}", kind.name);
         return Err(Error::usage(message, "use --data JSON --data.json_path FILE"));
     }
-    match &kind.files {
-        Files::Own => load_own(config, style),
-        Files::One(file, default) => {
-            let path = provide(kind, file, &dir, fetch)?;
-            one_file(path, fraction.unwrap_or(*default), config.seed, &Form::Keys(kind.keys), style)
-        }
-        Files::Two(train, val) => {
-            if fraction.is_some() {
-                let message = format!("val_split_fraction has no use: {} has a validation file of its own", kind.name);
-                return Err(Error::usage(message, "leave --data.val_split_fraction out"));
-            }
-            let form = Form::Keys(kind.keys);
-            two_files(provide(kind, train, &dir, fetch)?, provide(kind, val, &dir, fetch)?, &form, style)
+    let form = form(kind, config)?;
+    match source::find(kind, config, fetch)? {
+        Parts::Split(files, fraction) => split(files, fraction, config.seed, &form, style),
+        Parts::Apart(train, val) => {
+            let train_rows = read_all(&train, 0, &form)?;
+            let val_rows = read_all(&val, train.len(), &form)?;
+            Ok(Dataset { train: train_rows, val: val_rows, style, sources: [train, val].concat() })
         }
     }
+}
+
+fn form(kind: &DatasetKind, config: &DataConfig) -> Result<Form> {
+    Ok(match kind.rows {
+        Rows::Keys(keys) => Form::Keys(keys),
+        Rows::Turns(key) => Form::Turns { key, all: config.include_multiturn_conversations },
+        Rows::Any => {
+            Form::Any { renamed: config.columns.as_deref().map(read::columns).transpose()?.unwrap_or_default() }
+        }
+    })
 }
 
 fn check_fraction(config: &DataConfig) -> Result<()> {
@@ -370,68 +235,28 @@ fn check_fraction(config: &DataConfig) -> Result<()> {
     }
 }
 
-fn load_own(config: &DataConfig, style: PromptStyle) -> Result<Dataset> {
-    let form = Form::Any { renamed: config.columns.as_deref().map(read::columns).transpose()?.unwrap_or_default() };
-    let Some(path) = config.json_path.clone() else {
-        let message = "dataset JSON needs a json_path";
-        return Err(Error::usage(message, "add --data.json_path FILE, a .json, .jsonl or .csv file"));
-    };
-    if path.is_file() {
-        let fraction = config.val_split_fraction.unwrap_or(DEFAULT_VAL_SPLIT_FRACTION);
-        return one_file(path, fraction, config.seed, &form, style);
+/// The records of `files`, the first of which is number `first` of the dataset's.
+fn read_all(files: &[PathBuf], first: usize, form: &Form) -> Result<Vec<Record>> {
+    let mut rows = Vec::new();
+    for (i, path) in files.iter().enumerate() {
+        rows.extend(read::records(path, first + i, form)?);
     }
-    if !path.is_dir() {
-        let hint = "--data.json_path takes a .json, .jsonl or .csv file, or a folder with train.json and val.json";
-        return Err(Error::Missing { what: "dataset".to_owned(), path, hint: hint.to_owned() });
-    }
-    if config.val_split_fraction.is_some() {
-        let message = format!("val_split_fraction has no use: json_path `{}` is a folder", path.display());
-        return Err(Error::usage(message, "leave --data.val_split_fraction out, or give one file"));
-    }
-    let part = |name: &str| {
-        let candidates = ["json", "jsonl", "csv"].map(|ending| path.join(format!("{name}.{ending}")));
-        candidates.iter().find(|file| file.is_file()).cloned().ok_or_else(|| Error::Missing {
-            what: format!("{name} file of the dataset"),
-            path: candidates[0].clone(),
-            hint: format!("put a {name}.json or {name}.jsonl there, or give --data.json_path one file"),
-        })
-    };
-    two_files(part("train")?, part("val")?, &form, style)
+    Ok(rows)
 }
 
-/// The path of a dataset's file, which is there when this returns.
-fn provide(kind: &DatasetKind, file: &RemoteFile, dir: &Path, fetch: &dyn Fetch) -> Result<PathBuf> {
-    let path = dir.join(file.name);
-    let filled = || path.metadata().is_ok_and(|data| data.len() > 0);
-    if filled() {
-        return Ok(path);
-    }
-    let missing = |hint: String| Error::Missing { what: format!("dataset {}", kind.name), path: path.clone(), hint };
-    if let Some(made) = file.made {
-        return Err(missing(format!("{made}, under that name: {}", file.url)));
-    }
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let problem = match fetch.fetch(file.url, &path) {
-        Ok(()) if filled() => return Ok(path),
-        Ok(()) => "it gave an empty file".to_owned(),
-        Err(e) => e.to_string(),
-    };
-    Err(missing(format!("download {} under that name (fetching it failed: {problem})", file.url)))
-}
-
-fn one_file(path: PathBuf, fraction: f64, seed: u64, form: &Form, style: PromptStyle) -> Result<Dataset> {
-    let rows = read::records(&path, 0, form)?;
+fn split(files: Vec<PathBuf>, fraction: f64, seed: u64, form: &Form, style: PromptStyle) -> Result<Dataset> {
+    let rows = read_all(&files, 0, form)?;
     let n = rows.len();
     let (n_train, n_val) = torch_rng::split_lengths(n, fraction);
     if n_train == 0 || n_val == 0 {
         let part = if n_val == 0 { "validation" } else { "training" };
         let problem = format!("val_split_fraction {fraction} of {n} rows leaves none for {part}");
-        return Err(Error::invalid(&path, problem, split_hint(n)));
+        return Err(Error::invalid(files.first().map_or(Path::new(""), PathBuf::as_path), problem, split_hint(n)));
     }
     let (train, val) = torch_rng::random_split(n, fraction, seed);
     let mut rows: Vec<Option<Record>> = rows.into_iter().map(Some).collect();
     let mut take = |order: Vec<usize>| order.into_iter().filter_map(|i| rows[i].take()).collect();
-    Ok(Dataset { train: take(train), val: take(val), style, sources: vec![path] })
+    Ok(Dataset { train: take(train), val: take(val), style, sources: files })
 }
 
 fn split_hint(n: usize) -> String {
@@ -440,11 +265,6 @@ fn split_hint(n: usize) -> String {
     }
     let least = (10_000.0 / n as f64).ceil() / 10_000.0;
     format!("use --data.val_split_fraction {least} or more, below 1, or a folder with train.json and val.json")
-}
-
-fn two_files(train: PathBuf, val: PathBuf, form: &Form, style: PromptStyle) -> Result<Dataset> {
-    let (train_rows, val_rows) = (read::records(&train, 0, form)?, read::records(&val, 1, form)?);
-    Ok(Dataset { train: train_rows, val: val_rows, style, sources: vec![train, val] })
 }
 
 /// The candidate most like `name`, if any is like it.
@@ -490,6 +310,54 @@ mod tests {
                 None => Err(Error::unsupported("network", "")),
             }
         }
+
+        fn fetch_dataset(&self, repo_id: &str, _: &Path, _: Choose<'_>) -> Result<()> {
+            assert!(self.0.is_none());
+            Err(Error::unsupported(format!("network for {repo_id}"), ""))
+        }
+    }
+
+    /// A repository with these files, and how often it was asked.
+    struct Repo(Vec<(&'static str, Vec<u8>)>, std::cell::Cell<usize>);
+
+    impl Repo {
+        fn new(files: &[(&'static str, &str)]) -> Self {
+            Self(files.iter().map(|(name, text)| (*name, text.as_bytes().to_vec())).collect(), 0.into())
+        }
+    }
+
+    impl Fetch for Repo {
+        fn fetch(&self, url: &str, to: &Path) -> Result<()> {
+            self.1.set(self.1.get() + 1);
+            let found = self.0.iter().find(|(name, _)| url == *name);
+            let (_, bytes) = found.ok_or_else(|| Error::unsupported(url, ""))?;
+            std::fs::write(to, bytes).map_err(Error::io("write", to))
+        }
+
+        fn fetch_dataset(&self, _: &str, dir: &Path, choose: Choose<'_>) -> Result<()> {
+            self.1.set(self.1.get() + 1);
+            let names: Vec<String> = self.0.iter().map(|(name, _)| (*name).to_owned()).collect();
+            for name in choose(&names)? {
+                let (_, bytes) = self.0.iter().find(|(other, _)| *other == name).unwrap();
+                let to = dir.join(name);
+                std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+                std::fs::write(to, bytes).unwrap();
+            }
+            Ok(())
+        }
+    }
+
+    fn module(name: &str, dir: &Path) -> DataConfig {
+        DataConfig { name: name.into(), download_dir: Some(dir.to_owned()), ..DataConfig::default() }
+    }
+
+    /// Instructions and answers.
+    fn pairs(records: &[Record]) -> Vec<(String, String)> {
+        records.iter().map(said).map(|(instruction, _, output)| (instruction, output)).collect()
+    }
+
+    fn text_pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
     }
 
     /// The quickstart model's, which has no chat template.
@@ -520,32 +388,6 @@ mod tests {
         let (text, hint) = (e.to_string(), e.hint().unwrap_or_default());
         assert!(!text.contains('\n') && !hint.contains('\n'), "{text} / {hint}");
         (text, hint)
-    }
-
-    #[test]
-    fn registry_is_sound() {
-        for kind in DATASETS {
-            assert_eq!(by_name(kind.name).unwrap().name, kind.name);
-            assert_eq!(by_name(&format!("litgpt.data.{}", kind.name)).unwrap().name, kind.name);
-            assert_eq!(PromptStyle::by_name(kind.style).unwrap().name(), kind.style);
-            let files = match &kind.files {
-                Files::Own => vec![],
-                Files::One(file, _) => vec![file],
-                Files::Two(a, b) => vec![a, b],
-            };
-            assert!(files.iter().all(|file| file.url.starts_with("https://") && file.name.contains(".json")));
-        }
-        assert!(DATASETS.is_sorted_by_key(|kind| kind.name));
-        assert_eq!(by_name("alpaca_2k").unwrap().name, "Alpaca2k");
-        assert_eq!(by_name("json").unwrap().name, "JSON");
-    }
-
-    #[test]
-    fn unknown_datasets_are_explained() {
-        let e = by_name("Alpacca").unwrap_err();
-        assert_eq!(e.hint().unwrap(), "did you mean `Alpaca`?");
-        assert!(by_name("wikipedia").unwrap_err().hint().unwrap().contains("Alpaca, Alpaca2k"));
-        assert!(matches!(by_name("litgpt.data.LIMA").unwrap_err(), Error::Unsupported { .. }));
     }
 
     #[test]
@@ -621,7 +463,7 @@ mod tests {
         let config = DataConfig { val_split_fraction: Some(f64::NAN), ..DataConfig::default() };
         assert!(fails(&config).0.contains("between 0 and 1"));
         let config = DataConfig { name: "LongForm".into(), val_split_fraction: Some(0.1), ..DataConfig::default() };
-        assert!(fails(&config).0.contains("validation file of its own"));
+        assert!(fails(&config).0.contains("validation rows of its own"));
         assert!(fails(&json(Path::new("/nonexistent.json"))).0.starts_with("dataset not found: `/nonexistent.json`"));
         let config = DataConfig { prompt_style: Some("alpacca".into()), ..DataConfig::default() };
         assert_eq!(fails(&config).1, "did you mean `alpaca`?");
@@ -650,8 +492,138 @@ mod tests {
         let first = data.train.iter().chain(&data.val).map(said).find(|r| r.0 == "a").unwrap();
         assert_eq!((first.1.as_deref(), first.2.as_str()), (Some("c"), "r"));
         assert!(load(&config, &tokenizer(), &Web(None)).is_ok()); // now read from the folder
-        let two = DataConfig { name: "Alpaca2k".into(), download_dir: Some(folder), ..DataConfig::default() };
-        assert!(fails(&two).1.contains("mhenrichsen/alpaca_2k_test"));
+    }
+
+    #[test]
+    fn lima_gives_first_answers_or_all() {
+        let rows = concat!(
+            "{\"conversations\": [\"a\", \"b\", \"c\", \"d\"], \"source\": \"x\"}\n",
+            "{\"conversations\": [\"e\", \"f\"], \"source\": \"y\"}\n"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let repo = Repo::new(&[("README.md", ""), ("train.jsonl", rows), ("test.jsonl", "{}")]);
+        let config = DataConfig { val_split_fraction: Some(0.5), ..module("LIMA", &dir.path().join("lima")) };
+        let data = load(&config, &tokenizer(), &repo).unwrap();
+        let mut all = pairs(&[data.train, data.val].concat());
+        all.sort();
+        assert_eq!(all, text_pairs(&[("a", "b"), ("e", "f")]));
+        assert_eq!(data.style.name(), "alpaca");
+        let config = DataConfig { include_multiturn_conversations: true, ..config };
+        let data = load(&config, &tokenizer(), &Web(None)).unwrap(); // from the folder
+        let mut all = pairs(&[data.train, data.val].concat());
+        all.sort();
+        assert_eq!(all, text_pairs(&[("a", "b"), ("c", "d"), ("e", "f")]));
+        assert!(!dir.path().join("lima/test.jsonl").exists());
+        let e = load(&module("LIMA", &dir.path().join("none")), &tokenizer(), &Web(None)).unwrap_err();
+        assert!(e.to_string().contains("network for GAIR/lima"), "{e}");
+    }
+
+    #[test]
+    fn deita_has_splits_and_turns() {
+        let turns = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/turns.parquet")).unwrap();
+        let (train, test) = ("data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet");
+        let other = ("data/train_gen-00000-of-00001.parquet", vec![]);
+        let dir = tempfile::tempdir().unwrap();
+        let repo = Repo(vec![(train, turns.clone()), (test, turns), other], 0.into());
+        let data = load(&module("Deita", dir.path()), &tokenizer(), &repo).unwrap();
+        let first = text_pairs(&[("Hello?", "Hi!"), ("Why?", "Because.")]);
+        assert_eq!((pairs(&data.train), pairs(&data.val)), (first.clone(), first));
+        assert_eq!(data.sources, [dir.path().join(train), dir.path().join(test)]);
+        assert!(data.locate(data.val[1].row).ends_with("test_sft-00000-of-00001.parquet` row 2"));
+        let config = DataConfig { include_multiturn_conversations: true, ..module("Deita", dir.path()) };
+        let data = load(&config, &tokenizer(), &repo).unwrap();
+        assert_eq!(
+            pairs(&data.train),
+            text_pairs(&[("Hello?", "Hi!"), ("Who are you?", "A fox."), ("Why?", "Because.")])
+        );
+        assert_eq!(repo.1.get(), 1, "the second time it is there");
+        let config = DataConfig { val_split_fraction: Some(0.1), ..module("Deita", dir.path()) };
+        assert!(fails(&config).0.contains("validation rows of its own"));
+    }
+
+    #[test]
+    fn flan_reads_the_subsets_that_are_asked_for() {
+        let row = |name: &str| format!("{{\"inputs\": \"{name}\", \"targets\": \"t\", \"task\": \"x\"}}\n");
+        let at = "https://huggingface.co/datasets/Muennighoff/flan/resolve/main";
+        let files = [("train", "aeslc"), ("test", "aeslc"), ("train", "cb"), ("test", "cb")].map(|(split, subset)| {
+            let url: &'static str = format!("{at}/{split}/{subset}_10templates_{split}.jsonl").leak();
+            (url, (row(&format!("{subset} {split} 1")) + &row(&format!("{subset} {split} 2"))).into_bytes())
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let config = DataConfig { subsets: Some("aeslc_10templates,cb".into()), ..module("FLAN", dir.path()) };
+        let data = load(&config, &tokenizer(), &Repo(files.to_vec(), 0.into())).unwrap();
+        let asked = |part: &[Record]| part.iter().map(|record| said(record).0).collect::<Vec<_>>();
+        assert_eq!(asked(&data.train), ["aeslc train 1", "aeslc train 2", "cb train 1", "cb train 2"]);
+        assert_eq!(asked(&data.val), ["aeslc test 1", "aeslc test 2", "cb test 1", "cb test 2"]);
+        assert_eq!(data.style.name(), "flan");
+        assert!(dir.path().join("cb_10templates_test.jsonl").is_file());
+        assert!(data.locate(data.val[3].row).ends_with("cb_10templates_test.jsonl` line 2"));
+        let one = DataConfig { subsets: Some("wsc".into()), ..module("FLAN", dir.path()) };
+        let (text, hint) = fails(&one);
+        assert!(text.ends_with("wsc_10templates_train.jsonl`"), "{text}");
+        assert!(
+            hint.starts_with(&format!("download {at}/train/wsc_10templates_train.jsonl under that name")),
+            "{hint}"
+        );
+        let wrong = DataConfig { subsets: Some("wsd".into()), ..module("FLAN", dir.path()) };
+        assert_eq!(fails(&wrong).1, "did you mean `wsc`?");
+    }
+
+    #[test]
+    fn alpaca2k_comes_from_its_repository_or_from_the_folder() {
+        let rows = rows(40);
+        let dir = tempfile::tempdir().unwrap();
+        let config = module("Alpaca2k", dir.path());
+        assert!(fails(&config).0.contains("mhenrichsen/alpaca_2k_test"));
+        let data = load(&config, &tokenizer(), &Repo::new(&[("alpaca_2000.json", &rows)])).unwrap();
+        assert_eq!((data.train.len(), data.val.len(), data.style.name()), (38, 2, "alpaca"));
+        assert!(load(&config, &tokenizer(), &Web(None)).is_ok());
+        // Put there by hand, under any name.
+        let by_hand = tempfile::tempdir().unwrap();
+        std::fs::write(by_hand.path().join("my rows.json"), &rows).unwrap();
+        assert_eq!(load(&module("Alpaca2k", by_hand.path()), &tokenizer(), &Web(None)).unwrap().train, {
+            let mut train = data.train;
+            train.iter_mut().for_each(|record| record.row.file = 0);
+            train
+        });
+    }
+
+    /// A download that ended early must not pass for the dataset.
+    #[test]
+    fn a_part_of_a_dataset_is_completed() {
+        let row = |i: usize| format!("{{\"question\": \"q{i}\", \"answer\": \"a{i}\"}}\n");
+        let names = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"];
+        let (first, second) = (row(1) + &row(2), row(3) + &row(4));
+        let repo = Repo::new(&[(names[0], &first), (names[1], &second)]);
+        let dir = tempfile::tempdir().unwrap();
+        let config = DataConfig {
+            repo_id: Some("o/n".into()),
+            val_split_fraction: Some(0.25),
+            columns: Some("instruction=answer,output=question".into()),
+            ..module("Hub", dir.path())
+        };
+        let data = load(&config, &tokenizer(), &repo).unwrap();
+        assert_eq!((data.train.len(), data.val.len()), (3, 1));
+        assert!(said(&data.train[0]).0.starts_with('a'), "the columns are renamed");
+        std::fs::remove_file(dir.path().join(names[1])).unwrap();
+        assert!(fails(&config).0.contains("network for o/n"));
+        assert_eq!(load(&config, &tokenizer(), &repo).unwrap().sources.len(), 2);
+        assert_eq!(repo.1.get(), 2);
+        assert!(fails(&DataConfig { repo_id: None, ..config }).0.contains("needs a repo_id"));
+    }
+
+    #[test]
+    fn another_address_is_another_file() {
+        let (url, content) = ("https://example.org/libre.json?x=1", rows(40));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("alpaca_data_cleaned_archive.json"), rows(80)).unwrap();
+        let config = DataConfig { file_url: Some(url.into()), ..module("Alpaca", dir.path()) };
+        let web = Repo::new(&[(url, &content)]);
+        let data = load(&config, &tokenizer(), &web).unwrap();
+        assert_eq!((data.train.len() + data.val.len(), &data.sources), (40, &vec![dir.path().join("libre.json")]));
+        let named = DataConfig { file_name: Some("other.json".into()), ..config };
+        assert_eq!(load(&named, &tokenizer(), &web).unwrap().sources, [dir.path().join("other.json")]);
+        assert_eq!(load(&module("Alpaca", dir.path()), &tokenizer(), &Web(None)).unwrap().train.len(), 77);
     }
 
     #[test]

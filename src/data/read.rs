@@ -1,4 +1,5 @@
-//! Dataset files: `.json` lists, `.jsonl` lines and `.csv` tables to records, with errors that say which row is wrong.
+//! Dataset files: `.json` lists, `.jsonl` lines, `.csv` and `.parquet` tables to records, with errors that say which row
+//! is wrong.
 //!
 //! The form of the user's own rows is told by the keys of the first; then every row must have it.
 
@@ -7,7 +8,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::chat::Message;
-use super::{ALPACA_KEYS, Content, Keys, Origin, Record};
+use super::registry::{ALPACA_KEYS, Keys};
+use super::{Content, Origin, Record, parquet};
 use crate::error::{Error, Result};
 
 /// Layout of a dataset file.
@@ -16,6 +18,7 @@ enum Layout {
     List,
     Lines,
     Table,
+    Columns,
 }
 
 impl Layout {
@@ -24,6 +27,7 @@ impl Layout {
             "json" => Some(Self::List),
             "jsonl" | "ndjson" => Some(Self::Lines),
             "csv" => Some(Self::Table),
+            "parquet" => Some(Self::Columns),
             _ => None,
         }
     }
@@ -33,6 +37,13 @@ impl Layout {
 pub(super) enum Form {
     /// Instructions with these keys.
     Keys(Keys),
+    /// Conversations, of which single answers are learned, each with the turn before it.
+    Turns {
+        /// Key of the list of turns.
+        key: &'static str,
+        /// All answers of a conversation, not only the first.
+        all: bool,
+    },
     /// Whatever the first row shows, its keys renamed: (what it is called here, what it is called in the file).
     Any {
         /// From [`columns`].
@@ -110,20 +121,21 @@ pub(super) fn unit(path: &Path) -> &'static str {
 pub(super) fn records(path: &Path, file: usize, form: &Form) -> Result<Vec<Record>> {
     let Some(layout) = Layout::of(path) else {
         let hint = "rename it, or save it in one of these forms";
-        return Err(Error::invalid(path, "not a .json, .jsonl or .csv file", hint));
+        return Err(Error::invalid(path, "not a .json, .jsonl, .csv or .parquet file", hint));
     };
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let text = text_of(path, bytes)?;
+    let text = || text_of(path, std::fs::read(path).map_err(Error::io("read", path))?);
     let mut values = match layout {
-        Layout::List => parse_list(path, &text)?,
-        Layout::Lines => parse_lines(path, &text)?,
-        Layout::Table => parse_table(path, &text)?,
+        Layout::List => parse_list(path, &text()?)?,
+        Layout::Lines => parse_lines(path, &text()?)?,
+        Layout::Table => parse_table(path, &text()?)?,
+        Layout::Columns => parquet::rows(path)?,
     };
     if values.is_empty() {
         return Err(Error::invalid(path, "the dataset has no rows", ""));
     }
     let shape = match form {
         Form::Keys(keys) => Shape::Instruction(*keys),
+        Form::Turns { key, .. } => Shape::Conversation(key),
         Form::Any { renamed } => {
             values.iter_mut().filter_map(|(_, value)| value.as_object_mut()).for_each(|row| rename(row, renamed));
             let first = values.iter().find_map(|(_, value)| value.as_object());
@@ -138,7 +150,12 @@ pub(super) fn records(path: &Path, file: usize, form: &Form) -> Result<Vec<Recor
             Err(problem) => problems.push(format!("{} {row}: {problem}", unit(path))),
         }
     }
-    let Some(first) = problems.first() else { return Ok(records) };
+    let Some(first) = problems.first() else {
+        return Ok(match form {
+            Form::Turns { all, .. } => records.into_iter().flat_map(|record| exchanges(record, *all)).collect(),
+            _ => records,
+        });
+    };
     let more = match problems.len() {
         1 => String::new(),
         n => format!("; {} more rows are broken too", n - 1),
@@ -295,6 +312,21 @@ fn conversation(key: &str, turns: Vec<Value>) -> std::result::Result<Content, St
     Ok(Content::Conversation(messages))
 }
 
+/// The answers of a conversation, or the first, each as a record of its own with the turn before it as instruction.
+fn exchanges(record: Record, all: bool) -> Vec<Record> {
+    let messages = record.messages();
+    let pairs = messages.windows(2).filter(|pair| pair[1].is_answer() && !pair[0].is_answer());
+    let exchange = |pair: &[Message]| Record {
+        content: Content::Instruction {
+            instruction: pair[0].content.clone(),
+            input: None,
+            output: pair[1].content.clone(),
+        },
+        row: record.row,
+    };
+    pairs.take(if all { usize::MAX } else { 1 }).map(exchange).collect()
+}
+
 fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String> {
     if turn.get("tool_calls").is_some_and(|calls| !calls.is_null()) {
         return Err("`tool_calls` are not read".to_owned());
@@ -426,7 +458,7 @@ mod tests {
         let (problem, _) = fails("d.json", r#"{"data": []}"#);
         assert_eq!(problem, "expected a list of rows, found one object (found: data)");
         assert_eq!(fails("d.json", "7").0, "expected a list of rows, found a number");
-        assert_eq!(fails("d.txt", "a,b").0, "not a .json, .jsonl or .csv file");
+        assert_eq!(fails("d.txt", "a,b").0, "not a .json, .jsonl, .csv or .parquet file");
     }
 
     #[test]

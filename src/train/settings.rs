@@ -475,8 +475,12 @@ pub const DATA_MODULES: &[DataModule] = &[
     DataModule { name: "Deita", fields: &["include_multiturn_conversations", "download_dir", "repo_id"] },
     DataModule { name: "Dolly", fields: &["val_split_fraction", "download_dir", "file_url", "file_name"] },
     DataModule { name: "FLAN", fields: &["download_dir", "url", "subsets"] },
+    DataModule { name: "Hub", fields: &["repo_id", "subsets", "columns", "val_split_fraction", "download_dir"] },
     DataModule { name: "JSON", fields: &["json_path", "columns", "val_split_fraction"] },
-    DataModule { name: "LIMA", fields: &["val_split_fraction", "include_multiturn_conversations", "repo_id"] },
+    DataModule {
+        name: "LIMA",
+        fields: &["val_split_fraction", "include_multiturn_conversations", "repo_id", "download_dir"],
+    },
     DataModule { name: "LongForm", fields: &["download_dir"] },
 ];
 
@@ -497,7 +501,7 @@ pub struct DataSettings {
     pub name: String,
     /// JSON: a file, or a folder with a train and a val file.
     pub json_path: Option<PathBuf>,
-    /// JSON: other names of the rows' keys, `instruction=question,output=answer`.
+    /// JSON, Hub: other names of the rows' keys, `instruction=question,output=answer`.
     pub columns: Option<String>,
     /// Train on the answers only; `None`: only in conversations (LitGPT knows none and says false).
     pub mask_prompt: Option<bool>,
@@ -519,7 +523,7 @@ pub struct DataSettings {
     pub include_multiturn_conversations: bool,
     /// Another dataset repository on the Hub.
     pub repo_id: Option<String>,
-    /// FLAN: names of subsets with commas between.
+    /// FLAN, Hub: names of subsets with commas between.
     pub subsets: Option<String>,
     /// Another address of the file.
     pub file_url: Option<String>,
@@ -586,6 +590,9 @@ impl DataSettings {
         }
         check(&mut found, module.name != "JSON" || self.json_path.is_some(), || {
             "the data module JSON needs a file: `--data.json_path FILE`".into()
+        });
+        check(&mut found, module.name != "Hub" || self.repo_id.is_some(), || {
+            "the data module Hub needs a repository: `--data ORGANISATION/NAME`".into()
         });
         if let Some(fraction) = self.val_split_fraction {
             check(&mut found, fraction > 0.0 && fraction < 1.0, || {
