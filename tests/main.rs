@@ -3,6 +3,7 @@
 
 mod cli;
 mod command_lines;
+mod corpus;
 mod download;
 mod finetune;
 mod gguf;

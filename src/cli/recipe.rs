@@ -135,8 +135,12 @@ fn read_tree(path: &Path) -> Result<Value> {
 
 fn parse_tree(text: &str) -> std::result::Result<Value, String> {
     let options = serde_saphyr::options! { with_snippet: false };
-    let in_words =
-        |error: serde_saphyr::Error| error.to_string().replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+    let in_words = |error: serde_saphyr::Error| {
+        error
+            .to_string()
+            .replace(", set DuplicateKeyPolicy in Options if acceptable", "")
+            .replace(" rejected by the configured policy", " is not allowed")
+    };
     match serde_saphyr::from_str_with_options(text, options).map_err(in_words)? {
         Value::Null => Ok(json!({})),
         tree @ Value::Object(_) => Ok(tree),
@@ -196,7 +200,7 @@ fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<
     } else if group == "data" && ends_with(&[".json", ".jsonl", ".ndjson", ".csv"]) {
         expanded.push(Entry { name: "data".into(), value: "JSON".into() });
         expanded.push(Entry { name: "data.json_path".into(), value: text.into() });
-    } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && !entry.value.is_null()) {
+    } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && entry.value.is_string()) {
         flatten(group, read_tree(Path::new(text))?, expanded);
     } else if !entry.value.is_null() {
         expanded.push(entry);
@@ -418,6 +422,7 @@ fn in_words(message: &str) -> String {
         "f64" => "a number",
         "a boolean" => "`true` or `false`",
         "a string" | "path string" => "a text",
+        group if group.starts_with("struct ") => "`key: value` lines of its own",
         other => other,
     };
     format!("expected {words}")

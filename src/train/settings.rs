@@ -222,12 +222,18 @@ impl Default for LoraSettings {
     }
 }
 
+/// Highest rank: no published model has a wider matrix.
+const MOST_RANKS: usize = 65_536;
+
 impl LoraSettings {
     fn problems(&self) -> Vec<String> {
         let targets =
             [self.lora_query, self.lora_key, self.lora_value, self.lora_projection, self.lora_mlp, self.lora_head];
         let mut found = Vec::new();
         check(&mut found, self.lora_r > 0, || "`lora_r` must be at least 1, got 0".into());
+        check(&mut found, self.lora_r <= MOST_RANKS, || {
+            format!("`lora_r` must be at most {MOST_RANKS}, got {}", self.lora_r)
+        });
         positive(&mut found, "lora_alpha", self.lora_alpha);
         below_one(&mut found, "lora_dropout", self.lora_dropout);
         check(&mut found, targets.contains(&true), || {
