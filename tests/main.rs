@@ -15,3 +15,4 @@ mod pains;
 mod resume;
 mod text;
 mod util;
+mod validate;
