@@ -12,6 +12,7 @@ mod golden_litgpt;
 mod kernels;
 mod layering;
 mod pains;
+mod report;
 mod resume;
 mod text;
 mod util;

@@ -167,7 +167,7 @@ pub const FLAGS: &[Flag] = &[
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
-    row("logger_name", Text, MODEL, "Where metrics go; only csv"),
+    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv), or tensorboard (event files in OUT_DIR/logs/tensorboard as well)"),
     row("access_token", Text, MODEL, "Hugging Face token, if the model has to be downloaded")
         .also(&["access_token", "data.access_token"]),
     row("add_bos", Text, MODEL, "Start samples with the BOS token: auto (as the tokenizer's files say), on, off"),

@@ -16,8 +16,10 @@ use crate::generate::{Draw, Request, text};
 use crate::model::Gpt;
 use crate::model::lora::{LoraConfig, Targets};
 use crate::tokenizer::Tokenizer;
+use crate::train::page::Page;
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
+use crate::train::tensorboard::TensorBoard;
 use crate::train::{Job, Outside, Plan, Snapshot, fit, side_by_side};
 use std::path::{Path, PathBuf};
 
@@ -76,9 +78,17 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         Some(bytes) => Metrics::resume(&out_dir, bytes)?,
         None => Metrics::create(&out_dir)?,
     };
+    let tensorboard = match settings.logger_name.as_str() {
+        "tensorboard" => {
+            Some(TensorBoard::create(&out_dir, start.as_ref().map_or(0, |(progress, _)| progress.step + 1))?)
+        }
+        _ => None,
+    };
     let mut outside = Run {
         ui,
         metrics,
+        tensorboard,
+        page: Page::default(),
         settings: &settings,
         checkpoint: &checkpoint,
         tokenizer: &tokenizer,
@@ -89,6 +99,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         signals: Signals::listen()?,
     };
     let summary = fit(&mut job, &mut outside, start)?;
+    outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)?;
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
         outside.ui.end();
         ui.note(&format!(
@@ -249,6 +260,8 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
 struct Run<'a> {
     ui: &'a mut Ui,
     metrics: Metrics,
+    tensorboard: Option<TensorBoard>,
+    page: Page,
     settings: &'a FinetuneSettings,
     checkpoint: &'a Checkpoint,
     tokenizer: &'a Tokenizer,
@@ -262,6 +275,10 @@ struct Run<'a> {
 impl Report for Run<'_> {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         self.metrics.event(event)?;
+        if let Some(board) = &mut self.tensorboard {
+            board.event(event)?;
+        }
+        self.page.event(event)?;
         self.ui.event(event)
     }
 }

@@ -4,9 +4,11 @@
 //! The loss of an optimizer step is the sum over the target tokens of its accumulation window divided by their number,
 //! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
 
+pub mod page;
 pub mod report;
 pub mod schedule;
 pub mod settings;
+pub mod tensorboard;
 
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};

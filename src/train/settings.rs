@@ -596,7 +596,7 @@ pub struct FinetuneSettings {
     pub eval: EvalSettings,
     /// The optimizer.
     pub optimizer: OptimizerSettings,
-    /// Where metrics go; only `csv` is accepted.
+    /// Where metrics go besides `metrics.csv`: `csv`, nowhere, or `tensorboard`.
     pub logger_name: String,
     /// Seed of the adapters' start values, dropout and sample text.
     pub seed: u64,
@@ -637,6 +637,9 @@ impl Default for FinetuneSettings {
     }
 }
 
+/// Values of `logger_name`.
+const LOGGERS: [&str; 2] = ["csv", "tensorboard"];
+
 impl FinetuneSettings {
     /// Checks every rule between and within the settings.
     ///
@@ -654,8 +657,8 @@ impl FinetuneSettings {
         check(&mut problems, self.num_nodes == 1, || {
             format!("`num_nodes` must be 1, this program trains on one machine, got {}", self.num_nodes)
         });
-        check(&mut problems, self.logger_name == "csv", || {
-            format!("`logger_name` must be csv, as metrics go to metrics.csv, got `{}`", self.logger_name)
+        check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {
+            format!("`logger_name` must be one of {}, got `{}`", LOGGERS.join(", "), self.logger_name)
         });
         let hint = "`litgpt finetune_lora --help` explains every setting";
         match problems.len() {
