@@ -4,9 +4,10 @@
 //! `special_tokens_map.json`, `generation_config.json`, `config.json`), never from its name. Prompt texts are made in
 //! `data/prompt.rs`; chat templates are handed out as text only.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -67,7 +68,8 @@ pub struct Tokenizer {
     bos_id: Option<u32>,
     eos_id: Option<u32>,
     eos_ids: Vec<u32>,
-    chat_template: Option<String>,
+    /// Its source, and the file that it stands in.
+    chat_template: Option<(PathBuf, String)>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -111,7 +113,8 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.failed("encode a text", &e))?;
+        let encoded = quietly(|| self.inner.encode_fast(text, false));
+        let encoding = encoded.ok_or_else(|| self.gave_up())?.map_err(|e| self.failed("encode a text", &e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -163,7 +166,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
-        let encoding = self.inner.encode(text, false).map_err(|e| self.failed("encode a text", &e))?;
+        let encoded = quietly(|| self.inner.encode(text, false));
+        let encoding = encoded.ok_or_else(|| self.gave_up())?.map_err(|e| self.failed("encode a text", &e))?;
         Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(|(id, span)| (*id, span.0)).collect())
     }
 
@@ -245,10 +249,39 @@ impl Tokenizer {
     /// The checkpoint's chat template (Jinja), if it has one.
     #[must_use]
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.chat_template.as_ref().map(|(_, source)| source.as_str())
     }
 
-    fn failed(&self, what: &str, e: &dyn std::fmt::Display) -> Error {
+    /// The file of [`Tokenizer::chat_template`]; the folder without one.
+    #[must_use]
+    pub fn chat_template_file(&self) -> &Path {
+        self.chat_template.as_ref().map_or(&self.dir, |(path, _)| path)
+    }
+
+    /// What is wrong for a model of `rows` embeddings: tokens whose ids are beyond them.
+    #[must_use]
+    pub fn ids_beyond(&self, rows: usize) -> Vec<String> {
+        let beyond = |id: &u32| *id as usize >= rows;
+        let highest = self.inner.get_vocab(true).into_iter().filter(|(_, id)| beyond(id)).max_by_key(|(_, id)| *id);
+        let mut problems = Vec::new();
+        if let Some((token, id)) = highest {
+            problems.push(format!("tokenizer.json gives `{token}` the id {id}, and the model has {rows} embeddings"));
+        }
+        for (key, id) in
+            self.eos_ids.iter().map(|id| ("eos_token_id", *id)).chain(self.bos_id.map(|id| ("bos_token_id", id)))
+        {
+            if beyond(&id) {
+                problems.push(format!("`{key}` is {id}, and the model has {rows} embeddings"));
+            }
+        }
+        problems
+    }
+
+    fn gave_up(&self) -> Error {
+        self.failed("encode a text", "one of its patterns takes too long on it, or cannot be used")
+    }
+
+    fn failed(&self, what: &str, e: &(impl std::fmt::Display + ?Sized)) -> Error {
         Error::invalid(&self.dir.join("tokenizer.json"), format!("cannot {what}: {}", one_line(e)), "")
     }
 }
@@ -316,6 +349,9 @@ impl DecodeStream<'_> {
     }
 }
 
+/// What to do about a broken file beside `tokenizer.json`.
+const MEND: &str = "repair it, or delete it and download the checkpoint again";
+
 /// Whether the files of a checkpoint say that a text begins with BOS, decided as transformers does:
 ///
 /// 1. `add_bos_token` in `tokenizer_config.json`, if it is there;
@@ -344,12 +380,35 @@ struct SpecialFiles {
 impl SpecialFiles {
     fn read(dir: &Path) -> Result<Self> {
         let object = |name: &str| read_object(&dir.join(name));
-        Ok(Self {
+        let files = Self {
             tokenizer: object("tokenizer_config.json")?,
             map: object("special_tokens_map.json")?,
             generation: object("generation_config.json")?,
             model: object("config.json")?,
-        })
+        };
+        files.check(dir)?;
+        Ok(files)
+    }
+
+    /// Refuses values of another kind than transformers writes: passed over, they would change the result in silence.
+    fn check(&self, dir: &Path) -> Result<()> {
+        let text = |v: &Value| v.is_null() || v.is_string() || v.get("content").is_some_and(Value::is_string);
+        let id = |v: &Value| v.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
+        let ids = |v: &Value| v.is_null() || id(v) || v.as_array().is_some_and(|list| list.iter().all(id));
+        let is_switch = |v: &Value| v.is_null() || v.is_boolean();
+        let require =
+            |file: &str, object: &Map<String, Value>, key: &str, holds: &dyn Fn(&Value) -> bool, wanted: &str| {
+                let Some(value) = object.get(key).filter(|v| !holds(v)) else { return Ok(()) };
+                let value: String = value.to_string().chars().take(60).collect();
+                Err(Error::invalid(&dir.join(file), format!("`{key}` is {value}, not {wanted}"), MEND))
+            };
+        require("tokenizer_config.json", &self.tokenizer, "add_bos_token", &is_switch, "true or false")?;
+        for key in ["bos_token", "eos_token"] {
+            require("tokenizer_config.json", &self.tokenizer, key, &text, "a text")?;
+            require("special_tokens_map.json", &self.map, key, &text, "a text")?;
+            require("generation_config.json", &self.generation, &format!("{key}_id"), &ids, "an id or a list of ids")?;
+        }
+        Ok(())
     }
 
     /// Id of the token that `key` (`bos_token`, `eos_token`) names: by its text, else by its id in the other files.
@@ -385,15 +444,35 @@ fn load_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(no_vocabulary(dir, path)),
         Err(e) => return Err(Error::io("read", &path)(e)),
     };
-    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| {
-        let hint = "delete the file and download the checkpoint again; it may be cut off or an LFS pointer";
-        Error::invalid(&path, format!("not a tokenizer: {}", one_line(&e)), hint)
-    })?;
+    let hint = "delete the file and download the checkpoint again; it may be cut off or an LFS pointer";
+    let invalid = |problem: String| Error::invalid(&path, format!("not a tokenizer: {problem}"), hint);
+    let read = quietly(|| tokenizers::Tokenizer::from_bytes(&bytes));
+    let read = read.ok_or_else(|| invalid("the library that reads it gives up on a part of it".to_owned()))?;
+    let mut inner = read.map_err(|e| invalid(one_line(&e)))?;
     // Some files carry the cutting and padding of the run that wrote them; ours is done in `data/sft.rs`.
     inner.with_padding(None);
     let off = inner.with_truncation(None);
     off.map_err(|e| Error::invalid(&path, one_line(&e), ""))?;
     Ok(inner)
+}
+
+/// What `read` gives, or `None` where it panics, which then says nothing: a library's panic over a file is the file's
+/// mistake.
+fn quietly<T>(read: impl FnOnce() -> T) -> Option<T> {
+    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                usual(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    QUIET.set(false);
+    result.ok()
 }
 
 fn no_vocabulary(dir: &Path, path: PathBuf) -> Error {
@@ -419,10 +498,9 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
         Err(e) => return Err(Error::io("read", path)(e)),
     };
-    let hint = "repair it, or delete it and download the checkpoint again";
     serde_json::from_str(&text)
         .or_else(|e| mend_commas(&text).and_then(|mended| serde_json::from_str(&mended).ok()).ok_or(e))
-        .map_err(|e| Error::invalid(path, format!("not a JSON object: {}", one_line(&e)), hint))
+        .map_err(|e| Error::invalid(path, format!("not a JSON object: {}", one_line(&e)), MEND))
 }
 
 /// Adds commas between lines and drops those before a closing bracket: published files (Llama 3.2) have such slips.
@@ -434,21 +512,34 @@ fn mend_commas(text: &str) -> Option<String> {
 
 /// `chat_template.jinja`, else `chat_template` of `chat_template.json` or of the config: a text, or a list of which
 /// `default` counts.
-fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
+fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
     let path = dir.join("chat_template.jinja");
     match std::fs::read_to_string(&path) {
-        Ok(text) => return Ok(Some(text)),
+        Ok(text) => return Ok(Some((path, text))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io("read", &path)(e)),
     }
-    let own = read_object(&dir.join("chat_template.json"))?;
-    let template = match own.get("chat_template").or_else(|| config.get("chat_template")) {
-        Some(Value::Array(list)) => {
-            list.iter().find(|entry| entry["name"] == "default").or(list.first()).map(|entry| &entry["template"])
-        }
-        other => other,
+    let own = dir.join("chat_template.json");
+    let (path, value) = match read_object(&own)?.remove("chat_template") {
+        Some(value) => (own, Some(value)),
+        None => (dir.join("tokenizer_config.json"), config.get("chat_template").cloned()),
     };
-    Ok(template.and_then(Value::as_str).map(str::to_owned))
+    let template = match &value {
+        Some(Value::Array(list)) => list
+            .iter()
+            .find(|entry| entry["name"] == "default")
+            .or(list.first())
+            .map(|entry| entry.get("template").unwrap_or(entry)),
+        other => other.as_ref(),
+    };
+    match template {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some((path, text.clone()))),
+        Some(_) => {
+            let problem = "`chat_template` is neither a text nor a list of objects with a text `template`";
+            Err(Error::invalid(&path, problem, MEND))
+        }
+    }
 }
 
 fn one_line(e: &(impl std::fmt::Display + ?Sized)) -> String {

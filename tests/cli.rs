@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::util::{Ran, copy_tiny, finetune, litgpt, names, root, tensors, tiny, write_tensors};
 
-const COMMANDS: [&str; 4] = ["download", "finetune_lora", "generate", "merge_lora"];
+const COMMANDS: [&str; 5] = ["download", "finetune_lora", "generate", "merge_lora", "validate"];
 
 fn help(command: &str) -> String {
     let ran = litgpt(root(), command.split_whitespace().chain(["--help"])).ok();
@@ -343,7 +343,7 @@ fn the_readme_is_true() {
         assert!(readme.contains(&format!("`{model_type}`")), "`{model_type}` is not in README.md");
     }
 
-    let cargo = ["--release", "--path"];
+    let cargo = ["--release", "--path", "--features"];
     let helps: String = COMMANDS.iter().map(|command| help(command) + "\n").collect();
     let ends = |c: char| !c.is_ascii_alphanumeric() && !"_.-".contains(c);
     let known: Vec<&str> = helps.split(ends).filter(|word| word.starts_with("--")).collect();

@@ -693,7 +693,7 @@ fn merge_convert_and_validate_lines() {
         assert_eq!(args.paths().unwrap(), (from.into(), to.into()), "{line}");
     }
     let args: ValidateArgs = parse("litgpt validate checkpoints/microsoft/phi-2 --dtype bfloat16 --training true");
-    assert!(args.training && args.dtype == "bfloat16" && args.model_filename.is_none());
+    assert!(args.training && args.dtype.as_deref() == Some("bfloat16") && args.model_filename.is_none());
 }
 
 #[test]

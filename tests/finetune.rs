@@ -91,7 +91,7 @@ fn final_has_the_documented_files_and_the_loss_falls() {
     assert_eq!(ran.stdout, "", "progress is no result");
     assert_eq!(content(&tiny()), base, "the base model changed");
     let out = dir.path().join("out");
-    assert_eq!(names(&out), [".lock", "best", "final", "latest", "metrics.csv"]);
+    assert_eq!(names(&out), [".lock", "best", "final", "latest", "metrics.csv", "report.html"]);
     assert_eq!(names(&out.join("final")), ADAPTER_FILES);
 
     assert!(metrics(&out).iter().all(|row| row.keys().eq(&COLUMNS)));
@@ -340,7 +340,10 @@ fn saved_steps_are_adapters() {
     let dir = tempfile::tempdir().unwrap();
     finetune(dir.path(), &tiny(), "--train.save_interval 2 --train.max_steps 5").ok();
     let out = dir.path().join("out");
-    assert_eq!(names(&out), [".lock", "best", "final", "latest", "metrics.csv", "step-000002", "step-000004"]);
+    assert_eq!(
+        names(&out),
+        [".lock", "best", "final", "latest", "metrics.csv", "report.html", "step-000002", "step-000004"]
+    );
     for step in ["step-000002", "step-000004"] {
         assert_eq!(names(&out.join(step)), ADAPTER_FILES);
         assert!(!greedy(dir.path(), &format!("out/{step}"), "Describe a fox.").trim().is_empty());

@@ -4,6 +4,7 @@
 mod chat;
 mod cli;
 mod command_lines;
+mod corpus;
 mod datasets;
 mod device;
 mod download;
@@ -18,6 +19,8 @@ mod kernels;
 mod layering;
 mod pains;
 mod recipes;
+mod report;
 mod resume;
 mod text;
 mod util;
+mod validate;

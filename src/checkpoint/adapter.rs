@@ -134,6 +134,8 @@ pub fn save(staging: &Staging, family: &Family, gpt: &Gpt, base: &str) -> Result
 struct PeftConfig {
     alpha: f64,
     dropout: f64,
+    /// Rank of all modules; `None` where some have their own.
+    rank: Option<u64>,
     rslora: bool,
     alphas: Vec<(regex::Regex, f64)>,
 }
@@ -153,9 +155,24 @@ impl PeftConfig {
         }
         Self::refuse(path, &json)?;
         let number = |key: &str, default: Option<f64>| {
-            let value = json.get(key).and_then(Value::as_f64).or(default).filter(|v| v.is_finite());
+            let given = json.get(key).filter(|v| !v.is_null());
+            let value = given.map_or(default, Value::as_f64).filter(|v| v.is_finite());
             value.ok_or_else(|| Error::invalid(path, format!("`{key}` is not a number"), again))
         };
+        let wrong = |key: &str, wanted: &str| Err(Error::invalid(path, format!("`{key}` is not {wanted}"), again));
+        let is = |key: &str, holds: fn(&Value) -> bool| json.get(key).is_none_or(|v| v.is_null() || holds(v));
+        let no_keys = |v: &Value| v.as_object().is_some_and(Map::is_empty);
+        if !is("r", |r| r.as_u64().is_some_and(|r| r > 0)) {
+            return wrong("r", "a rank");
+        }
+        if !is("use_rslora", Value::is_boolean) {
+            return wrong("use_rslora", "true or false");
+        }
+        for key in ["alpha_pattern", "rank_pattern"] {
+            if !is(key, Value::is_object) {
+                return wrong(key, "an object");
+            }
+        }
         let mut alphas = Vec::new();
         for (pattern, alpha) in json.get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
             // PEFT's rule: the key is a pattern for the end of the module's name.
@@ -168,6 +185,7 @@ impl PeftConfig {
         Ok(Self {
             alpha: number("lora_alpha", None)?,
             dropout: number("lora_dropout", Some(0.0))?,
+            rank: json.get("r").and_then(Value::as_u64).filter(|_| is("rank_pattern", no_keys)),
             rslora: json.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
             alphas,
         })
@@ -252,6 +270,10 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
             let (module, rows) = place(family, gpt, &part.name);
             let Some(names) = found.get(&module) else { continue };
             match fits(&shards, names, &module, linear.inputs(), part.rows.len(), rows.as_deref()) {
+                Ok(r) if config.rank.is_some_and(|rank| rank != r as u64) => {
+                    let rank = config.rank.unwrap_or_default();
+                    problems.push(format!("`{module}` has rank {r}, and {CONFIG} has `r` {rank}"));
+                }
                 Ok(r) => {
                     parts.insert(part.name.clone(), (module.clone(), config.of(&module, r)));
                 }
@@ -325,6 +347,10 @@ fn copy_parameters(
         let Some(lora) = &part.lora else { continue };
         let (module, rows) = place(family, gpt, &part.name);
         if let Some([Some(a), Some(b)]) = found.get(&module) {
+            for name in [a, b] {
+                let raw = shards.get(name)?;
+                shards.require_finite(name, raw.dtype, &raw.bytes)?;
+            }
             parameters[lora.a.clone()].copy_from_slice(&shards.get(a)?.to_f32());
             let b = shards.get(b)?.to_f32();
             let all = 0..part.rows.len();

@@ -21,6 +21,7 @@ pub use safe::{Dtype, Raw};
 use crate::error::{Error, Result};
 use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
 use crate::model::{Config, Source};
+use crate::ops::rope::Scaling;
 use crate::ops::weight::Data;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -82,6 +83,7 @@ impl Checkpoint {
         let hf = HfConfig::read(&dir.join("config.json"))?;
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
+        check_numbers(&config, &hf)?;
         let shards = Shards::open(dir)?;
         let checkpoint = Self { dir: dir.to_owned(), config, family, layout: Layout::HuggingFace, hf, shards };
         checkpoint.check()?;
@@ -97,6 +99,7 @@ impl Checkpoint {
         let hf = if path.is_file() { HfConfig::read(&path)? } else { litgpt::config::hf_config(dir)? };
         let family = by_config(&hf)?;
         let mut config = (family.config)(&hf)?;
+        check_numbers(&config, &hf)?;
         let shards = Shards::of(vec![dir.join(litgpt::WEIGHTS)])?;
         // LitGPT pads the vocabulary and writes the head beside the embedding it is tied to: the file says what is.
         let (embedding, head) = ("transformer.wte.weight", "lm_head.weight");
@@ -131,7 +134,7 @@ impl Checkpoint {
         let mut used = HashSet::new();
         for slot in slots(&self.config) {
             let pieces = self.locate(&slot.name);
-            let mut elements = 0;
+            let (mut elements, before) = (0, problems.len());
             for piece in &pieces {
                 used.insert(piece.tensor.clone());
                 match self.shards.get(&piece.tensor) {
@@ -142,7 +145,7 @@ impl Checkpoint {
                     Err(_) => problems.push(format!("tensor `{}` is missing", piece.tensor)),
                 }
             }
-            if elements != slot.rows * slot.cols && problems.is_empty() {
+            if elements != slot.rows * slot.cols && problems.len() == before {
                 let shape =
                     if slot.vector { format!("({})", slot.cols) } else { format!("({}, {})", slot.rows, slot.cols) };
                 let names: Vec<&str> = pieces.iter().map(|p| p.tensor.as_str()).collect();
@@ -214,6 +217,46 @@ impl Checkpoint {
     }
 }
 
+/// Refuses numbers with which nothing can be computed.
+fn check_numbers(config: &Config, hf: &HfConfig) -> Result<()> {
+    let hint = "download the checkpoint again, or compare the file with the model's page";
+    let mut problems = Vec::new();
+    let mut check = |key: &str, value: f64, range: std::ops::RangeInclusive<f64>| {
+        if !range.contains(&value) {
+            problems.push(format!("`{key}` is {value}, which no model has"));
+        }
+    };
+    let positive = 1e-6..=1e18;
+    check("rope_theta", config.rope_theta, positive.clone());
+    check("rope_theta", config.rope_local_theta.unwrap_or(1.0), positive.clone());
+    check("rms_norm_eps", f64::from(config.norm_eps), 0.0..=1.0);
+    match config.rope_scaling {
+        Scaling::None => {}
+        Scaling::Linear { factor } => check("rope_scaling.factor", factor, positive),
+        Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            check("rope_scaling.factor", factor, positive.clone());
+            check("rope_scaling.low_freq_factor", low_freq_factor, positive.clone());
+            check("rope_scaling.high_freq_factor", high_freq_factor, positive.clone());
+            check("original_max_position_embeddings", original_context, positive);
+        }
+        Scaling::Yarn { factor, beta_fast, beta_slow, original_context, attention_factor, .. } => {
+            check("rope_scaling.factor", factor, positive.clone());
+            check("rope_scaling.beta_fast", beta_fast, positive.clone());
+            check("rope_scaling.beta_slow", beta_slow, positive.clone());
+            check("rope_scaling.attention_factor", attention_factor, positive.clone());
+            check("original_max_position_embeddings", original_context, positive);
+        }
+    }
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(object) = hf.get(key) else { continue };
+        let kind = object.get("rope_type").or_else(|| object.get("type"));
+        if let Some(kind) = kind.filter(|kind| !kind.is_string() && !kind.is_null()) {
+            problems.push(format!("`{key}.rope_type` is {kind}, not a name"));
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::invalid(hf.path(), problems.join("; "), hint)) }
+}
+
 /// Whether a folder's only weights are LitGPT's.
 #[must_use]
 pub fn litgpt_only(dir: &Path) -> bool {
@@ -226,14 +269,12 @@ impl Source for Checkpoint {
         for piece in self.locate(name) {
             let raw = self.raw(&piece.tensor)?;
             let width = if raw.shape.len() == 2 { raw.shape[1] } else { 1 };
-            match &piece.rows {
-                None => convert(raw.dtype, &raw.bytes, data),
-                Some(ranges) => {
-                    let row_bytes = width * raw.dtype.size();
-                    for r in ranges {
-                        convert(raw.dtype, &raw.bytes[r.start * row_bytes..r.end * row_bytes], data);
-                    }
-                }
+            let whole = 0..raw.bytes.len() / (width * raw.dtype.size());
+            let row_bytes = width * raw.dtype.size();
+            for r in piece.rows.as_deref().unwrap_or(std::slice::from_ref(&whole)) {
+                let bytes = &raw.bytes[r.start * row_bytes..r.end * row_bytes];
+                self.shards.require_finite(&piece.tensor, raw.dtype, bytes)?;
+                convert(raw.dtype, bytes, data);
             }
             // The model has its own copy now; the file's would count twice.
             self.shards.release(&piece.tensor);

@@ -18,6 +18,8 @@ use std::path::Path;
 
 /// Longest program: a tensor takes some 150 bytes of it.
 const LONGEST: usize = 16 << 20;
+/// Most values of a program: a tensor takes some twenty of them.
+const MOST_VALUES: usize = 2 << 20;
 /// Most dimensions of a tensor.
 const MOST_DIMS: usize = 8;
 
@@ -106,7 +108,7 @@ enum Node<'a> {
     Dict(Vec<(usize, usize)>),
     /// Kind, key and number of elements.
     Storage(&'a str, String, u64),
-    Rebuilt(Rebuilt),
+    Rebuilt(Box<Rebuilt>),
     /// A number that no tensor needs.
     Other,
 }
@@ -135,7 +137,11 @@ struct Machine<'a> {
 impl<'a> Machine<'a> {
     /// All values, and which one the program gives.
     fn run(mut self) -> Step<(Vec<Node<'a>>, usize)> {
-        while self.step()? {}
+        while self.step()? {
+            if self.nodes.len().max(self.stack.len()).max(self.marks.len()).max(self.memo.len()) > MOST_VALUES {
+                return broken("its program makes more values than any state dict");
+            }
+        }
         let root = self.pop()?;
         Ok((self.nodes, root))
     }
@@ -402,7 +408,7 @@ impl<'a> Machine<'a> {
             (items.len() <= MOST_DIMS).then(|| items.iter().map(value).collect())?
         };
         let (shape, strides) = (list(2)?, list(3)?);
-        (shape.len() == strides.len()).then_some(Node::Rebuilt(Rebuilt {
+        (shape.len() == strides.len()).then_some(Node::Rebuilt(Box::new(Rebuilt {
             key: key.clone(),
             dtype,
             size,
@@ -410,7 +416,7 @@ impl<'a> Machine<'a> {
             offset: u64::try_from(offset).ok()?,
             shape,
             strides,
-        }))
+        })))
     }
 }
 

@@ -4,7 +4,9 @@
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -55,6 +57,18 @@ impl Dtype {
                 out.iter_mut().zip(values).for_each(|(o, v)| *o = v);
             }
         }
+    }
+
+    /// Whether all little-endian elements are finite numbers: those whose exponent is not all ones.
+    fn all_finite(self, bytes: &[u8]) -> bool {
+        const CHUNK: usize = 1 << 18;
+        let exponent = if self == Self::F16 { 0x7c00 } else { 0x7f80 };
+        // Of an f32 too, the upper half tells.
+        let finite = |b: [u8; 2]| u16::from_le_bytes(b) & exponent != exponent;
+        bytes.par_chunks(CHUNK).all(|chunk| match self {
+            Self::F32 => chunk.chunks_exact(4).fold(true, |all, b| all & finite([b[2], b[3]])),
+            Self::Bf16 | Self::F16 => chunk.chunks_exact(2).fold(true, |all, b| all & finite([b[0], b[1]])),
+        })
     }
 
     /// f32 to little-endian elements, rounded to nearest even.
@@ -215,6 +229,18 @@ impl Shards {
         Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
+    /// Refuses `bytes` of the tensor `name` that hold NaN or infinity: every text through them would be nonsense.
+    ///
+    /// # Errors
+    /// When they do.
+    pub fn require_finite(&self, name: &str, dtype: Dtype, bytes: &[u8]) -> Result<()> {
+        if dtype.all_finite(bytes) {
+            return Ok(());
+        }
+        let path = self.entries.get(name).map_or_else(PathBuf::new, |entry| self.files[entry.file].0.clone());
+        Err(Error::invalid(&path, format!("tensor `{name}` has values that are not finite numbers"), AGAIN))
+    }
+
     /// Lets the system drop a tensor's pages from memory; they are read again when they are wanted again.
     #[allow(unsafe_code)]
     pub fn release(&self, name: &str) {
@@ -260,11 +286,40 @@ impl Shards {
 /// A tensor of a file: name, dtype, shape, where its bytes are.
 type Found = (String, String, Vec<usize>, Range<usize>);
 
+/// How often a JSON object has each of its keys.
+struct Names(HashMap<String, usize>);
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Names;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Names, A::Error> {
+                let mut names = HashMap::new();
+                while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
+                    *names.entry(name).or_default() += 1;
+                }
+                Ok(Names(names))
+            }
+        }
+        deserializer.deserialize_map(Keys)
+    }
+}
+
 /// The tensors of a safetensors file.
 fn safetensors(path: &Path, file: &[u8]) -> Result<Vec<Found>> {
     let broken = |e: String| Error::invalid(path, format!("not a whole safetensors file: {e}"), AGAIN);
     let (header, metadata) = SafeTensors::read_metadata(file).map_err(|e| broken(e.to_string()))?;
     let data = header + 8;
+    let Names(names) = serde_json::from_slice(&file[8..data]).map_err(|e| broken(e.to_string()))?;
+    if let Some(twice) = names.iter().find(|(_, times)| **times > 1) {
+        return Err(broken(format!("tensor `{}` stands in the header twice", twice.0)));
+    }
     let mut found = Vec::new();
     for (name, info) in metadata.tensors() {
         let dtype = info.dtype;
@@ -298,7 +353,10 @@ fn indexed(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     let missing: Vec<&str> = names.iter().copied().filter(|n| !dir.join(n).is_file()).collect();
     if !missing.is_empty() || names.is_empty() {
         let what = format!("files of `{}` are missing", index.display());
-        let problems = missing.iter().map(|n| format!("`{n}`")).collect();
+        let mut problems: Vec<String> = missing.iter().take(6).map(|n| format!("`{n}`")).collect();
+        if missing.len() > problems.len() {
+            problems.push(format!("and {} more", missing.len() - problems.len()));
+        }
         return Err(Error::Mismatch { what, problems, hint: AGAIN.to_owned() });
     }
     Ok(names.into_iter().map(|n| dir.join(n)).collect())

@@ -169,7 +169,7 @@ pub const FLAGS: &[Flag] = &[
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
-    row("logger_name", Text, MODEL, "Where metrics go; only csv"),
+    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv), or tensorboard (event files in OUT_DIR/logs/tensorboard as well)"),
     row("access_token", Text, MODEL, "Hugging Face token, if the model has to be downloaded")
         .also(&["access_token", "data.access_token"]),
     row("add_bos", Text, MODEL, "Start samples with the BOS token: auto (as the tokenizer's files say), on, off"),
@@ -725,7 +725,7 @@ impl ConvertFromArgs {
 
 /// Arguments of `litgpt validate`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt validate checkpoints/microsoft/phi-2")]
 pub struct ValidateArgs {
     /// The model.
     #[command(flatten)]
@@ -733,11 +733,11 @@ pub struct ValidateArgs {
     /// Name of the weight file [default: whichever is there]
     #[arg(long, value_name = "FILE")]
     pub model_filename: Option<String>,
-    /// Number format that the memory is counted for
-    #[arg(long, value_name = "NAME", default_value = "float32")]
-    pub dtype: String,
-    /// Count the memory of training, too
-    #[arg(long, value_name = "BOOL", value_parser = boolean_arg(), action = ArgAction::Set)]
+    /// Count the memory for one number format only: float32, bfloat16, float16, int8 or nf4 [default: all of them]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
+    /// Accepted for LitGPT's sake: the memory of training is counted in any case
+    #[arg(long, hide = true, value_parser = boolean_arg(), action = ArgAction::Set)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
     pub training: bool,
 }

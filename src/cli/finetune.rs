@@ -19,8 +19,10 @@ use crate::model::{Config, Gpt};
 use crate::ops::quantized::Quantizer;
 use crate::tokenizer::Tokenizer;
 use crate::train::estimate::{Computed, Estimate, ways_out};
+use crate::train::page::Page;
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
+use crate::train::tensorboard::TensorBoard;
 use crate::train::{FINAL, Job, Outside, Plan, Snapshot, fit, is_over, longest_tokens, side_by_side};
 use std::path::{Path, PathBuf};
 
@@ -87,10 +89,18 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         Some(from) => Metrics::resume(&out_dir, from.state.metrics_bytes)?,
         None => Metrics::create(&out_dir)?,
     };
+    let tensorboard = match settings.logger_name.as_str() {
+        "tensorboard" => {
+            Some(TensorBoard::create(&out_dir, start.as_ref().map_or(0, |(progress, _)| progress.step + 1))?)
+        }
+        _ => None,
+    };
     let mut outside = Run {
         ui,
         metrics,
         folders,
+        tensorboard,
+        page: Page::default(),
         settings: &settings,
         checkpoint: &checkpoint,
         base: checkpoint.dir.canonicalize().map_err(Error::io("read", &checkpoint.dir))?,
@@ -103,6 +113,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         signals,
     };
     let summary = fit(&mut job, &mut outside, start)?;
+    outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)?;
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
         outside.ui.end();
         ui.note(&format!(
@@ -318,6 +329,8 @@ struct Run<'a> {
     ui: &'a mut Ui,
     metrics: Metrics,
     folders: Folders,
+    tensorboard: Option<TensorBoard>,
+    page: Page,
     settings: &'a FinetuneSettings,
     checkpoint: &'a Checkpoint,
     /// The checkpoint's folder and those of its files that every saved folder gets: a save must not depend on what
@@ -335,6 +348,10 @@ struct Run<'a> {
 impl Report for Run<'_> {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         self.metrics.event(event)?;
+        if let Some(board) = &mut self.tensorboard {
+            board.event(event)?;
+        }
+        self.page.event(event)?;
         self.ui.event(event)
     }
 }

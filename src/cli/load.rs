@@ -263,11 +263,10 @@ pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
 /// # Errors
 /// When it has more tokens than the model.
 pub fn check_vocabulary(tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<()> {
-    let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config.vocab_size);
-    if tokens <= rows {
+    let problems = tokenizer.ids_beyond(checkpoint.config.vocab_size);
+    if problems.is_empty() {
         return Ok(());
     }
-    let problems = vec![format!("the tokenizer has {tokens} tokens and the model {rows}")];
     let what = format!("tokenizer and weights of `{}` do not belong together", checkpoint.dir.display());
     Err(Error::Mismatch { what, problems, hint: "download the checkpoint again".to_owned() })
 }

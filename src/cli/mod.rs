@@ -14,6 +14,7 @@ pub mod recipe;
 mod resume;
 mod signals;
 mod ui;
+mod validate;
 
 use crate::error::Error;
 use clap::{Parser, Subcommand};
@@ -51,6 +52,8 @@ enum Command {
     ConvertToLitgpt(args::ConvertToArgs),
     /// Write a Hugging Face folder from LitGPT's files (safetensors, where LitGPT wrote model.pth)
     ConvertFromLitgpt(args::ConvertFromArgs),
+    /// Check a model's or an adapter's folder, and say what it can be used for
+    Validate(args::ValidateArgs),
 }
 
 /// Runs the command line `argv`, program name first, and says how it went.
@@ -73,6 +76,7 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
         Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
         Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),
+        Command::Validate(args) => validate::run(&args, &mut ui),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -140,8 +140,12 @@ fn read_file(path: &Path) -> Result<String> {
 
 fn parse_tree(text: &str) -> std::result::Result<Value, String> {
     let options = serde_saphyr::options! { with_snippet: false };
-    let in_words =
-        |error: serde_saphyr::Error| error.to_string().replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+    let in_words = |error: serde_saphyr::Error| {
+        error
+            .to_string()
+            .replace(", set DuplicateKeyPolicy in Options if acceptable", "")
+            .replace(" rejected by the configured policy", " is not allowed")
+    };
     match serde_saphyr::from_str_with_options(text, options).map_err(in_words)? {
         Value::Null => Ok(json!({})),
         tree @ Value::Object(_) => Ok(tree),
@@ -204,7 +208,7 @@ fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<
     } else if group == "data" && is_repo_id(text) && !Path::new(text).exists() {
         expanded.push(Entry { name: "data".into(), value: "Hub".into() });
         expanded.push(Entry { name: "data.repo_id".into(), value: text.into() });
-    } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && !entry.value.is_null()) {
+    } else if ends_with(&[".yaml", ".yml"]) || (matches!(group, "train" | "eval") && entry.value.is_string()) {
         flatten(group, read_tree(Path::new(text))?, expanded);
     } else if !entry.value.is_null() {
         expanded.push(entry);
@@ -427,6 +431,7 @@ fn in_words(message: &str) -> String {
         "f64" => "a number",
         "a boolean" => "`true` or `false`",
         "a string" | "path string" => "a text",
+        group if group.starts_with("struct ") => "`key: value` lines of its own",
         other => other,
     };
     format!("expected {words}")

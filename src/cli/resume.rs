@@ -22,6 +22,7 @@ const LOCK: &str = ".lock";
 /// Settings that may change: they say where things are and what is reported, not what is computed.
 const FREE: &[&str] = &[
     "out_dir",
+    "logger_name",
     "checkpoint_dir",
     "eval",
     "train.save_interval",

@@ -95,7 +95,7 @@ impl Ui {
         }
         self.note(&format!("error: {}", message(error)));
         if let Some(hint) = error.chain().find_map(|e| e.downcast_ref::<Error>()).and_then(Error::hint) {
-            self.note(&format!("hint: {hint}"));
+            self.note(&format!("hint: {}", printable(&hint)));
         }
         ExitCode::from(exit_code(error))
     }
@@ -115,7 +115,18 @@ fn message(error: &anyhow::Error) -> String {
             line = if line.is_empty() { cause } else { format!("{line}: {cause}") };
         }
     }
-    line.replace('\n', " ")
+    printable(&line)
+}
+
+/// `text` on one line that ends somewhere: what a file says must neither move the cursor nor fill the screen.
+fn printable(text: &str) -> String {
+    const LONGEST: usize = 1200;
+    let clean = |c: char| if c == '\n' || c == '\t' { ' ' } else { c };
+    let mut line: String = text.chars().map(clean).filter(|c| !c.is_control()).take(LONGEST + 1).collect();
+    if line.chars().count() > LONGEST {
+        line = line.chars().take(LONGEST).chain("...".chars()).collect();
+    }
+    line
 }
 
 impl Report for Ui {

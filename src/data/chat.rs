@@ -4,6 +4,7 @@
 //! What the text of a template becomes in training is in `sft.rs`; the fixed styles are in `prompt.rs`.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,30 +44,49 @@ impl Message {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// The file that it was read from.
+    path: PathBuf,
     bos_token: String,
     eos_token: String,
 }
 
 /// Name of the only template of an environment.
 const NAME: &str = "chat_template";
+/// Longest source: the longest published ones have some 30 KB.
+const LONGEST: usize = 128 << 10;
+/// Stack on which a source is compiled: the compiler calls itself for each operator of a chain, in less than this for
+/// each byte of the longest source.
+const STACK: usize = 256 << 20;
+/// Instructions that one text may take; a turn of a dialogue takes about a hundred.
+const FUEL: u64 = 5_000_000;
+/// Longest text.
+const LONGEST_TEXT: usize = 64 << 20;
+/// Widest indentation of `tojson`.
+const WIDEST: usize = 64;
 
 impl ChatTemplate {
-    /// Compiles `source`; `bos_token` and `eos_token` are the texts that it may name.
+    /// Compiles `source`, which stands in the file `path`; `bos_token` and `eos_token` are the texts that it may name.
     ///
     /// # Errors
     /// `Unsupported` if it is no Jinja that can be read here.
-    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
+    pub fn new(path: &Path, source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
+        if source.len() > LONGEST {
+            let problem = format!("the chat template has {} bytes, which no template has", source.len());
+            return Err(Error::invalid(path, problem, "name another --data.prompt_style"));
+        }
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| broken(&e))?);
+        environment.set_syntax(syntax.map_err(|e| broken(path, &e))?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |text: String| -> std::result::Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
         });
         environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|e| broken(&e))?;
-        Ok(Self { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
+        let environment = compiled(environment, without_generation_tags(source)).map_err(|e| broken(path, &e))?;
+        let (path, bos_token, eos_token) = (path.to_owned(), bos_token.to_owned(), eos_token.to_owned());
+        Ok(Self { environment, path, bos_token, eos_token })
     }
 
     /// The template of a checkpoint's tokenizer.
@@ -79,7 +99,7 @@ impl ChatTemplate {
             Error::usage(message, "name another style, for example chatml, or use the model's Instruct version")
         })?;
         let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
-        Self::new(source, &text(tokenizer.bos_id()), &text(tokenizer.eos_id()))
+        Self::new(tokenizer.chat_template_file(), source, &text(tokenizer.bos_id()), &text(tokenizer.eos_id()))
     }
 
     /// Text of `messages`, as transformers' `apply_chat_template` gives it; with `add_generation_prompt` it ends where
@@ -88,14 +108,17 @@ impl ChatTemplate {
     /// # Errors
     /// What the template refuses, such as two user turns in a row.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let template = self.environment.get_template(NAME).map_err(|e| broken(&e))?;
+        let template = self.environment.get_template(NAME).map_err(|e| broken(&self.path, &e))?;
         let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
         let value = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
         let (none, messages) = (Value::from(()), messages.iter().map(value).collect::<Vec<Value>>());
-        let rendered = template.render(
+        let mut text = Limited(Vec::new());
+        let rendered = template.render_captured_to(
             context! { messages, add_generation_prompt, bos_token, eos_token, tools => none.clone(), documents => none },
+            &mut text,
         );
-        rendered.map_err(|e| broken(&e))
+        rendered.map_err(|e| broken(&self.path, &e))?;
+        Ok(String::from_utf8_lossy(&text.0).into_owned())
     }
 
     /// Text of a whole conversation, and the byte ranges of it that the assistant says, its end-of-turn marks included.
@@ -138,11 +161,43 @@ fn answer_in(text: &str, from: usize, before: &str, upto: &str, content: &str) -
     Some(start..if text[end..].starts_with(behind) { end + behind.len() } else { end })
 }
 
-fn broken(e: &minijinja::Error) -> Error {
+/// Text up to a length that no dialogue has.
+struct Limited(Vec<u8>);
+
+impl std::io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > LONGEST_TEXT {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// `environment` with `source` compiled, on a stack that the deepest source fits.
+fn compiled(
+    mut environment: Environment<'static>,
+    source: String,
+) -> std::result::Result<Environment<'static>, minijinja::Error> {
+    let compile = move || environment.add_template_owned(NAME, source).map(|()| environment);
+    let failed = || minijinja::Error::new(ErrorKind::InvalidOperation, "it cannot be compiled in this memory");
+    let thread = std::thread::Builder::new().stack_size(STACK).spawn(compile).map_err(|_| failed())?;
+    thread.join().unwrap_or_else(|_| Err(failed()))
+}
+
+fn broken(path: &Path, e: &minijinja::Error) -> Error {
     let line = e.line().map_or_else(String::new, |line| format!(" line {line}"));
-    let text = e.detail().map_or_else(|| e.kind().to_string(), str::to_owned);
+    let text = match e.kind() {
+        ErrorKind::OutOfFuel => format!("it takes more than {FUEL} instructions for a text, as an endless loop does"),
+        ErrorKind::WriteFailure => format!("it makes a text of more than {} MB", LONGEST_TEXT >> 20),
+        kind => e.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
     let hint = "check the conversation's roles and their order, or name another --data.prompt_style";
-    Error::unsupported(format!("chat template{line}: {}", text.replace('\n', " ")), hint)
+    Error::unsupported(format!("chat template{line}: {} (`{}`)", text.replace('\n', " "), path.display()), hint)
 }
 
 /// transformers' `{% generation %}` marks the answers and prints nothing; here it is a block that is always entered.
@@ -157,6 +212,9 @@ fn without_generation_tags(source: &str) -> String {
 /// `json.dumps(value, ensure_ascii=False)` as transformers has it: not escaped for HTML, blanks behind `,` and `:`.
 fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if indent.is_some_and(|width| width > WIDEST) {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("an indent of more than {WIDEST}")));
+    }
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let tree =
@@ -269,7 +327,7 @@ mod tests {
 
     #[test]
     fn answers_are_found_with_their_ends() {
-        let template = ChatTemplate::new(CHATML, "", "").unwrap();
+        let template = ChatTemplate::new(Path::new("t.jinja"), CHATML, "", "").unwrap();
         let (text, ranges) = template.answers(&talk()).unwrap();
         let said: Vec<&str> = ranges.iter().map(|range| &text[range.clone()]).collect();
         assert_eq!(said, ["b<|im_end|>\n", "b<|im_end|>\n"]);
@@ -282,7 +340,7 @@ mod tests {
         let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think>\n\n\
                       </think>\n{% endif %}{{ m.content.strip() }}<end>{% endfor %}{% if add_generation_prompt %}\
                       <assistant>{% endif %}";
-        let template = ChatTemplate::new(source, "", "").unwrap();
+        let template = ChatTemplate::new(Path::new("t.jinja"), source, "", "").unwrap();
         let (text, ranges) = template.answers(&talk()).unwrap();
         let said: Vec<&str> = ranges.iter().map(|range| &text[range.clone()]).collect();
         assert_eq!(said, ["b<end>", "<think>\n\n</think>\nb<end>"]);
@@ -290,15 +348,20 @@ mod tests {
 
     #[test]
     fn what_a_template_refuses_is_one_line() {
-        let template = ChatTemplate::new("{{ raise_exception('roles must\nalternate') }}", "", "").unwrap();
+        let template =
+            ChatTemplate::new(Path::new("t.jinja"), "{{ raise_exception('roles must\nalternate') }}", "", "").unwrap();
         let e = template.render(&talk(), false).unwrap_err();
         assert!(e.to_string().contains("roles must alternate"), "{e}");
-        assert!(ChatTemplate::new("{% for %}", "", "").unwrap_err().to_string().contains("line 1"));
+        assert!(
+            ChatTemplate::new(Path::new("t.jinja"), "{% for %}", "", "").unwrap_err().to_string().contains("line 1")
+        );
     }
 
     #[test]
     fn extensions_are_those_of_transformers() {
-        let render = |source: &str| ChatTemplate::new(source, "<s>", "</s>").unwrap().render(&talk(), false).unwrap();
+        let render = |source: &str| {
+            ChatTemplate::new(Path::new("t.jinja"), source, "<s>", "</s>").unwrap().render(&talk(), false).unwrap()
+        };
         assert_eq!(render("{{ bos_token }}{% generation %}x{% endgeneration %}{{ eos_token }}"), "<s>x</s>");
         assert_eq!(render("{{ messages[0] | tojson }}"), r#"{"role": "user", "content": "a"}"#);
         assert_eq!(render("{{ [1, '<é>'] | tojson(indent=2) }}"), "[\n  1,\n  \"<é>\"\n]");

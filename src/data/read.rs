@@ -264,6 +264,9 @@ fn parse_table(path: &Path, text: &str) -> Result<Vec<(usize, Value)>> {
     };
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let header = reader.headers().map_err(|e| broken(&e))?.clone();
+    if let Some(twice) = header.iter().enumerate().find_map(|(i, name)| header.iter().take(i).find(|n| *n == name)) {
+        return Err(Error::invalid(path, format!("line 1: two columns are called `{twice}`"), "rename one of them"));
+    }
     let row = |fields: csv::StringRecord| {
         let line = fields.position().map_or(0, csv::Position::line) as usize;
         let object = header.iter().zip(&fields).map(|(key, field)| (key.to_owned(), Value::from(field)));

@@ -390,6 +390,8 @@ impl Iterator for Batches {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::error::Error;
     use crate::tokenizer::AddBos;
@@ -579,7 +581,7 @@ mod tests {
     fn every_answer_of_a_conversation_is_learned() {
         let tokenizer = tokenizer(CONFIG);
         let id = |c: char| c as u32 - 'a' as u32 + 2;
-        let chat = PromptStyle::chat(ChatTemplate::new(TEMPLATE, "<s>", "</s>").unwrap());
+        let chat = PromptStyle::chat(ChatTemplate::new(Path::new("t.jinja"), TEMPLATE, "<s>", "</s>").unwrap());
         let encoder =
             Encoder { tokenizer: &tokenizer, style: &chat, mask_prompt: None, ignore_index: -7, max_seq_length: None };
         let sample = encoder.encode(&conversation()).unwrap();
@@ -609,7 +611,7 @@ mod tests {
     fn an_answer_that_nothing_ends_gets_an_eos() {
         let tokenizer = tokenizer(CONFIG);
         let source = TEMPLATE.replace(" + '</s>'", "");
-        let chat = PromptStyle::chat(ChatTemplate::new(&source, "<s>", "</s>").unwrap());
+        let chat = PromptStyle::chat(ChatTemplate::new(Path::new("t.jinja"), &source, "<s>", "</s>").unwrap());
         let encoder =
             Encoder { tokenizer: &tokenizer, style: &chat, mask_prompt: None, ignore_index: -7, max_seq_length: None };
         let sample = encoder.encode(&conversation()).unwrap();

@@ -207,6 +207,20 @@ mod tests {
         assert!(quantized.total() < 8_000_000_000, "{}", quantized.total());
     }
 
+    /// Measured peaks of SmolLM2-135M on the host, one sample of 256 and 512 tokens: GB in f32 and in bf16.
+    #[test]
+    fn smollm2_is_as_large_as_was_measured() {
+        let mut config = Config::llama(49_152, 30, 576, 9, 1536);
+        (config.n_query_groups, config.tie_embeddings) = (3, true);
+        for (store, tokens, measured) in
+            [(Store::F32, 256, 0.93), (Store::F32, 512, 1.15), (Store::Bf16, 256, 0.63), (Store::Bf16, 512, 0.84)]
+        {
+            let computed = Computed { store, quantizer: None, on_device: false, tokens, checkpointing: false };
+            let estimate = Estimate::of(&config, &FinetuneSettings::default(), computed).total() as f64 / 1e9;
+            assert!((estimate / measured - 1.0).abs() < 0.1, "{store:?} {tokens}: {estimate} for {measured}");
+        }
+    }
+
     #[test]
     fn checkpointing_and_shorter_samples_need_less() {
         let settings = FinetuneSettings::default();

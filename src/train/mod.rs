@@ -5,10 +5,12 @@
 //! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
 
 pub mod estimate;
+pub mod page;
 mod progress;
 pub mod report;
 pub mod schedule;
 pub mod settings;
+pub mod tensorboard;
 
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};

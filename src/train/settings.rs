@@ -249,12 +249,18 @@ impl Default for LoraSettings {
     }
 }
 
+/// Highest rank: no published model has a wider matrix.
+const MOST_RANKS: usize = 65_536;
+
 impl LoraSettings {
     fn problems(&self) -> Vec<String> {
         let targets =
             [self.lora_query, self.lora_key, self.lora_value, self.lora_projection, self.lora_mlp, self.lora_head];
         let mut found = Vec::new();
         check(&mut found, self.lora_r > 0, || "`lora_r` must be at least 1, got 0".into());
+        check(&mut found, self.lora_r <= MOST_RANKS, || {
+            format!("`lora_r` must be at most {MOST_RANKS}, got {}", self.lora_r)
+        });
         positive(&mut found, "lora_alpha", self.lora_alpha);
         below_one(&mut found, "lora_dropout", self.lora_dropout);
         check(&mut found, targets.contains(&true), || {
@@ -639,7 +645,7 @@ pub struct FinetuneSettings {
     pub eval: EvalSettings,
     /// The optimizer.
     pub optimizer: OptimizerSettings,
-    /// Where metrics go; only `csv` is accepted.
+    /// Where metrics go besides `metrics.csv`: `csv`, nowhere, or `tensorboard`.
     pub logger_name: String,
     /// Seed of the adapters' start values, dropout and sample text.
     pub seed: u64,
@@ -685,6 +691,9 @@ impl Default for FinetuneSettings {
     }
 }
 
+/// Values of `logger_name`.
+const LOGGERS: [&str; 2] = ["csv", "tensorboard"];
+
 impl FinetuneSettings {
     /// Checks every rule between and within the settings.
     ///
@@ -702,8 +711,8 @@ impl FinetuneSettings {
         check(&mut problems, self.num_nodes == 1, || {
             format!("`num_nodes` must be 1, this program trains on one machine, got {}", self.num_nodes)
         });
-        check(&mut problems, self.logger_name == "csv", || {
-            format!("`logger_name` must be csv, as metrics go to metrics.csv, got `{}`", self.logger_name)
+        check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {
+            format!("`logger_name` must be one of {}, got `{}`", LOGGERS.join(", "), self.logger_name)
         });
         let hint = "`litgpt finetune_lora --help` explains every setting";
         match problems.len() {
