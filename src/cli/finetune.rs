@@ -113,7 +113,10 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         signals,
     };
     let summary = fit(&mut job, &mut outside, start)?;
-    outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)?;
+    // The adapter is saved: a page that cannot be written must not make the run fail.
+    if let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary) {
+        outside.ui.note(&format!("no report.html: {error}"));
+    }
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
         outside.ui.end();
         ui.note(&format!(
