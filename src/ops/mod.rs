@@ -4,14 +4,19 @@
 //! - it knows matrices and numbers only: no `Config`, no paths, no model;
 //! - rows are tokens, so a micro batch is its samples end to end, without padding; what must not mix (attention,
 //!   positions) is told the [`Segment`]s;
-//! - activations are f32 and row-major; sums, norms, softmax and loss are f32 whatever the weights are stored in;
+//! - activations are row-major, f32 on the host and of the weights' type on a device; sums, norms, softmax and loss are f32
+//!   whatever the weights are stored in;
+//! - what it is given says where it works: operands on a device launch the kernel of the same name in `kernels/`;
 //! - a backward takes exactly what its forward saved, and nothing computes a gradient of a frozen weight;
-//! - the test beside it compares forward and backward with plain candle ops and their autograd, on odd sizes.
+//! - the test beside it compares forward and backward with plain candle ops and their autograd, on odd sizes; on a device
+//!   the whole model is compared with the reference values (`tests/device.rs`).
 //!
 //! | op | file | forward | gradient for |
 //! |---|---|---|---|
 //! | frozen product | [`weight`] | `y = x Wᵀ` | `x` |
 //! | frozen product in few bits | [`quantized`], [`nf4`] | decoded for [`weight`] | |
+//! | frozen product on a device | [`resident`] | `y = x Wᵀ` | `x` |
+//! | rows moved, added, scaled | [`rows`] | gather, scatter | |
 //! | adapter | [`lora`] | `y += s drop(x) Aᵀ Bᵀ` | `A`, `B`, `x` |
 //! | RMS and layer norm | [`norm`] | one scale a row | `x` |
 //! | rotary embedding | [`rope`] | in place | in place, the angle negated |
@@ -25,7 +30,8 @@
 //! Why activations are not `candle_core::Tensor`s: candle 0.11 keeps writing into a tensor's storage to itself but for
 //! one-output in-place ops, and returns each buffer to the allocator. [`Matrix`] recycles them, so that a step after
 //! the first of its length neither allocates nor faults pages, and every op may write where it likes. candle is what
-//! checkpoints are read with, the oracle of the tests, and the ground of the CUDA side.
+//! checkpoints are read with, and the oracle of the tests. Devices are ours too, behind [`device::Backend`]: candle's CUDA
+//! feature links the driver, so that a binary would not start without one, and compiles kernels that nothing here calls.
 
 pub mod attention;
 pub mod clip;
