@@ -6,7 +6,7 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
 use half::bf16;
-use litgpt::ops::attention::{Attention, Span};
+use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::glu::{self, Activation};
 use litgpt::ops::matmul::{Side, Threads, ViewMut, matmul};
 use litgpt::ops::norm::{Kind, Norm};
@@ -92,7 +92,7 @@ fn products(name: &str, out: usize, inn: usize, report: &dyn Fn(&str, f64, f64, 
 
 fn elementwise(report: &dyn Fn(&str, f64, f64, f64)) {
     let x = Matrix::from_slice(T, 576, &values(T * 576));
-    let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 576, weight: values(576), bias: None };
+    let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 576, weight: values(576).into(), bias: None };
     let bytes = (8 * T * 576) as f64;
     report("norm forward", time(|| drop(norm.forward(&x))), 0.0, bytes);
     let mut dx = Matrix::zeros(T, 576);
@@ -106,7 +106,7 @@ fn elementwise(report: &dyn Fn(&str, f64, f64, f64)) {
         Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
     let qkv = Matrix::from_slice(T, 960, &values(T * 960));
     let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
-    let spans = [Span { q: 0..T, k: 0..T }];
+    let spans = Spans::tail(T, T);
     let (o, saved) = attention.forward(q, k, v, &spans);
     let flops = 2.0 * (T * T * 576) as f64;
     report("attention forward", time(|| drop(attention.forward(q, k, v, &spans))), flops, 0.0);

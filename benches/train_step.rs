@@ -60,13 +60,13 @@ fn run(case: usize) {
     gpt.initialize_adapters(1);
     gpt.prepare(length);
     let tokens = batch(length, samples, gpt.config.vocab_size);
-    let mut grads = vec![0.0; gpt.parameters.len()];
+    let mut grads = gpt.parameters.zeros_like(1, gpt.parameters.cols());
     let (mut moments, adamw) =
-        (Moments::new(grads.len()), AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 });
+        (Moments::new(&gpt.parameters), AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 });
     let mut seconds = Vec::new();
     for seed in 0..=REPETITIONS as u64 {
         let begun = Instant::now();
-        grads.fill(0.0);
+        grads.zero();
         let training = Training { grads: &mut grads, weight: 1.0, seed, checkpointing };
         let loss = in_pool(|| gpt.loss(&tokens, Some(training)));
         assert!(loss.is_finite());

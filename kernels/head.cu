@@ -72,10 +72,24 @@ __device__ void cross_entropy(T* logits, const int* labels, float* loss, const f
         write_gradient_row<1>(logits, v, logit_scale, soft_cap, log_sum_exp, label, *scale);
 }
 
+// logits (n) = soft_cap(logits · scale), for those that are read rather than learned from. Any grid and block.
+template <class T>
+__device__ void transform_logits(T* logits, i64 n, float scale, float soft_cap) {
+    const i64 threads = i64(gridDim.x) * blockDim.x;
+    for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += threads)
+        logits[i] = from_float<T>(soft_capped(to_float(logits[i]) * scale, soft_cap));
+}
+
 #define INSTANTIATE(T, type)                                                                                               \
     extern "C" __global__ void cross_entropy_##type(T* logits, const int* labels, float* loss, const float* scale, int v,  \
                                                     i64 ld, float logit_scale, float soft_cap, int ignore_index, int write_gradient) {        \
         cross_entropy(logits, labels, loss, scale, v, ld, logit_scale, soft_cap, ignore_index, write_gradient);                         \
     }
+#define INSTANTIATE_TRANSFORM(T, type)                                                                        \
+    extern "C" __global__ void transform_logits_##type(T* logits, i64 n, float scale, float soft_cap) {         \
+        transform_logits(logits, n, scale, soft_cap);                                                         \
+    }
 FOR_EACH_TYPE(INSTANTIATE)
+FOR_EACH_TYPE(INSTANTIATE_TRANSFORM)
+#undef INSTANTIATE_TRANSFORM
 #undef INSTANTIATE

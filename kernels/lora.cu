@@ -70,7 +70,7 @@ __device__ void add(const From* x, To* y, i64 n, float scale, int accumulate) {
 }
 
 template <int N, class T>
-__device__ __forceinline__ void add_bias_row(T* y, const T* bias, int c) {
+__device__ __forceinline__ void add_bias_row(T* y, const float* bias, int c) {
     for (int i = threadIdx.x * N; i < c; i += blockDim.x * N) {
         float v[N], b[N];
         load<N>(y + i, v);
@@ -80,9 +80,9 @@ __device__ __forceinline__ void add_bias_row(T* y, const T* bias, int c) {
     }
 }
 
-// Row blockIdx.x of y (rows, c), `ld` apart, += bias (c).
+// Row blockIdx.x of y (rows, c), `ld` apart, += bias (c), which is f32.
 template <class T>
-__device__ void add_bias(T* y, const T* bias, int c, i64 ld) {
+__device__ void add_bias(T* y, const float* bias, int c, i64 ld) {
     const bool in_packs = wide<T>(c, ld) && aligned(y) && aligned(bias);
     y += blockIdx.x * ld;
     if (in_packs)
@@ -99,7 +99,7 @@ __device__ void add_bias(T* y, const T* bias, int c, i64 ld) {
     extern "C" __global__ void add_##type(const T* x, T* y, i64 n, float scale, int accumulate) {                       \
         add(x, y, n, scale, accumulate);                                                                                \
     }                                                                                                                   \
-    extern "C" __global__ void add_bias_##type(T* y, const T* bias, int c, i64 ld) { add_bias(y, bias, c, ld); }
+    extern "C" __global__ void add_bias_##type(T* y, const float* bias, int c, i64 ld) { add_bias(y, bias, c, ld); }
 FOR_EACH_TYPE(INSTANTIATE)
 #undef INSTANTIATE
 

@@ -98,6 +98,7 @@ pub fn tokens(
     let mut next = request.prompt.to_vec();
     for index in 0..room {
         let logits = in_pool(|| gpt.next_logits(&next, &mut cache));
+        gpt.check()?;
         let token = processor.sample(&Tensor::from_slice(&logits, logits.cols(), &Device::Cpu)?)?;
         if index == 0 {
             figures.prefill = begun.elapsed();

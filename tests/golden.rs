@@ -8,7 +8,9 @@ use litgpt::checkpoint::{Checkpoint, adapter, merge};
 use litgpt::error::Error;
 use litgpt::model::families::HfConfig;
 use litgpt::model::{Gpt, Tokens, Training};
+use litgpt::ops::device::Device;
 use litgpt::ops::optimizer::{AdamW, Moments};
+use litgpt::ops::quantized::Quantizer;
 use litgpt::ops::weight::Store;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -71,6 +73,16 @@ fn ids(row: &[i32]) -> Vec<u32> {
 
 /// The model of a folder, or `None` for a family that is not supported.
 pub fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
+    load_on(None, dir, Store::F32, None)
+}
+
+/// The same on a device, in another type or in few bits.
+pub fn load_on(
+    device: Option<&Device>,
+    dir: &Path,
+    store: Store,
+    quantizer: Option<Quantizer>,
+) -> Option<(Checkpoint, Gpt)> {
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
         Err(error @ Error::Unsupported { .. }) => {
@@ -79,7 +91,7 @@ pub fn load(dir: &Path) -> Option<(Checkpoint, Gpt)> {
         }
         Err(error) => panic!("{}: {error}", dir.display()),
     };
-    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| ()).unwrap();
+    let mut gpt = Gpt::load_on(device, &checkpoint.config, &checkpoint, store, quantizer, &mut |_| ()).unwrap();
     gpt.prepare(64);
     Some((checkpoint, gpt))
 }
@@ -104,7 +116,7 @@ pub fn within(what: &str, value: f32, limit: f32) {
     assert!(value <= limit, "{what}: {value:e} is over {limit:e}");
 }
 
-fn batch(rows: &[Vec<i32>], labels: &[Vec<i32>]) -> Tokens {
+pub fn batch(rows: &[Vec<i32>], labels: &[Vec<i32>]) -> Tokens {
     let mut tokens = Tokens::default();
     rows.iter().zip(labels).for_each(|(row, labels)| tokens.push(&ids(row), labels, -100));
     tokens
@@ -154,7 +166,7 @@ pub fn each(cases: &[PathBuf], mut run: impl FnMut(&Path)) -> Vec<String> {
     failed
 }
 
-fn check_generation(gpt: &Gpt, generation: &Value) {
+pub fn check_generation(gpt: &Gpt, generation: &Value) {
     let list = |key: &str| -> Vec<u32> {
         let value = &generation[key];
         let value = if value[0].is_array() { &value[0] } else { value };
@@ -227,11 +239,11 @@ fn check_merge(dir: &Path, checkpoint: &Checkpoint, gpt: &Gpt, rows: &[Vec<i32>]
 }
 
 /// Ten steps of AdamW give PEFT's losses, first gradients and final adapter.
-fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &Fixture, golden: &Value) {
+pub fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &Fixture, golden: &Value) {
     adapter::load(&dir.join("final"), checkpoint.family, gpt).unwrap();
-    let want = gpt.parameters.clone();
+    let want = gpt.parameters.to_host();
     adapter::load(&dir.join("init"), checkpoint.family, gpt).unwrap();
-    let init = gpt.parameters.clone();
+    let init = gpt.parameters.to_host();
     let number = |key: &str| golden["optimizer"][key].as_f64().unwrap();
     let beta = |i: usize| golden["optimizer"]["betas"][i].as_f64().unwrap();
     let adamw = AdamW { beta1: beta(0), beta2: beta(1), eps: number("eps"), weight_decay: number("weight_decay") };
@@ -239,9 +251,9 @@ fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &
     let accumulate = golden["gradient_accumulation"].as_u64().unwrap() as usize;
     let micro = golden["micro_batch"][0].as_u64().unwrap() as usize;
     let losses = &fixture.get("losses").1;
-    let mut moments = Moments::new(init.len());
+    let mut moments = Moments::new(&gpt.parameters);
     for (step, window) in losses.chunks_exact(accumulate).enumerate() {
-        let mut grads = vec![0.0; init.len()];
+        let mut grads = gpt.parameters.zeros_like(1, init.cols());
         let mut targets = 0;
         for (i, loss) in window.iter().enumerate() {
             let at = (step * accumulate + i) * micro;
@@ -255,16 +267,15 @@ fn check_training(dir: &Path, checkpoint: &Checkpoint, gpt: &mut Gpt, fixture: &
         // The fixture's gradient is that of the mean over all targets of the step, as ours is.
         let scale = 1.0 / targets as f32;
         if step == 0 {
-            grads.iter_mut().for_each(|g| *g *= scale);
-            check_gradients(checkpoint, gpt, &grads, fixture);
-            adamw.step(&mut gpt.parameters, &grads, 1.0, &mut moments, number("lr"));
-        } else {
-            adamw.step(&mut gpt.parameters, &grads, scale, &mut moments, number("lr"));
+            let means: Vec<f32> = grads.to_host().iter().map(|g| g * scale).collect();
+            check_gradients(checkpoint, gpt, &means, fixture);
         }
+        adamw.step(&mut gpt.parameters, &grads, scale, &mut moments, number("lr"));
     }
+    let got = gpt.parameters.to_host();
     for (name, range) in tensors(gpt) {
         let change = |i: usize| want[i] - init[i];
-        let error = |i: usize| gpt.parameters[i] - want[i];
+        let error = |i: usize| got[i] - want[i];
         let rms =
             |f: &dyn Fn(usize) -> f32| (range.clone().map(|i| f(i).powi(2)).sum::<f32>() / range.len() as f32).sqrt();
         let most = |f: &dyn Fn(usize) -> f32| range.clone().map(|i| f(i).abs()).fold(0.0, f32::max);

@@ -121,7 +121,7 @@ fn nf4_equals_bitsandbytes() {
 }
 
 /// `$CXX`, or the first of the usual names that runs.
-fn cpp_compiler() -> Option<String> {
+pub fn cpp_compiler() -> Option<String> {
     let named = std::env::var("CXX").ok().filter(|name| !name.is_empty());
     let names = named.into_iter().chain(["c++", "g++", "clang++"].map(str::to_owned));
     names.into_iter().find(|name| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success()))

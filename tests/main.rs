@@ -4,7 +4,9 @@
 mod cli;
 mod command_lines;
 mod datasets;
+mod device;
 mod download;
+mod emulated;
 mod finetune;
 mod gguf;
 mod golden;

@@ -48,74 +48,76 @@ FOR_EACH_TYPE(NAMES)
 
 // One case: `rows` of `c`, in `heads` a token, inside rows that are `gap` elements wider than the heads.
 template <class T>
-void test_norm(int rows, int c, int heads, int gap, bool layer, bool accumulate, float unit_offset, dim3 threads) {
+void test_norm(int rows, int c, int heads, int gap, int weights, bool layer, bool accumulate, dim3 threads) {
     const std::string what = with(layer ? "layer_norm" : "rms_norm", {{"rows", rows}, {"c", c}, {"heads", heads}, {"gap", gap},
-                                  {"accumulate", accumulate}, {"unit_offset", unit_offset}, {"threads", threads.x}});
+                                  {"weights", weights}, {"accumulate", accumulate}, {"threads", threads.x}});
     const float eps = 1e-3f;
     const i64 ld = i64(heads) * c + gap;
     const int tokens = rows / heads;
-    const auto x = random<T>(tokens * ld, 1, layer ? 3.0 : 0.0), w = random<T>(c, 2), b = random<T>(c, 3);
+    const auto x = random<T>(tokens * ld, 1, layer ? 3.0 : 0.0);
+    const auto w = random<float>(weights * c, 2), b = random<float>(weights * c, 3);
     const auto dy = random<T>(tokens * ld, 4), old = random<T>(tokens * ld, 5);
     Buffer<T> y(old), dx(old);
-    Buffer<float> mean(rows), rstd(rows);
     const dim3 grid((rows + threads.y - 1) / threads.y);
     emulate::launch(grid, threads, 0, [&] {
         if (layer)
-            Kernels<T>::layer_norm_fwd(x.data(), w.data(), b.data(), y.data(), mean.data(), rstd.data(), rows, c, heads, ld, ld, eps, unit_offset);
+            Kernels<T>::layer_norm_fwd(x.data(), w.data(), b.data(), y.data(), rows, c, heads, weights, ld, ld, eps);
         else
-            Kernels<T>::rms_norm_fwd(x.data(), w.data(), y.data(), rstd.data(), rows, c, heads, ld, ld, eps, unit_offset);
+            Kernels<T>::rms_norm_fwd(x.data(), w.data(), nullptr, y.data(), rows, c, heads, weights, ld, ld, eps);
     });
+    const auto backward = layer ? Kernels<T>::layer_norm_bwd : Kernels<T>::rms_norm_bwd;
     emulate::launch(grid, threads, 0, [&] {
-        if (layer)
-            Kernels<T>::layer_norm_bwd(dy.data(), x.data(), w.data(), mean.data(), rstd.data(), dx.data(), rows, c, heads, ld, ld, ld, unit_offset, accumulate);
-        else
-            Kernels<T>::rms_norm_bwd(dy.data(), x.data(), w.data(), rstd.data(), dx.data(), rows, c, heads, ld, ld, ld, unit_offset, accumulate);
+        backward(dy.data(), x.data(), w.data(), dx.data(), rows, c, heads, weights, ld, ld, ld, eps, accumulate);
     });
-    Reference want_y(tokens * ld), want_dx(tokens * ld), want_rstd(rows);
+    Reference want_y(tokens * ld), want_dx(tokens * ld);
     for (size_t i = 0; i < want_y.size(); ++i) want_y[i] = want_dx[i] = real(old[i]);  // the gap stays
     for (int row = 0; row < rows; ++row) {
-        const size_t at = row / heads * ld + row % heads * c;
+        const size_t at = row / heads * ld + row % heads * c, own = row % weights * c;
         double m = 0, variance = 0, avg_g = 0, avg_gx = 0;
         if (layer)
             for (int i = 0; i < c; ++i) m += real(x[at + i]) / c;
         for (int i = 0; i < c; ++i) variance += std::pow(real(x[at + i]) - m, 2) / c;
-        const double r = want_rstd[row] = 1 / std::sqrt(variance + eps);
-        const auto g = [&](int i) { return real(dy[at + i]) * (real(w[i]) + unit_offset); };
+        const double r = 1 / std::sqrt(variance + eps);
+        const auto g = [&](int i) { return real(dy[at + i]) * real(w[own + i]); };
         const auto normed = [&](int i) { return (real(x[at + i]) - m) * r; };
         for (int i = 0; i < c; ++i) {
             if (layer) avg_g += g(i) / c;
             avg_gx += g(i) * normed(i) / c;
         }
         for (int i = 0; i < c; ++i) {
-            want_y[at + i] = normed(i) * (real(w[i]) + unit_offset) + (layer ? real(b[i]) : 0);
+            want_y[at + i] = normed(i) * real(w[own + i]) + (layer ? real(b[own + i]) : 0);
             want_dx[at + i] = r * (g(i) - avg_g - normed(i) * avg_gx) + (accumulate ? real(old[at + i]) : 0);
         }
     }
     close(what + " y", y.data(), want_y, 1e-5);
-    close(what + " rstd", rstd.data(), want_rstd, 1e-5);
     close(what + " dx", dx.data(), want_dx, 2e-5);
 }
 
 template <class T>
 void test_norms() {
     for (bool layer : {false, true}) {
-        for (int c : SIZES) test_norm<T>(5, c, 1, 0, layer, c % 2, 0.0f, dim3(c > 200 ? 256 : 96));
-        test_norm<T>(6, 64, 3, 64, layer, true, 1.0f, dim3(32, 4));   // heads inside a wider matrix, a warp each
-        test_norm<T>(9, 20, 3, 7, layer, false, 1.0f, dim3(32, 2));
+        for (int c : SIZES) test_norm<T>(5, c, 1, 0, 1, layer, c % 2, dim3(c > 200 ? 256 : 96));
+        test_norm<T>(6, 64, 3, 64, 1, layer, true, dim3(32, 4));   // heads inside a wider matrix, a warp each
+        test_norm<T>(9, 20, 3, 7, 3, layer, false, dim3(32, 2));  // each head with its own weights
     }
-    // In place: dx may be dy.
+    // In place: y may be x, dx may be dy.
     const int rows = 3, c = 123;
-    const auto x = random<T>(rows * c, 1), w = random<T>(c, 2);
-    Buffer<T> d(random<T>(rows * c, 4)), dx(size_t(rows * c));
-    const auto rstd = random<float>(rows, 5, 1.0, 0.1);
+    const auto x = random<T>(rows * c, 1);
+    const auto w = random<float>(c, 2);
+    Buffer<T> z(x), y(size_t(rows * c)), d(random<T>(rows * c, 4)), dx(size_t(rows * c));
+    for (T* to : {y.data(), z.data()})
+        emulate::launch(dim3(rows), dim3(64), 0, [&] {
+            Kernels<T>::rms_norm_fwd(z.data(), w.data(), nullptr, to, rows, c, 1, 1, c, c, 1e-3f);
+        });
     for (T* to : {dx.data(), d.data()})
         emulate::launch(dim3(rows), dim3(64), 0, [&] {
-            Kernels<T>::rms_norm_bwd(d.data(), x.data(), w.data(), rstd.data(), to, rows, c, 1, c, c, c, 0.0f, 0);
+            Kernels<T>::rms_norm_bwd(d.data(), x.data(), w.data(), to, rows, c, 1, 1, c, c, c, 1e-3f, 0);
         });
-    close("rms_norm_bwd in place", d.data(), Reference(1, real(dx[0])), 0);
-    Reference want;
-    for (const T& v : dx) want.push_back(real(v));
-    close("rms_norm_bwd in place", d.data(), want, 0);
+    Reference want_y, want_dx;
+    for (const T& v : y) want_y.push_back(real(v));
+    for (const T& v : dx) want_dx.push_back(real(v));
+    close("rms_norm_fwd in place", z.data(), want_y, 0);
+    close("rms_norm_bwd in place", d.data(), want_dx, 0);
 }
 
 // --- rope ---
@@ -306,10 +308,11 @@ void test_lora(int n, size_t shift) {
         close(with("add", {{"n", n}, {"shift", double(shift)}, {"accumulate", accumulate}}), summed.data(), want_summed);
     }
     const int rows = 3;
+    const auto bias = random<float>(n, 4, 0, 1, shift);
     Buffer<T> y(random<T>(rows * (n + 8), 3));
     Reference want;
-    for (int i = 0; i < rows * (n + 8); ++i) want.push_back(real(y[i]) + (i % (n + 8) < n ? real(x[i % (n + 8)]) : 0));
-    emulate::launch(dim3(rows), dim3(64), 0, [&] { Kernels<T>::add_bias(y.data(), x.data(), n, n + 8); });
+    for (int i = 0; i < rows * (n + 8); ++i) want.push_back(real(y[i]) + (i % (n + 8) < n ? real(bias[i % (n + 8)]) : 0));
+    emulate::launch(dim3(rows), dim3(64), 0, [&] { Kernels<T>::add_bias(y.data(), bias.data(), n, n + 8); });
     close(with("add_bias", {{"n", n}, {"shift", double(shift)}}), y.data(), want);
 }
 

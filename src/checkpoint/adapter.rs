@@ -63,19 +63,20 @@ fn modules(family: &Family, gpt: &Gpt) -> BTreeMap<String, Module> {
             }
         }
     }
-    groups.into_iter().map(|(module, parts)| (module.clone(), fuse(gpt, &parts, file_rows[&module]))).collect()
+    let parameters = gpt.parameters.to_host();
+    groups.into_iter().map(|(module, parts)| (module.clone(), fuse(&parameters, &parts, file_rows[&module]))).collect()
 }
 
-fn fuse(gpt: &Gpt, members: &[Member<'_>], file_rows: usize) -> Module {
+fn fuse(parameters: &[f32], members: &[Member<'_>], file_rows: usize) -> Module {
     let r: usize = members.iter().filter_map(|m| m.part.lora.as_ref()).map(|l| l.config.r).sum();
     let mut module = Module { a: Vec::new(), b: vec![0.0; file_rows * r], r, inputs: members[0].inputs, alpha: 0.0 };
     let mut rank = 0;
     for Member { part, rows, .. } in members {
         let Some(lora) = &part.lora else { continue };
-        module.a.extend_from_slice(&gpt.parameters[lora.a.clone()]);
+        module.a.extend_from_slice(&parameters[lora.a.clone()]);
         let all = 0..file_rows;
         let rows = rows.as_deref().unwrap_or(std::slice::from_ref(&all));
-        let b = gpt.parameters[lora.b.clone()].chunks_exact(lora.config.r);
+        let b = parameters[lora.b.clone()].chunks_exact(lora.config.r);
         for (row, b) in rows.iter().cloned().flatten().zip(b) {
             module.b[row * r + rank..][..lora.config.r].copy_from_slice(b);
         }
@@ -319,7 +320,7 @@ fn copy_parameters(
     shards: &Shards,
     found: &HashMap<String, [Option<String>; 2]>,
 ) -> Result<()> {
-    let mut parameters = std::mem::take(&mut gpt.parameters);
+    let mut parameters = gpt.parameters.to_host();
     for part in gpt.linears().flat_map(|l| &l.parts) {
         let Some(lora) = &part.lora else { continue };
         let (module, rows) = place(family, gpt, &part.name);
@@ -333,7 +334,7 @@ fn copy_parameters(
             parameters[lora.b.clone()].iter_mut().zip(values).for_each(|(p, v)| *p = *v);
         }
     }
-    gpt.parameters = parameters;
+    gpt.set_parameters(&parameters);
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum,
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::train::settings::{FinetuneSettings, Precision, quantizer};
+use crate::train::settings::{Accelerator, FinetuneSettings, Precision, quantizer};
 
 /// What a value of a flag looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,9 +161,10 @@ pub const FLAGS: &[Flag] = &[
         "Folder for adapters and logs; a relative one lies in $LIGHTNING_ARTIFACTS_DIR if that is set")
         .also(&["out_dir", "io.out_dir"]),
     row("precision", Text, MODEL,
-        "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true]"),
+        "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true, on a GPU bf16-true]"),
     row("quantize", Text, MODEL,
         "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
+    row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
@@ -176,6 +177,8 @@ pub const FLAGS: &[Flag] = &[
         "Go on with a stopped run, exactly: auto (the newest state in --out_dir, else anew), true (the newest), or a step \
          folder"),
     row("resume_force", Boolean, MODEL, "Resume although settings or data changed; the result is not exact then"),
+
+    row("dry_run", Boolean, MODEL, "Check settings, data and memory, say what the run needs, and stop"),
 
     row("lora_r", Whole, LORA, "Rank of the adapters"),
     row("lora_alpha", Number, LORA, "The adapters' output is scaled by alpha / r"),
@@ -448,9 +451,12 @@ pub struct LoadArgs {
     /// Weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8 [default: as an adapter was trained]
     #[arg(long, value_name = "NAME", value_parser = quantizer, overrides_with = "quantize")]
     pub quantize: Option<String>,
-    /// 32-true, bf16-true or 16-true [default: 32-true]
+    /// 32-true, bf16-true or 16-true [default: 32-true, on a GPU bf16-true]
     #[arg(long, value_name = "NAME", overrides_with = "precision")]
     pub precision: Option<Precision>,
+    /// Where to compute: auto (a GPU if there is one), cpu, cuda
+    #[arg(long, value_name = "NAME", default_value = "auto", overrides_with = "accelerator")]
+    pub accelerator: Accelerator,
     /// Accepted for LitGPT's sake and not needed: there is nothing to compile
     #[arg(long, hide = true, value_parser = boolean_arg(), action = ArgAction::Set)]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]

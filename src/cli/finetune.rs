@@ -1,7 +1,7 @@
 //! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
 
 use super::args::FinetuneArgs;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, weights};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
@@ -13,12 +13,14 @@ use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
 use crate::error::{Error, Result};
 use crate::generate::{Draw, Request, text};
-use crate::model::Gpt;
 use crate::model::lora::{LoraConfig, Targets};
+use crate::model::{Config, Gpt};
+use crate::ops::quantized::Quantizer;
 use crate::tokenizer::Tokenizer;
+use crate::train::estimate::{Computed, Estimate, ways_out};
 use crate::train::report::{Event, Metrics, Report, Summary};
 use crate::train::settings::{FinetuneSettings, Precision, Switch};
-use crate::train::{Job, Outside, Plan, Snapshot, fit, side_by_side};
+use crate::train::{Job, Outside, Plan, Snapshot, fit, longest_tokens, side_by_side};
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -40,21 +42,28 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let (train, val) = encode(&encoder, &dataset, ui)?;
     let packs = side_by_side(&settings, &train);
     let plan = Plan::new(&settings, packs.len())?;
-    describe(&settings, &dataset, &plan, ui);
+    let compute = Compute::find(settings.accelerator, settings.precision)?;
+    settings.precision = Some(compute.precision);
+    describe(&settings, &compute, &dataset, &plan, ui);
     if settings.data.pack {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
+    let tokens = longest_tokens(&train, &packs, settings.train.micro_batch_size);
+    let checkpointing = preflight(&checkpoint.config, &settings, &compute, quantizer, tokens, ui)?;
+    if settings.dry_run {
+        ui.note("nothing was trained: --dry_run");
+        return Ok(());
+    }
     let base_hash = checkpoint.content_hash()?;
-    let mut gpt = weights(&checkpoint, store(settings.precision), quantizer, ui)?;
+    let mut gpt = weights(&checkpoint, &compute, quantizer, ui)?;
     attach(&mut gpt, &settings);
     ui.note(&format!(
         "{} trainable of {} parameters, frozen weights {:.2} GB{}",
-        millions(gpt.parameters.len()),
+        millions(gpt.parameters.cols()),
         millions(gpt.config.parameters()),
         gpt.weight_bytes() as f64 / 1e9,
         settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))
     ));
-    let checkpointing = settings.train.activation_checkpointing == Switch::On;
     let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
     let made_of = MadeOf::of(&job, &base_hash)?;
     let _lock = resume::lock(&out_dir)?;
@@ -197,18 +206,70 @@ fn check_targets(report: &DataReport, dataset: &Dataset) -> Result<()> {
     Err(Error::refused(message, "remove such rows, raise --train.max_seq_length, or set --data.mask_prompt false"))
 }
 
-fn describe(settings: &FinetuneSettings, dataset: &Dataset, plan: &Plan, ui: &Ui) {
-    let precision = settings.precision.unwrap_or(Precision::F32True);
+/// Says what the run needs and what there is; whether blocks keep only their input.
+///
+/// # Errors
+/// When it does not fit into the memory of a GPU, with what would. The processor's memory can be swapped and freed by
+/// others: there it is a warning.
+fn preflight(
+    config: &Config,
+    settings: &FinetuneSettings,
+    compute: &Compute,
+    quantizer: Option<Quantizer>,
+    tokens: usize,
+    ui: &mut Ui,
+) -> Result<bool> {
+    let on_device = compute.device.is_some();
+    let switch = settings.train.activation_checkpointing;
+    let mut computed =
+        Computed { store: compute.store(), quantizer, on_device, tokens, checkpointing: switch == Switch::On };
+    let mut estimate = Estimate::of(config, settings, computed);
+    let free = compute.free_memory().unwrap_or(usize::MAX);
+    // What the driver and the allocator keep for themselves is not ours to count.
+    let fits = |estimate: &Estimate| estimate.total() as f64 <= 0.96 * free as f64;
+    if switch == Switch::Auto && !fits(&estimate) {
+        computed.checkpointing = true;
+        estimate = Estimate::of(config, settings, computed);
+        if fits(&estimate) {
+            ui.note("activations are computed twice to save memory; --train.activation_checkpointing off forbids it");
+        }
+    }
+    let gb = |bytes: usize| format!("{:.2}", bytes as f64 / 1e9);
+    let parts: Vec<String> =
+        estimate.components().iter().map(|(name, bytes)| format!("{name} {}", gb(*bytes))).collect();
+    let found = if free == usize::MAX { String::new() } else { format!(" of {} GB free", gb(free)) };
+    ui.note(&format!("memory: about {} GB{found} ({})", gb(estimate.total()), parts.join(", ")));
+    if fits(&estimate) {
+        return Ok(computed.checkpointing);
+    }
+    let mut ways = ways_out(config, settings, computed).into_iter().filter(|(_, estimate)| fits(estimate));
+    let way = ways.next().map(|(name, estimate)| format!("{name} would need {} GB", gb(estimate.total())));
+    let message = format!(
+        "this run needs about {} GB, and {} GB are free on {}",
+        gb(estimate.total()),
+        gb(free),
+        compute.place()
+    );
+    let hint = way.unwrap_or_else(|| "use a smaller model".to_owned());
+    if on_device {
+        return Err(Error::refused(message, hint));
+    }
+    ui.note(&format!("{message}; {hint}"));
+    Ok(computed.checkpointing)
+}
+
+fn describe(settings: &FinetuneSettings, compute: &Compute, dataset: &Dataset, plan: &Plan, ui: &Ui) {
+    let precision = compute.precision;
     ui.note(&format!(
-        "{} on the CPU, prompt style {}, {} steps of {} x {} samples, lr {:e}",
-        precision,
+        "{precision} on {}, prompt style {}, {} steps of {} x {} samples, lr {:e}",
+        compute.place(),
         dataset.style.name(),
         plan.steps,
         plan.accumulate,
         settings.train.micro_batch_size,
         settings.optimizer.learning_rate
     ));
-    if matches!(precision, Precision::Bf16Mixed | Precision::F16Mixed) {
+    if compute.device.is_none() && matches!(precision, Precision::Bf16Mixed | Precision::F16Mixed) {
         ui.note(&format!(
             "{precision} keeps f32 weights, and the CPU computes in f32 with them: use bf16-true to halve their memory"
         ));

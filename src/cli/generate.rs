@@ -1,7 +1,7 @@
 //! `litgpt generate`: continues a prompt.
 
 use super::args::GenerateArgs;
-use super::load::{model, store};
+use super::load::{Compute, model};
 use super::ui::{Ui, peak_memory};
 use crate::data::chat::Message;
 use crate::error::Error;
@@ -17,7 +17,8 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let dir = args.model.path()?;
     let (quantize, style) = (args.load.quantize.as_deref(), args.load.prompt_style.as_deref());
-    let mut loaded = model(&dir, store(args.load.precision), quantize, style, ui)?;
+    let compute = Compute::find(args.load.accelerator, args.load.precision)?;
+    let mut loaded = model(&dir, &compute, quantize, style, ui)?;
     let system = args.sys_prompt.as_deref().filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
     let messages: Vec<_> = system.into_iter().chain([Message::new("user", &args.prompt)]).collect();
     let prompt = loaded.style.prompt_ids(&loaded.tokenizer, &messages)?;

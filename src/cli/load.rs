@@ -4,11 +4,12 @@ use super::ui::Ui;
 use crate::checkpoint::{Checkpoint, adapter};
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result};
-use crate::model::Gpt;
+use crate::model::{Gpt, device_error};
+use crate::ops::device::Device;
 use crate::ops::quantized::Quantizer;
 use crate::ops::weight::Store;
 use crate::tokenizer::{AddBos, Tokenizer};
-use crate::train::settings::{Precision, Switch};
+use crate::train::settings::{Accelerator, Precision, Switch};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -56,15 +57,62 @@ impl Manifest {
     }
 }
 
-/// How weights are kept for a precision; f32 where none is given.
-///
-/// # Errors
-/// For the mixed precisions, which keep f32 weights and would compute in f32 here.
-pub fn store(precision: Option<Precision>) -> Store {
-    match precision {
-        Some(Precision::Bf16True) => Store::Bf16,
-        Some(Precision::F16True) => Store::F16,
-        _ => Store::F32,
+/// Where a model is computed, and how.
+#[derive(Debug)]
+pub struct Compute {
+    /// The GPU; `None` for the processor.
+    pub device: Option<Device>,
+    /// Number format.
+    pub precision: Precision,
+}
+
+impl Compute {
+    /// For commands whose result is not computed by the model.
+    pub const PROCESSOR: Self = Self { device: None, precision: Precision::Bf16True };
+
+    /// The device that is asked for and there, and the precision, which is bf16-true on a GPU and 32-true on the
+    /// processor where none is given.
+    ///
+    /// # Errors
+    /// When a GPU is asked for and there is none, or one cannot be used.
+    pub fn find(accelerator: Accelerator, precision: Option<Precision>) -> Result<Self> {
+        let device = match accelerator {
+            Accelerator::Cpu => None,
+            Accelerator::Auto | Accelerator::Cuda => Device::cuda(0).map_err(device_error)?,
+        };
+        if accelerator == Accelerator::Cuda && device.is_none() {
+            let (why, hint) = if cfg!(feature = "cuda") {
+                ("no NVIDIA GPU or driver was found", "look at `nvidia-smi`, or use --accelerator cpu")
+            } else {
+                ("this program was built without CUDA", "build it with `--features cuda`, or use --accelerator cpu")
+            };
+            return Err(Error::refused(format!("--accelerator cuda: {why}"), hint));
+        }
+        let default = if device.is_some() { Precision::Bf16True } else { Precision::F32True };
+        Ok(Self { device, precision: precision.unwrap_or(default) })
+    }
+
+    /// Name of where it is computed.
+    pub fn place(&self) -> &str {
+        self.device.as_ref().map_or("the CPU", Device::name)
+    }
+
+    /// Bytes that may still be taken there, where the system tells.
+    pub fn free_memory(&self) -> Option<usize> {
+        match &self.device {
+            Some(device) => device.memory().ok().map(|(free, _)| free),
+            None => super::ui::available_memory(),
+        }
+    }
+
+    /// How the weights are kept. A GPU multiplies in 16 bit in the mixed precisions too, so it keeps them so; adapters
+    /// and optimizer are f32 in all of them.
+    pub fn store(&self) -> Store {
+        match (self.precision, self.device.is_some()) {
+            (Precision::Bf16True, _) | (Precision::Bf16Mixed, true) => Store::Bf16,
+            (Precision::F16True, _) | (Precision::F16Mixed, true) => Store::F16,
+            (Precision::F32True | Precision::Bf16Mixed | Precision::F16Mixed, _) => Store::F32,
+        }
     }
 }
 
@@ -146,9 +194,10 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
 ///
 /// # Errors
 /// When a tensor cannot be read.
-pub fn weights(checkpoint: &Checkpoint, store: Store, quantizer: Option<Quantizer>, ui: &mut Ui) -> Result<Gpt> {
+pub fn weights(checkpoint: &Checkpoint, compute: &Compute, quantizer: Option<Quantizer>, ui: &mut Ui) -> Result<Gpt> {
     ui.begin("load", checkpoint.config.n_layer as u64, false);
-    let gpt = Gpt::load(&checkpoint.config, checkpoint, store, quantizer, &mut |_| ui.advance(1));
+    let (device, store) = (compute.device.as_ref(), compute.store());
+    let gpt = Gpt::load_on(device, &checkpoint.config, checkpoint, store, quantizer, &mut |_| ui.advance(1));
     ui.end();
     gpt
 }
@@ -158,7 +207,13 @@ pub fn weights(checkpoint: &Checkpoint, store: Store, quantizer: Option<Quantize
 ///
 /// # Errors
 /// When anything is missing or does not fit.
-pub fn model(dir: &Path, store: Store, quantize: Option<&str>, style: Option<&str>, ui: &mut Ui) -> Result<Loaded> {
+pub fn model(
+    dir: &Path,
+    compute: &Compute,
+    quantize: Option<&str>,
+    style: Option<&str>,
+    ui: &mut Ui,
+) -> Result<Loaded> {
     let manifest = Manifest::read(dir)?;
     let is_adapter = adapter::is_adapter(dir);
     let base = if is_adapter { base_dir(dir, None)? } else { dir.to_owned() };
@@ -166,7 +221,7 @@ pub fn model(dir: &Path, store: Store, quantize: Option<&str>, style: Option<&st
     let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
-    let mut gpt = weights(&checkpoint, store, quantizer(quantize.or(trained.as_deref()))?, ui)?;
+    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()))?, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }

@@ -2,7 +2,7 @@
 
 use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, tokenizer, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, tokenizer, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::convert::{Export, litgpt_name};
@@ -13,7 +13,6 @@ use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
-use crate::ops::weight::Store;
 use crate::train::settings::Precision;
 use std::path::Path;
 
@@ -32,7 +31,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()))?;
     // The adapter's shapes are read through a model; bf16 keeps that model small. Of its weights only those that were
     // quantized are written, which decode to f32.
-    let mut gpt = weights(&checkpoint, Store::Bf16, quantizer, ui)?;
+    let mut gpt = weights(&checkpoint, &Compute::PROCESSOR, quantizer, ui)?;
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
     let staging = Staging::new(&out_dir)?;
     let dtype = match args.precision {

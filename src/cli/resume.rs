@@ -5,6 +5,7 @@ use crate::checkpoint::write::Staging;
 use crate::checkpoint::{adapter, state};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::ops::Matrix;
 use crate::ops::optimizer::Moments;
 use crate::train::settings::FinetuneSettings;
 use crate::train::{Job, Progress, Snapshot};
@@ -182,8 +183,10 @@ impl From {
     /// # Errors
     /// When the state does not fit the model.
     pub fn restore(&self, gpt: &mut Gpt) -> Result<Moments> {
-        let [parameters, m, v] = state::load(&self.dir, gpt.parameters.len())?;
-        gpt.parameters = parameters;
+        let len = gpt.parameters.cols();
+        let [parameters, m, v] = state::load(&self.dir, len)?.map(|values| Matrix::from_slice(1, len, &values));
+        gpt.set_parameters(&parameters);
+        let [m, v] = [m, v].map(|moment| moment.to(gpt.parameters.place()));
         Ok(Moments { m, v, step: self.state.progress.step as u64 })
     }
 
@@ -209,7 +212,8 @@ pub fn save(
     metrics_bytes: u64,
     made_of: &MadeOf,
 ) -> anyhow::Result<()> {
-    state::save(staging, [&gpt.parameters, &snapshot.moments.m, &snapshot.moments.v])?;
+    let [parameters, m, v] = [&gpt.parameters, &snapshot.moments.m, &snapshot.moments.v].map(Matrix::to_host);
+    state::save(staging, [&parameters, &m, &v])?;
     let state = State { progress: snapshot.progress, metrics_bytes, made_of: made_of.clone() };
     Ok(staging.write(STATE, serde_json::to_string_pretty(&state)?.as_bytes())?)
 }

@@ -156,6 +156,19 @@ impl Report for Ui {
     }
 }
 
+/// Memory that processes may still take, in bytes, where the system tells; within a control group, what that allows.
+pub fn available_memory() -> Option<usize> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let meminfo = read("/proc/meminfo")?;
+    let line = meminfo.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    let available = line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024;
+    let number = |path: &str| read(path)?.trim().parse::<usize>().ok();
+    let group = number("/sys/fs/cgroup/memory.max")
+        .zip(number("/sys/fs/cgroup/memory.current"))
+        .map(|(most, now)| most.saturating_sub(now));
+    Some(group.map_or(available, |group| available.min(group)))
+}
+
 /// Most memory that this process ever held, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

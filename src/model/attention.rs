@@ -2,22 +2,23 @@
 //! values of decoding. The scores are in `ops::attention`.
 
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
-use crate::ops::attention::{self, Span};
+use crate::ops::attention::{self, Spans};
 use crate::ops::clip;
+use crate::ops::device::Constant;
 use crate::ops::norm::Norm;
 use crate::ops::rope::Tables;
-use crate::ops::{Matrix, View};
+use crate::ops::{Matrix, View, rows};
 use std::ops::Range;
 
 /// What all layers of one pass share.
 #[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
     /// Parameters of all adapters.
-    pub parameters: &'a [f32],
+    pub parameters: &'a Matrix,
     /// Position of each row within its sample.
-    pub positions: &'a [u32],
+    pub positions: &'a Constant<u32>,
     /// Samples of the micro batch.
-    pub spans: &'a [Span],
+    pub spans: &'a Spans,
     /// Seed of the dropout masks; `None` outside training.
     pub seed: Option<u64>,
     /// Rotary tables, and those of windowed layers where they differ.
@@ -27,8 +28,41 @@ pub struct Pass<'a> {
 /// Keys and values of one layer over the tokens so far.
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    /// Keys and values, of which the first `len` rows are there.
+    kept: Option<[Matrix; 2]>,
+    len: usize,
+}
+
+impl LayerCache {
+    /// Room for another `rows` rows at least; it doubles, so that a token seldom copies the others.
+    fn reserve(&mut self, rows: usize, like: View<'_>, new_like: impl Fn(usize, usize) -> Matrix) {
+        let needed = self.len + rows;
+        if self.kept.as_ref().is_some_and(|[k, _]| k.rows() >= needed) {
+            return;
+        }
+        let capacity = needed.max(2 * self.len).next_multiple_of(64);
+        let grown = |old: Option<&Matrix>| {
+            let mut new = new_like(capacity, like.cols);
+            if let Some(old) = old {
+                let kept = 0..self.len * like.cols;
+                rows::copy(old.part(kept.clone(), like.cols), &mut new.part_mut(kept, like.cols));
+            }
+            new
+        };
+        let kept = self.kept.as_ref();
+        self.kept = Some([grown(kept.map(|kept| &kept[0])), grown(kept.map(|kept| &kept[1]))]);
+    }
+
+    /// Appends new rows and returns all of them.
+    fn append(&mut self, qkv: &Matrix, [k, v]: [View<'_>; 2]) -> [View<'_>; 2] {
+        self.reserve(k.rows, k, |rows, cols| qkv.new_like(rows, cols));
+        let (from, to) = (self.len * k.cols, (self.len + k.rows) * k.cols);
+        self.len += k.rows;
+        let Some([kept_k, kept_v]) = &mut self.kept else { unreachable!("room was just made") };
+        rows::copy(k, &mut kept_k.part_mut(from..to, k.cols));
+        rows::copy(v, &mut kept_v.part_mut(from..to, v.cols));
+        [kept_k.part(0..to, k.cols), kept_v.part(0..to, v.cols)]
+    }
 }
 
 /// What the backward needs besides the layer's input.
@@ -77,7 +111,7 @@ impl Attention {
 
     /// q, k, v: projected, clipped, normalized, rotated.
     fn project(&self, pass: &Pass<'_>, x: &Matrix) -> Projected {
-        let mut qkv = Matrix::new(x.rows(), self.qkv.outputs());
+        let mut qkv = x.new_like(x.rows(), self.qkv.outputs());
         let h = self.qkv.forward(pass.parameters, x, pass.seed, &mut qkv, false);
         let clipped = self.clip.map(|limit| clip::forward(&mut qkv, limit));
         let [q, k, _] = self.columns();
@@ -110,13 +144,8 @@ impl Attention {
     pub fn decode(&self, pass: &Pass<'_>, x: &Matrix, cache: &mut LayerCache) -> Matrix {
         let qkv = self.project(pass, x).qkv;
         let [q, k, v] = self.columns().map(|c| qkv.columns(c));
-        for row in 0..qkv.rows() {
-            cache.k.extend_from_slice(k.row(row));
-            cache.v.extend_from_slice(v.row(row));
-        }
-        let kept = cache.k.len() / k.cols;
-        let (k, v) = (View::of(&cache.k, kept, k.cols), View::of(&cache.v, kept, v.cols));
-        self.core.forward(q, k, v, &[Span { q: 0..qkv.rows(), k: 0..kept }]).0
+        let [k, v] = cache.append(&qkv, [k, v]);
+        self.core.forward(q, k, v, &Spans::tail(q.rows, k.rows)).0
     }
 
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.

@@ -5,6 +5,7 @@ use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use super::mlp::{self, Mlp};
 use crate::ops::Matrix;
 use crate::ops::norm::Norm;
+use crate::ops::rows::{add_scaled, scale};
 
 /// Norms around one branch of a block.
 #[derive(Debug, Clone, Default)]
@@ -51,10 +52,6 @@ fn normed(norm: Option<&Norm>, x: &Matrix) -> Option<Matrix> {
     norm.map(|norm| norm.forward(x))
 }
 
-fn add_scaled(to: &mut Matrix, from: &Matrix, scale: f32) {
-    to.iter_mut().zip(from.iter()).for_each(|(t, f)| *t += scale * f);
-}
-
 impl Block {
     /// Whether any of its projections has an adapter.
     #[must_use]
@@ -77,7 +74,7 @@ impl Block {
         if after.is_none() && self.residual_scale == 1.0 {
             return (branch(residual, true), None);
         }
-        let mut out = Matrix::new(residual.rows(), residual.cols());
+        let mut out = residual.new_like(residual.rows(), residual.cols());
         let saved = branch(&mut out, false);
         let Some(norm) = after else {
             add_scaled(residual, &out, self.residual_scale);
@@ -93,7 +90,7 @@ impl Block {
             return None;
         }
         let mut d = dy.clone();
-        d.iter_mut().for_each(|v| *v *= self.residual_scale);
+        scale(&mut d, self.residual_scale);
         if let (Some(norm), Some(raw)) = (after, raw) {
             let scaled = d.clone();
             norm.backward(&scaled, raw, &mut d, false);
@@ -165,7 +162,7 @@ impl Block {
         let mlp_in = || normed(mlp_norm.as_ref(), between).unwrap_or_else(|| between.clone());
         let attention_needed = input_needed || self.attention_adapted();
         let d_out = self.add_branch_backward(self.mlp_norms.after.as_ref(), &dy, mlp_raw.as_ref());
-        let mut d_mlp_in = Matrix::new(dy.rows(), dy.cols());
+        let mut d_mlp_in = dy.new_like(dy.rows(), dy.cols());
         // A parallel attention reads no gradient of the MLP, but the block's input does.
         let mlp_input_needed = if self.parallel_residual { input_needed } else { attention_needed };
         let d_mlp = mlp_input_needed.then_some((&mut d_mlp_in, false));
@@ -198,12 +195,12 @@ impl Block {
     ) -> Option<Matrix> {
         let norms = &self.attention_norms;
         let d_out = self.add_branch_backward(norms.after.as_ref(), d, raw);
-        let mut d_o = Matrix::new(d.rows(), saved.o.cols());
+        let mut d_o = d.new_like(d.rows(), saved.o.cols());
         let d_projection = d_out.as_ref().unwrap_or(d);
         let projection = &self.attention.projection;
         projection.backward(to, d_projection, || saved.o.clone(), h, pass.seed, Some((&mut d_o, false)));
         let input = || normed(norms.before.as_ref(), x).unwrap_or_else(|| x.clone());
-        let mut dx = input_needed.then(|| Matrix::new(d.rows(), d.cols()));
+        let mut dx = input_needed.then(|| d.new_like(d.rows(), d.cols()));
         self.attention.backward(pass, to, &d_o, input, saved, dx.as_mut().map(|dx| (dx, false)));
         dx
     }

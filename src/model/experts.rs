@@ -7,7 +7,9 @@ use super::attention::Pass;
 use super::linear::Gradients;
 use super::mlp::{Dense, DenseSaved};
 use crate::ops::Matrix;
-use crate::ops::moe::{Routing, Visit, gather, scatter_add};
+use crate::ops::device::Dtype;
+use crate::ops::moe::{Routing, Visits};
+use crate::ops::rows::{add_scaled, cast, gather, scatter_add};
 use crate::ops::weight::Weight;
 use std::cell::LazyCell;
 
@@ -35,7 +37,7 @@ pub struct Saved {
 #[derive(Debug)]
 struct Visited {
     expert: usize,
-    visits: Vec<Visit>,
+    visits: Visits,
     dense: DenseSaved,
     out: Matrix,
 }
@@ -47,15 +49,17 @@ impl Experts {
     /// `x`, `y`: (T, n_embd).
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> Saved {
         if !accumulate {
-            y.fill(0.0);
+            y.zero();
         }
-        let mut logits = Matrix::new(x.rows(), self.experts.len());
-        self.router.forward(x.view(), &mut logits, false);
-        let routing = Routing::new(logits, self.n_expert_per_token, self.norm_topk);
+        let exact = x.place().is_some().then(|| cast(x, Dtype::F32));
+        let exact = exact.as_ref().unwrap_or(x);
+        let mut logits = exact.new_like(x.rows(), self.experts.len());
+        self.router.forward(exact.view(), &mut logits, false);
+        let routing = Routing::new(&logits, self.n_expert_per_token, self.norm_topk);
         let mut visited = Vec::new();
-        for (expert, visits) in routing.visits().into_iter().enumerate().filter(|(_, v)| !v.is_empty()) {
-            let mut out = Matrix::new(visits.len(), x.cols());
-            let dense = self.experts[expert].forward(pass, &gather(x, &visits), &mut out, false);
+        for (expert, visits) in routing.visits().into_iter().enumerate().filter(|(_, v)| !v.rows.is_empty()) {
+            let mut out = x.new_like(visits.rows.len(), x.cols());
+            let dense = self.experts[expert].forward(pass, &gather(x, &visits.rows), &mut out, false);
             routing.add_to(&out, &visits, y);
             visited.push(Visited { expert, visits, dense, out });
         }
@@ -79,19 +83,25 @@ impl Experts {
         let Saved { routing, visited } = saved;
         let mut d_shares = vec![0.0; routing.n_shares()];
         if let Some((dx, false)) = &mut dx {
-            dx.fill(0.0);
+            dx.zero();
         }
         for Visited { expert, visits, dense, out } in visited {
             let d_out = routing.add_to_backward(dy, &out, &visits, &mut d_shares);
-            let mut d_in = dx.is_some().then(|| Matrix::new(visits.len(), dy.cols()));
-            let rows = || gather(&x, &visits);
+            let mut d_in = dx.is_some().then(|| dy.new_like(visits.rows.len(), dy.cols()));
+            let rows = || gather(&x, &visits.rows);
             self.experts[expert].backward(pass, to, &d_out, rows, dense, d_in.as_mut().map(|d| (d, false)));
             if let (Some((dx, _)), Some(d_in)) = (&mut dx, &d_in) {
-                scatter_add(d_in, &visits, dx);
+                scatter_add(d_in, &visits.rows, None, dx);
             }
         }
         if let Some((dx, _)) = dx {
-            self.router.backward(routing.backward(&d_shares).view(), dx, true);
+            let d_logits = routing.backward(&d_shares);
+            if dx.place().is_none() {
+                return self.router.backward(d_logits.view(), dx, true);
+            }
+            let mut exact = d_logits.new_like(dx.rows(), dx.cols());
+            self.router.backward(d_logits.view(), &mut exact, false);
+            add_scaled(dx, &exact, 1.0);
         }
     }
 }
@@ -101,6 +111,7 @@ mod tests {
     use super::*;
     use crate::model::linear::Linear;
     use crate::model::lora::LoraConfig;
+    use crate::ops::attention::Spans;
     use crate::ops::glu::Activation;
     use crate::ops::rope::{Scaling, Tables};
     use crate::ops::testing::{Oracle, assert_close, random};
@@ -180,12 +191,14 @@ mod tests {
             }
             let oracle = Oracle::run(&inputs, |i| reference(&experts, i), &dy);
             let rope = [Tables::new(1.0, 0, &Scaling::None, 0), Tables::new(1.0, 0, &Scaling::None, 0)];
-            let pass = Pass { parameters: &parameters, positions: &[], spans: &[], seed: None, rope: &rope };
+            let (positions, spans) = (Vec::new().into(), Spans::default());
+            let parameters = Matrix::from_slice(1, len, &parameters);
+            let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed: None, rope: &rope };
             let x = Matrix::from_slice(T, C, &x);
             let mut y = Matrix::from_slice(T, C, &[1.0; T * C]);
             let saved = experts.forward(&pass, &x, &mut y, true);
             assert_close(&y, &oracle.y.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
-            let mut grads = vec![0.0; len];
+            let mut grads = Matrix::zeros(1, len);
             let mut to = Gradients { parameters: &parameters, grads: &mut grads };
             let mut dx = Matrix::new(T, C);
             let dy = Matrix::from_slice(T, C, &dy);

@@ -4,8 +4,10 @@
 //! another only so that one product computes them. The model never mentions adapters; here they are part of a linear.
 
 use super::lora::{Lora, LoraConfig};
+use crate::ops::device::Constant;
 use crate::ops::lora::{Dropout, Pair, down, down_backward_input, down_backward_weight};
 use crate::ops::matmul::{Side, Threads, ViewMut, matmul};
+use crate::ops::rows::add_bias;
 use crate::ops::weight::Weight;
 use crate::ops::{Matrix, View};
 use std::ops::Range;
@@ -26,7 +28,7 @@ pub struct Part {
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Arc<Weight>,
-    bias: Option<Vec<f32>>,
+    bias: Option<Constant<f32>>,
     /// The projections, in the order of their rows.
     pub parts: Vec<Part>,
 }
@@ -38,9 +40,9 @@ pub type Saved = Option<Matrix>;
 #[derive(Debug)]
 pub struct Gradients<'a> {
     /// Parameters of all adapters.
-    pub parameters: &'a [f32],
+    pub parameters: &'a Matrix,
     /// Their gradients, added to.
-    pub grads: &'a mut [f32],
+    pub grads: &'a mut Matrix,
 }
 
 impl Linear {
@@ -57,7 +59,7 @@ impl Linear {
         });
         let parts: Vec<Part> = parts.collect();
         assert_eq!(at, weight.rows(), "linear: the parts are all rows");
-        Self { weight, bias, parts }
+        Self { weight, bias: bias.map(Constant::from), parts }
     }
 
     /// Input channels.
@@ -114,14 +116,14 @@ impl Linear {
         Some(first..self.loras().last()?.1.a.end)
     }
 
-    fn pairs<'a>(&'a self, parameters: &'a [f32]) -> impl Iterator<Item = (Pair<'a>, Range<usize>)> + 'a {
+    fn pairs<'a>(&'a self, parameters: &'a Matrix) -> impl Iterator<Item = (Pair<'a>, Range<usize>)> + 'a {
         let mut at = 0;
         self.loras().map(move |(part, lora)| {
             at += lora.config.r;
             let pair = Pair {
                 rank: at - lora.config.r..at,
                 columns: part.rows.clone(),
-                b: &parameters[lora.b.clone()],
+                b: parameters.part(lora.b.clone(), lora.config.r),
                 scale: lora.config.scale() as f32,
             };
             (pair, lora.b.clone())
@@ -141,7 +143,7 @@ impl Linear {
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(
         &self,
-        parameters: &[f32],
+        parameters: &Matrix,
         x: &Matrix,
         seed: Option<u64>,
         y: &mut Matrix,
@@ -149,13 +151,12 @@ impl Linear {
     ) -> Saved {
         self.weight.forward(x.view(), y, accumulate);
         if let Some(bias) = &self.bias {
-            let cols = y.cols();
-            y.chunks_exact_mut(cols).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+            add_bias(y, bias);
         }
-        let a = self.a()?;
+        let a = parameters.part(self.a()?, self.inputs());
         let h = match self.dropout(seed) {
-            Some(dropout) => down(&dropout.forward(x), &parameters[a]),
-            None => down(x, &parameters[a]),
+            Some(dropout) => down(&dropout.forward(x), a),
+            None => down(x, a),
         };
         self.pairs(parameters).for_each(|(pair, _)| pair.forward(&h, y));
         Some(h)
@@ -178,18 +179,19 @@ impl Linear {
             self.weight.backward(dy.view(), dx, *accumulate);
         }
         let (Some(h), Some(a)) = (saved, self.a()) else { return };
-        let mut dh = Matrix::new(h.rows(), h.cols());
+        let mut dh = h.new_like(h.rows(), h.cols());
         for (pair, b) in self.pairs(to.parameters) {
-            pair.backward(dy, h, &mut to.grads[b], &mut dh);
+            let db = to.grads.part_mut(b, pair.rank.len());
+            pair.backward(dy, h, db, &mut dh);
         }
         let dropout = self.dropout(seed);
         let mut x = x();
         if let Some(dropout) = dropout {
             x = dropout.forward(&x);
         }
-        down_backward_weight(&dh, &x, &mut to.grads[a.clone()]);
+        down_backward_weight(&dh, &x, to.grads.part_mut(a.clone(), self.inputs()));
         if let Some((dx, _)) = dx {
-            down_backward_input(&dh, &to.parameters[a], dropout, dx);
+            down_backward_input(&dh, to.parameters.part(a, self.inputs()), dropout, dx);
         }
     }
 

@@ -6,13 +6,18 @@ use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
 use super::experts::Experts;
 use super::linear::Linear;
 use super::mlp::{Dense, Mlp};
-use super::{Gpt, attention};
-use crate::error::Result;
+use super::{Gpt, attention, device_error};
+use crate::error::{Error, Result};
 use crate::ops::attention::Attention as Core;
+use crate::ops::device::{Device, Dtype};
 use crate::ops::norm::{Kind, Norm};
-use crate::ops::quantized::Quantizer;
+use crate::ops::quantized::{Codes, Quantizer};
+use crate::ops::resident::{Part, Resident};
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
+
+/// Channels of a head that the attention kernels have room for.
+const LARGEST_HEAD: usize = 256;
 
 /// Tensors by their Hugging Face Llama names, whatever the file calls them.
 pub trait Source {
@@ -52,12 +57,34 @@ impl Gpt {
         quantizer: Option<Quantizer>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let loader = Loader { config, source, store, quantizer };
+        Self::load_on(None, config, source, store, quantizer, progress)
+    }
+
+    /// As [`Self::load`], in the memory of a device where one is given. One projection at a time is on the host.
+    ///
+    /// # Errors
+    /// Those of the source. What goes wrong on the device, [`Device::check`] tells.
+    pub fn load_on(
+        device: Option<&Device>,
+        config: &Config,
+        source: &dyn Source,
+        store: Store,
+        quantizer: Option<Quantizer>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Self> {
+        if let Some(device) = device.filter(|_| config.head_size > LARGEST_HEAD) {
+            let what = format!("heads of {} channels on {}", config.head_size, device.name());
+            return Err(Error::unsupported(what, "use --accelerator cpu"));
+        }
+        let loader = Loader { config, source, store, quantizer, device };
         let embedding =
             Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
         let mut blocks = Vec::with_capacity(config.n_layer);
         for layer in 0..config.n_layer {
             blocks.push(loader.block(layer)?);
+            if let Some(device) = device {
+                device.check().map_err(device_error)?;
+            }
             progress(layer);
         }
         let final_norm = loader.norm("model.norm")?;
@@ -77,6 +104,7 @@ struct Loader<'a> {
     source: &'a dyn Source,
     store: Store,
     quantizer: Option<Quantizer>,
+    device: Option<&'a Device>,
 }
 
 impl Loader<'_> {
@@ -91,19 +119,42 @@ impl Loader<'_> {
         for (name, rows) in parts {
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
         }
-        Ok(Weight::new(rows, cols, data))
+        Ok(self.placed(Weight::new(rows, cols, data)))
+    }
+
+    /// A weight where the model shall be.
+    fn placed(&self, weight: Weight) -> Weight {
+        match self.device {
+            Some(device) => weight.to_device(device, self.dtype()),
+            None => weight,
+        }
+    }
+
+    /// Type of the activations on a device.
+    fn dtype(&self) -> Dtype {
+        match self.store {
+            Store::F32 => Dtype::F32,
+            Store::Bf16 => Dtype::Bf16,
+            Store::F16 => Dtype::F16,
+        }
     }
 
     /// The weight of a block's projection.
     fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
-        let rows: usize = parts.iter().map(|p| p.1).sum();
-        let mut data = Data::F32(Vec::with_capacity(rows * cols));
-        for (name, rows) in parts {
+        // Each by itself: its scales' mean and nested blocks are those that bitsandbytes finds.
+        let parts = parts.iter().map(|(name, rows)| {
+            let mut data = Data::F32(Vec::with_capacity(rows * cols));
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
-        }
-        let Data::F32(values) = data else { unreachable!("`append` keeps the store") };
-        Ok(Weight::quantized(rows, cols, &values, quantizer, self.store))
+            let Data::F32(values) = data else { unreachable!("`append` keeps the store") };
+            Ok((values, *rows))
+        });
+        let Some(device) = self.device else {
+            let codes = parts.map(|part| part.map(|(values, rows)| Codes::new(quantizer, &values, rows, cols)));
+            return Ok(Weight::quantized(cols, codes.collect::<Result<_>>()?, self.store));
+        };
+        let parts = parts.map(|part| part.map(|(values, rows)| Part::quantize(device, quantizer, &values, rows, cols)));
+        Ok(Weight::resident(Resident::quantized(device, self.dtype(), cols, parts.collect::<Result<_>>()?)))
     }
 
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {
@@ -137,7 +188,7 @@ impl Loader<'_> {
             weight.iter_mut().for_each(|w| *w += 1.0);
         }
         let bias = if bias { Some(self.source.vector(&format!("{name}.bias"), len)?) } else { None };
-        Ok(Norm { kind, eps: self.config.norm_eps, group, weight, bias })
+        Ok(Norm { kind, eps: self.config.norm_eps, group, weight: weight.into(), bias: bias.map(Into::into) })
     }
 
     fn block(&self, layer: usize) -> Result<Block> {

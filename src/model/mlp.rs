@@ -120,7 +120,7 @@ impl Dense {
     /// # Shapes
     /// `x`, `y`: (T, n_embd).
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
-        let mut up = Matrix::new(x.rows(), self.up.outputs());
+        let mut up = x.new_like(x.rows(), self.up.outputs());
         let h_up = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
         let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
         DenseSaved { up, h_up, h_down }
@@ -139,7 +139,7 @@ impl Dense {
         mut saved: DenseSaved,
         dx: Option<(&mut Matrix, bool)>,
     ) {
-        let mut d = Matrix::new(dy.rows(), self.down.inputs());
+        let mut d = dy.new_like(dy.rows(), self.down.inputs());
         self.down.backward(to, dy, || self.activate(&saved.up), &saved.h_down, pass.seed, Some((&mut d, false)));
         if self.gated() {
             glu::gated_backward(self.activation, &d, &mut saved.up);

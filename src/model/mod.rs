@@ -19,20 +19,26 @@ pub mod mlp;
 pub use config::Config;
 pub use load::Source;
 
-use crate::ops::attention::Span;
-use crate::ops::head::{Transform, cross_entropy};
+use crate::error::{Error, Result};
+use crate::ops::attention::Spans;
+use crate::ops::device::{Constant, Device, Dtype, Failure};
+use crate::ops::head::{Loss, Transform, cross_entropy};
 use crate::ops::norm::Norm;
 use crate::ops::rope::{Scaling, Tables};
+use crate::ops::rows::{self, gather, scatter_add};
 use crate::ops::weight::Weight;
 use crate::ops::{Matrix, Segment};
 use attention::{LayerCache, Pass};
 use block::Block;
 use linear::{Gradients, Linear};
 use lora::{LoraConfig, initialize};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Elements of a chunk of logits: 24 MB.
 const HEAD_CHUNK: usize = 6 << 20;
+/// The same on a device, which needs more rows to be busy: 128 MB of bf16.
+const HEAD_CHUNK_ON_DEVICE: usize = 64 << 20;
 
 /// A decoder-only transformer with frozen weights and, where attached, adapters.
 #[derive(Debug)]
@@ -45,7 +51,7 @@ pub struct Gpt {
     head: Linear,
     rope: [Tables; 2],
     /// Parameters of all adapters, in one flat buffer.
-    pub parameters: Vec<f32>,
+    pub parameters: Matrix,
 }
 
 /// Samples of a micro batch end to end.
@@ -76,12 +82,8 @@ impl Tokens {
         self.targets.iter().flatten().count()
     }
 
-    fn positions(&self) -> Vec<u32> {
+    fn positions(&self) -> Constant<u32> {
         self.segments.iter().flat_map(|s| 0..s.len() as u32).collect()
-    }
-
-    fn spans(&self) -> Vec<Span> {
-        self.segments.iter().map(Span::whole).collect()
     }
 }
 
@@ -89,7 +91,7 @@ impl Tokens {
 #[derive(Debug)]
 pub struct Training<'a> {
     /// Gradients of all adapters, added to.
-    pub grads: &'a mut [f32],
+    pub grads: &'a mut Matrix,
     /// Factor on the gradient of the sum of the losses.
     pub weight: f32,
     /// Seed of the dropout masks.
@@ -119,6 +121,26 @@ impl Cache {
     }
 }
 
+/// Rows whose logits exist at a time.
+#[must_use]
+pub fn head_rows(config: &Config, on_device: bool) -> usize {
+    let (elements, most) = if on_device { (HEAD_CHUNK_ON_DEVICE, 4096) } else { (HEAD_CHUNK, 512) };
+    (elements / config.vocab_size.max(1)).clamp(16, most)
+}
+
+/// A device's failure as a user reads it.
+#[must_use]
+pub fn device_error(failure: Failure) -> Error {
+    let hint = match failure {
+        Failure::OutOfMemory { .. } => {
+            "use --quantize nf4 or nf4-dq; in training also --train.activation_checkpointing on, a smaller \
+             --train.micro_batch_size or --train.max_seq_length; or --accelerator cpu"
+        }
+        Failure::Other { .. } => "look at `nvidia-smi`; --accelerator cpu works without a GPU",
+    };
+    Error::refused(failure.to_string(), hint)
+}
+
 /// What a block's backward starts from.
 enum Kept {
     Input(Matrix),
@@ -128,7 +150,7 @@ enum Kept {
 impl Gpt {
     fn assemble(config: Config, embedding: Arc<Weight>, blocks: Vec<Block>, final_norm: Norm, head: Linear) -> Self {
         let rope = [Tables::new(1.0, 0, &Scaling::None, 0), Tables::new(1.0, 0, &Scaling::None, 0)];
-        Self { config, embedding, blocks, final_norm, head, rope, parameters: Vec::new() }
+        Self { config, embedding, blocks, final_norm, head, rope, parameters: Matrix::new(1, 0) }
     }
 
     /// Makes rotary tables for `positions` positions; to be called before a pass with longer samples than ever.
@@ -173,18 +195,45 @@ impl Gpt {
         for linear in self.linears_mut() {
             at = linear.attach(at, &mut config_of);
         }
-        self.parameters = vec![0.0; at];
+        self.set_parameters(&Matrix::zeros(1, at));
+    }
+
+    /// Device of the weights and type of the activations, where they are not on the host.
+    #[must_use]
+    pub fn place(&self) -> Option<(&Device, Dtype)> {
+        self.embedding.place()
+    }
+
+    /// Whether the device did all that it was asked for; what it computed since a failure means nothing.
+    ///
+    /// # Errors
+    /// The device's failure, with what to do about it.
+    pub fn check(&self) -> Result<()> {
+        self.place().map_or(Ok(()), |(device, _)| device.check().map_err(device_error))
+    }
+
+    /// Gives the adapters these parameters, which are on the host.
+    pub fn set_parameters(&mut self, parameters: &Matrix) {
+        self.parameters = parameters.to(self.place().map(|(device, _)| (device, Dtype::F32)));
+    }
+
+    /// The parameters as the products read them: on a device in the type of the activations.
+    fn parameters_of_products(&self) -> Cow<'_, Matrix> {
+        match self.place() {
+            Some((_, dtype)) if dtype != Dtype::F32 => Cow::Owned(rows::cast(&self.parameters, dtype)),
+            _ => Cow::Borrowed(&self.parameters),
+        }
     }
 
     /// Gives all adapters their starting values.
     pub fn initialize_adapters(&mut self, seed: u64) {
-        let mut parameters = std::mem::take(&mut self.parameters);
+        let mut parameters = Matrix::zeros(1, self.parameters.cols());
         for linear in self.linears() {
             for lora in linear.parts.iter().filter_map(|p| p.lora.as_ref()) {
                 initialize(lora, linear.inputs(), seed, &mut parameters);
             }
         }
-        self.parameters = parameters;
+        self.set_parameters(&parameters);
     }
 
     /// Bytes of the frozen weights.
@@ -196,15 +245,8 @@ impl Gpt {
     }
 
     fn embed(&self, ids: &[u32]) -> Matrix {
-        let mut x = Matrix::new(ids.len(), self.config.n_embd);
-        let cols = x.cols();
-        for (row, id) in x.chunks_exact_mut(cols).zip(ids) {
-            let id = *id as usize;
-            self.embedding.decode_rows(id..id + 1, row);
-            if self.config.embedding_scale != 1.0 {
-                row.iter_mut().for_each(|v| *v *= self.config.embedding_scale);
-            }
-        }
+        let mut x = self.embedding.gather(&ids.to_vec().into());
+        rows::scale(&mut x, self.config.embedding_scale);
         x
     }
 
@@ -218,9 +260,10 @@ impl Gpt {
     /// When `prepare` was not called for samples of this length, or an id is outside the vocabulary.
     #[must_use]
     pub fn loss(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> f64 {
-        let (positions, spans) = (tokens.positions(), tokens.spans());
+        let (positions, spans) = (tokens.positions(), Spans::whole(&tokens.segments));
+        let parameters = self.parameters_of_products();
         let seed = training.as_ref().map(|t| t.seed);
-        let pass = Pass { parameters: &self.parameters, positions: &positions, spans: &spans, seed, rope: &self.rope };
+        let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed, rope: &self.rope };
         let lowest = self.blocks.iter().position(Block::adapted).unwrap_or(self.blocks.len());
         let checkpointing = training.as_ref().is_some_and(|t| t.checkpointing);
         let mut x = self.embed(&tokens.ids);
@@ -236,8 +279,7 @@ impl Gpt {
             }
             x = y;
         }
-        let mut to =
-            training.as_mut().map(|t| (Gradients { parameters: &self.parameters, grads: &mut *t.grads }, t.weight));
+        let mut to = training.as_mut().map(|t| (Gradients { parameters: &parameters, grads: &mut *t.grads }, t.weight));
         let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
         drop(x);
         if let (Some(mut d), Some((to, _))) = (dx, &mut to) {
@@ -252,7 +294,7 @@ impl Gpt {
                 }
             }
         }
-        loss
+        loss.value()
     }
 
     /// Final norm, head and loss, in chunks of the rows that have a target; the gradient of the last block's output
@@ -264,31 +306,29 @@ impl Gpt {
         x: &Matrix,
         to: &mut Option<(Gradients<'_>, f32)>,
         input_needed: bool,
-    ) -> (f64, Option<Matrix>) {
+    ) -> (Loss, Option<Matrix>) {
         let rows: Vec<(usize, u32)> = tokens.targets.iter().enumerate().filter_map(|(i, t)| Some((i, (*t)?))).collect();
         let input_needed = input_needed && to.is_some();
-        let mut dx = input_needed.then(|| Matrix::zeros(x.rows(), x.cols()));
-        let mut loss = 0.0;
-        let chunk = (HEAD_CHUNK / self.config.vocab_size).clamp(16, 512);
-        for (index, rows) in rows.chunks(chunk).enumerate() {
-            let before = gather(x, rows.iter().map(|r| r.0));
+        let mut dx = input_needed.then(|| x.zeros_like(x.rows(), x.cols()));
+        let mut loss = Loss::zero(x);
+        let chunk = head_rows(&self.config, x.place().is_some());
+        for (at, rows) in rows.chunks(chunk).enumerate() {
+            let index: Constant<u32> = rows.iter().map(|r| r.0 as u32).collect();
+            let before = gather(x, &index);
             let normed = self.final_norm.forward(&before);
-            let targets: Vec<u32> = rows.iter().map(|r| r.1).collect();
-            let pass = Pass { seed: pass.seed.map(|s| s.wrapping_add(index as u64)), ..*pass };
-            let mut logits = Matrix::new(rows.len(), self.config.vocab_size);
+            let targets: Constant<u32> = rows.iter().map(|r| r.1).collect();
+            let pass = Pass { seed: pass.seed.map(|s| s.wrapping_add(at as u64)), ..*pass };
+            let mut logits = x.new_like(rows.len(), self.config.vocab_size);
             let h = self.head.forward(pass.parameters, &normed, pass.seed, &mut logits, false);
             let weight = to.as_ref().map_or(0.0, |t| t.1);
-            loss += cross_entropy(&mut logits, &targets, self.transform(), weight);
+            cross_entropy(&mut logits, &targets, self.transform(), weight, &mut loss);
             let Some((to, _)) = to else { continue };
-            let mut d = input_needed.then(|| Matrix::new(rows.len(), x.cols()));
+            let mut d = input_needed.then(|| x.new_like(rows.len(), x.cols()));
             self.head.backward(to, &logits, || normed.clone(), &h, pass.seed, d.as_mut().map(|d| (d, false)));
             if let (Some(d), Some(dx)) = (d, &mut dx) {
-                let mut d_before = Matrix::new(d.rows(), d.cols());
+                let mut d_before = d.new_like(d.rows(), d.cols());
                 self.final_norm.backward(&d, &before, &mut d_before, false);
-                for ((row, _), d) in rows.iter().zip(d_before.chunks_exact(x.cols())) {
-                    let at = row * x.cols();
-                    dx[at..at + x.cols()].copy_from_slice(d);
-                }
+                scatter_add(&d_before, &index, None, dx);
             }
         }
         (loss, dx)
@@ -302,9 +342,9 @@ impl Gpt {
 
     /// Hidden states of new tokens, which join the cache; before the final norm.
     fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        let positions: Vec<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
-        let pass =
-            Pass { parameters: &self.parameters, positions: &positions, spans: &[], seed: None, rope: &self.rope };
+        let positions: Constant<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
+        let (parameters, spans) = (self.parameters_of_products(), Spans::default());
+        let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed: None, rope: &self.rope };
         let mut x = self.embed(ids);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.decode(&pass, x, layer);
@@ -315,39 +355,29 @@ impl Gpt {
 
     fn logits_of(&self, x: &Matrix) -> Matrix {
         let normed = self.final_norm.forward(x);
-        let mut logits = Matrix::new(x.rows(), self.config.vocab_size);
-        self.head.forward(&self.parameters, &normed, None, &mut logits, false);
+        let mut logits = x.new_like(x.rows(), self.config.vocab_size);
+        self.head.forward(&self.parameters_of_products(), &normed, None, &mut logits, false);
         self.transform().apply(&mut logits);
-        logits
+        logits.to_host()
     }
 
     /// Logits of the last of the new tokens, which join the cache.
     ///
     /// # Shapes
-    /// `ids`: (T), at least one; returns (1, vocab_size).
+    /// `ids`: (T), at least one; returns (1, vocab_size), on the host.
     #[must_use]
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
         let x = self.decode_hidden(ids, cache);
-        self.logits_of(&gather(&x, std::iter::once(x.rows() - 1)))
+        self.logits_of(&gather(&x, &vec![x.rows() as u32 - 1].into()))
     }
 
     /// Logits of all new tokens, which join the cache.
     ///
     /// # Shapes
-    /// `ids`: (T); returns (T, vocab_size).
+    /// `ids`: (T); returns (T, vocab_size), on the host.
     #[must_use]
     pub fn all_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
         let x = self.decode_hidden(ids, cache);
         self.logits_of(&x)
     }
-}
-
-/// Some rows of a matrix.
-fn gather(x: &Matrix, rows: impl ExactSizeIterator<Item = usize>) -> Matrix {
-    let mut out = Matrix::new(rows.len(), x.cols());
-    let cols = x.cols();
-    for (out, row) in out.chunks_exact_mut(cols).zip(rows) {
-        out.copy_from_slice(x.row(row));
-    }
-    out
 }

@@ -5,6 +5,7 @@
 //! `o = softmax(cap(s q kᵀ)) v`, rows in blocks. The forward keeps `o` and each row's log-sum-exp; the backward computes
 //! the probabilities `p` of a block again: `dv = pᵀ do`, `ds = p (do vᵀ - sum(o do)) cap'`, `dq = s ds k`, `dk = s dsᵀ q`.
 
+use super::device::{Constant, Device, Dtype, int, long};
 use super::math::{dot, exp, exp_sum, max, tanh, vectorized};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, Segment, View};
@@ -45,6 +46,44 @@ impl Span {
     #[must_use]
     pub fn whole(segment: &Segment) -> Self {
         Self { q: segment.clone(), k: segment.clone() }
+    }
+}
+
+/// The samples of a pass.
+#[derive(Debug, Clone, Default)]
+pub struct Spans {
+    spans: Vec<Span>,
+    /// Where the sample of each query row starts; none where all rows are of one.
+    starts: Constant<u32>,
+}
+
+impl Spans {
+    /// Samples whose queries and keys are all there, as in training.
+    #[must_use]
+    pub fn whole(segments: &[Segment]) -> Self {
+        segments.iter().map(Span::whole).collect::<Vec<_>>().into()
+    }
+
+    /// New rows after others of their sample, `kept` in all.
+    #[must_use]
+    pub fn tail(new: usize, kept: usize) -> Self {
+        vec![Span { q: 0..new, k: 0..kept }].into()
+    }
+}
+
+impl From<Vec<Span>> for Spans {
+    fn from(spans: Vec<Span>) -> Self {
+        let starts = spans.iter().filter(|_| spans.len() > 1);
+        let starts = starts.flat_map(|span| std::iter::repeat_n(span.k.start as u32, span.q.len())).collect();
+        Self { spans, starts }
+    }
+}
+
+impl std::ops::Deref for Spans {
+    type Target = [Span];
+
+    fn deref(&self) -> &[Span] {
+        &self.spans
     }
 }
 
@@ -112,7 +151,10 @@ impl Attention {
     /// # Shapes
     /// `q`: (T, n_head · head_size); `k`, `v`: (K, n_query_groups · head_size); returns (T, n_head · head_size).
     #[must_use]
-    pub fn forward(&self, q: View<'_>, k: View<'_>, v: View<'_>, spans: &[Span]) -> (Matrix, Saved) {
+    pub fn forward(&self, q: View<'_>, k: View<'_>, v: View<'_>, spans: &Spans) -> (Matrix, Saved) {
+        if let Some((buffer, dtype)) = q.place {
+            return self.forward_on((buffer.device(), dtype), [q, k, v], spans);
+        }
         let mut o = Matrix::new(q.rows, self.q_cols());
         let mut lse = Matrix::new(self.n_head, q.rows);
         let work: Vec<(&Span, Block, usize)> = spans
@@ -166,7 +208,10 @@ impl Attention {
     /// `q`, `k`, `v`: as in the forward, with as many rows; `o`, `d_o`: (T, n_head · head_size); returns
     /// (T, (n_head + 2 n_query_groups) · head_size). Every row belongs to a span.
     #[must_use]
-    pub fn backward(&self, qkv: [View<'_>; 3], o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &[Span]) -> Matrix {
+    pub fn backward(&self, qkv: [View<'_>; 3], o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &Spans) -> Matrix {
+        if let Some((device, dtype)) = o.place() {
+            return self.backward_on((device, dtype), qkv, o, d_o, saved, spans);
+        }
         let [q, k, v] = qkv;
         let work: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..self.n_head).map(move |h| (s, h))).collect();
         let parts: Vec<[Matrix; 3]> = work
@@ -266,6 +311,127 @@ impl Attention {
     }
 }
 
+/// A kernel's variant: tensor cores where types, sizes and addresses allow, and the head size that tiles are padded to.
+struct Variant {
+    mma: bool,
+    d: usize,
+}
+
+impl Variant {
+    fn of(dtype: Dtype, head_size: usize, views: &[View<'_>]) -> Self {
+        let fits = |view: &View<'_>| view.stride.is_multiple_of(8) && view.pointer().is_multiple_of(16);
+        let mma = dtype != Dtype::F32 && head_size.is_multiple_of(8) && views.iter().all(fits);
+        Self { mma, d: head_size.next_power_of_two().clamp(64, 256) }
+    }
+
+    fn name(&self, kernel: &str, dtype: Dtype) -> String {
+        format!("attention_{}{kernel}_{}_d{}", if self.mma { "mma_" } else { "" }, dtype.suffix(), self.d)
+    }
+
+    /// Query rows, or key rows, of a block.
+    fn rows(&self) -> usize {
+        if self.mma { 64 } else { 16 }
+    }
+
+    /// Shared memory, bytes, as the kernels lay it out.
+    fn shared(&self, head_size: usize, backward: bool) -> usize {
+        let tile = if backward { self.backward_tile() } else { self.forward_tile() };
+        match (self.mma, backward) {
+            (true, false) => (64 + 2 * tile) * (self.d + 8) * 2,
+            (true, true) => (128 + 2 * tile) * (self.d + 8) * 2,
+            (false, false) => (16 * head_size + 32 * (head_size | 1)) * 4,
+            (false, true) => (32 * head_size + 64 * (head_size | 1)) * 4,
+        }
+    }
+
+    fn forward_tile(&self) -> usize {
+        if self.d == 256 { 32 } else { 64 }
+    }
+
+    fn backward_tile(&self) -> usize {
+        if self.d == 64 { 64 } else { 32 }
+    }
+}
+
+// On a device.
+impl Attention {
+    /// The numbers that end the arguments of every kernel.
+    fn rule(&self) -> [super::device::Arg; 3] {
+        [self.scale.into(), self.softcap.unwrap_or(0.0).into(), int(self.window.unwrap_or(0))]
+    }
+
+    fn heads(&self) -> [super::device::Arg; 3] {
+        [int(self.n_head), int(self.n_query_groups), int(self.head_size)]
+    }
+
+    fn forward_on(&self, (device, dtype): (&Device, Dtype), qkv: [View<'_>; 3], spans: &Spans) -> (Matrix, Saved) {
+        let [q, k, v] = qkv;
+        let o = Matrix::new_on(device, dtype, q.rows, self.q_cols());
+        let lse = Matrix::new_on(device, Dtype::F32, self.n_head, q.rows);
+        let variant = Variant::of(dtype, self.head_size, &[q, k, v, o.view()]);
+        let mut args = qkv.map(|view| view.pointer().into()).to_vec();
+        args.extend([
+            o.pointer().into(),
+            lse.pointer().into(),
+            starts(spans, device),
+            int(q.rows),
+            int(k.rows - q.rows),
+        ]);
+        args.extend(self.heads());
+        args.extend([q.stride, k.stride, v.stride, o.cols()].map(long));
+        args.extend(self.rule());
+        let grid = [q.rows.div_ceil(variant.rows()), self.n_head, 1];
+        let shared = variant.shared(self.head_size, false);
+        device.launch(&variant.name("fwd", dtype), None, grid, [128, 1], shared, &args);
+        (o, Saved { lse })
+    }
+
+    fn backward_on(
+        &self,
+        (device, dtype): (&Device, Dtype),
+        qkv: [View<'_>; 3],
+        o: &Matrix,
+        d_o: &Matrix,
+        saved: &Saved,
+        spans: &Spans,
+    ) -> Matrix {
+        let (rows, q_cols, kv_cols) = (o.rows(), self.q_cols(), self.n_query_groups * self.head_size);
+        let delta = Matrix::new_on(device, Dtype::F32, self.n_head, rows);
+        let sizes = [int(rows), int(self.n_head), int(self.head_size), long(o.cols()), long(d_o.cols())];
+        let mut args = vec![o.pointer().into(), d_o.pointer().into(), delta.pointer().into()];
+        args.extend(sizes);
+        let grid = [(rows * self.n_head).div_ceil(4), 1, 1];
+        device.launch("attention_bwd_delta", Some(dtype), grid, [128, 1], 0, &args);
+
+        let d = o.new_like(rows, q_cols + 2 * kv_cols);
+        let [dq, dk, dv] =
+            [0..q_cols, q_cols..q_cols + kv_cols, q_cols + kv_cols..q_cols + 2 * kv_cols].map(|c| d.columns(c));
+        let [q, k, v] = qkv;
+        let variant = Variant::of(dtype, self.head_size, &[q, k, v, d_o.view(), dq, dk, dv]);
+        let launch = |kernel: &str, grid: [usize; 3], outputs: &[View<'_>]| {
+            let mut args = qkv.map(|view| view.pointer().into()).to_vec();
+            args.extend([d_o.pointer(), saved.lse.pointer(), delta.pointer()].map(super::device::Arg::from));
+            args.extend(outputs.iter().map(|view| super::device::Arg::from(view.pointer())));
+            args.extend([starts(spans, device), int(rows)]);
+            args.extend(self.heads());
+            args.extend([q.stride, k.stride, v.stride, d_o.cols()].map(long));
+            args.extend(outputs.iter().map(|view| long(view.stride)));
+            args.extend(self.rule());
+            let shared = variant.shared(self.head_size, true);
+            device.launch(&variant.name(kernel, dtype), None, grid, [128, 1], shared, &args);
+        };
+        let blocks = rows.div_ceil(variant.rows());
+        launch("bwd_dq", [blocks, self.n_head, 1], &[dq]);
+        let halves = if variant.mma && variant.d == 256 { 2 } else { 1 };
+        launch("bwd_dkv", [blocks, self.n_query_groups, halves], &[dk, dv]);
+        d
+    }
+}
+
+fn starts(spans: &Spans, device: &Device) -> super::device::Arg {
+    if spans.starts.is_empty() { 0u64.into() } else { spans.starts.on(device).into() }
+}
+
 /// Softmax over the seen part of a row, zero elsewhere; returns the log-sum-exp.
 fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
     row[..seen.start].fill(0.0);
@@ -326,7 +492,7 @@ mod tests {
             Attention { n_query_groups: 4, ..base },
         ];
         let t = 5 + 123 + 1;
-        let spans: Vec<Span> = [0..5, 5..128, 128..129].iter().map(Span::whole).collect();
+        let spans = Spans::whole(&[0..5, 5..128, 128..129]);
         for attention in variants {
             let width = (4 + 2 * attention.n_query_groups) * 10;
             let qkv: Vec<f32> = random(t * width, 1).iter().map(|v| v * 2.0).collect();
@@ -349,8 +515,8 @@ mod tests {
             Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, softcap: None, window: Some(40) };
         let (q, k, v) = (random(90 * 16, 1), random(90 * 8, 2), random(90 * 8, 3));
         let (k, v) = (View::of(&k, 90, 8), View::of(&v, 90, 8));
-        let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &[Span { q: 0..90, k: 0..90 }]);
-        let (tail, _) = attention.forward(View::of(&q[80 * 16..], 10, 16), k, v, &[Span { q: 0..10, k: 0..90 }]);
+        let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &Spans::tail(90, 90));
+        let (tail, _) = attention.forward(View::of(&q[80 * 16..], 10, 16), k, v, &Spans::tail(10, 90));
         assert_close(&tail, &whole[80 * 16..], 1e-6);
     }
 }

@@ -1,23 +1,43 @@
 //! Clamping to `[-limit, limit]`, in place; the gradient is zero where a value was beyond.
 
+use super::device::{Buffer, long};
 use super::matrix::Matrix;
 
 /// Which elements were beyond the limit.
-pub type Saved = Vec<bool>;
+#[derive(Debug)]
+pub enum Saved {
+    /// On the host.
+    Host(Vec<bool>),
+    /// On a device, a byte each.
+    Device(Buffer),
+}
 
 /// Clamps every element.
 pub fn forward(x: &mut Matrix, limit: f32) -> Saved {
+    if let Some((device, dtype)) = x.place() {
+        let n = x.rows() * x.cols();
+        let beyond = device.allocate(n);
+        let args = [x.pointer().into(), (&beyond).into(), long(n), limit.into()];
+        device.launch_over("clip_fwd", Some(dtype), n, &args);
+        return Saved::Device(beyond);
+    }
     let clamp = |v: &mut f32| {
         let beyond = v.abs() > limit;
         *v = v.clamp(-limit, limit);
         beyond
     };
-    x.iter_mut().map(clamp).collect()
+    Saved::Host(x.iter_mut().map(clamp).collect())
 }
 
 /// Zeroes the gradient of the clamped elements.
 pub fn backward(d: &mut Matrix, saved: &Saved) {
-    d.iter_mut().zip(saved).filter(|(_, beyond)| **beyond).for_each(|(d, _)| *d = 0.0);
+    match saved {
+        Saved::Host(beyond) => d.iter_mut().zip(beyond).filter(|(_, beyond)| **beyond).for_each(|(d, _)| *d = 0.0),
+        Saved::Device(beyond) => {
+            let (n, dtype) = (d.rows() * d.cols(), d.place().map(|place| place.1));
+            beyond.device().launch_over("clip_bwd", dtype, n, &[d.pointer().into(), beyond.into(), long(n)]);
+        }
+    }
 }
 
 #[cfg(test)]

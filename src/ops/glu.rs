@@ -3,6 +3,7 @@
 //! Gate and up stand side by side, (T, 2 I), as one product leaves them. The backward overwrites them with their own
 //! gradients: `dup = dh act(gate)`, `dgate = dh up act'(gate)`.
 
+use super::device::{int, long};
 use super::math::{erf, exp, sigmoid, tanh, vectorized};
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
@@ -24,6 +25,16 @@ pub enum Activation {
 const TANH_SCALE: f32 = 0.797_884_6;
 
 impl Activation {
+    /// As `kernels/glu.cu` numbers them.
+    fn code(self) -> super::device::Arg {
+        int(match self {
+            Self::Silu => 0,
+            Self::GeluTanh => 1,
+            Self::Gelu => 2,
+            Self::Relu => 3,
+        })
+    }
+
     /// (value, derivative) at `x`.
     #[inline(always)]
     fn at(self, x: f32) -> (f32, f32) {
@@ -101,7 +112,12 @@ fn plain_row_backward(dh: &[f32], x: &mut [f32], at: impl Fn(f32) -> (f32, f32))
 #[must_use]
 pub fn gated(activation: Activation, gate_up: &Matrix) -> Matrix {
     let width = gate_up.cols() / 2;
-    let mut h = Matrix::new(gate_up.rows(), width);
+    let mut h = gate_up.new_like(gate_up.rows(), width);
+    if let Some((device, dtype)) = gate_up.place() {
+        let args = [gate_up.pointer().into(), h.pointer().into(), int(width), activation.code()];
+        device.launch("glu_fwd", Some(dtype), [h.rows(), width.div_ceil(2048), 1], [256, 1], 0, &args);
+        return h;
+    }
     let chunk = (rows_per_task(gate_up.rows()) * width).max(1);
     let parts = h.par_chunks_mut(chunk).zip(gate_up.par_chunks(2 * chunk));
     parts.for_each(|(h, gate_up)| for_activation!(activation, gated_rows(width, gate_up, h)));
@@ -114,6 +130,10 @@ pub fn gated(activation: Activation, gate_up: &Matrix) -> Matrix {
 /// `dh`: (T, I); `gate_up`: (T, 2 I).
 pub fn gated_backward(activation: Activation, dh: &Matrix, gate_up: &mut Matrix) {
     let width = dh.cols();
+    if let Some((device, dtype)) = dh.place() {
+        let args = [gate_up.pointer().into(), dh.pointer().into(), int(width), activation.code()];
+        return device.launch("glu_bwd", Some(dtype), [dh.rows(), width.div_ceil(2048), 1], [256, 1], 0, &args);
+    }
     let chunk = (rows_per_task(dh.rows()) * width).max(1);
     let parts = dh.par_chunks(chunk).zip(gate_up.par_chunks_mut(2 * chunk));
     parts.for_each(|(dh, gate_up)| for_activation!(activation, gated_rows_backward(width, dh, gate_up)));
@@ -125,7 +145,13 @@ pub fn gated_backward(activation: Activation, dh: &Matrix, gate_up: &mut Matrix)
 /// `x`: (T, I); returns (T, I).
 #[must_use]
 pub fn plain(activation: Activation, x: &Matrix) -> Matrix {
-    let mut h = Matrix::new(x.rows(), x.cols());
+    let mut h = x.new_like(x.rows(), x.cols());
+    if let Some((device, dtype)) = x.place() {
+        let n = x.rows() * x.cols();
+        let args = [x.pointer().into(), h.pointer().into(), long(n), activation.code()];
+        device.launch_over("activation_fwd", Some(dtype), n, &args);
+        return h;
+    }
     let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
     let parts = h.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
     parts.for_each(|(h, x)| for_activation!(activation, plain_row(x, h)));
@@ -137,6 +163,11 @@ pub fn plain(activation: Activation, x: &Matrix) -> Matrix {
 /// # Shapes
 /// `dh`, `x`: (T, I).
 pub fn plain_backward(activation: Activation, dh: &Matrix, x: &mut Matrix) {
+    if let Some((device, dtype)) = dh.place() {
+        let n = dh.rows() * dh.cols();
+        let args = [x.pointer().into(), dh.pointer().into(), x.pointer().into(), long(n), activation.code()];
+        return device.launch_over("activation_bwd", Some(dtype), n, &args);
+    }
     let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
     let parts = dh.par_chunks(chunk).zip(x.par_chunks_mut(chunk));
     parts.for_each(|(dh, x)| for_activation!(activation, plain_row_backward(dh, x)));

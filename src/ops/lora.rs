@@ -4,6 +4,7 @@
 //! Dropout is inverted (kept values are divided by `1 - p`) and its mask is a hash of seed and element, so that the
 //! backward, or a forward run again, makes the same mask without keeping it.
 
+use super::device::{flag, long};
 use super::math::vectorized;
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View, rows_per_task};
@@ -35,10 +36,26 @@ fn hash(seed: u64, index: u32) -> u32 {
 }
 
 impl Dropout {
+    /// Values below this of 2³² are dropped.
+    fn limit(&self) -> u32 {
+        // Values in f32 would round 2³² - 1 up; 64 bits keep the limit exact.
+        (f64::from(self.p) * 4_294_967_296.0) as u32
+    }
+
+    /// `out = drop(x)`, added to `out` where `accumulate`, on a device; whether they are on one.
+    fn on_device(&self, x: &Matrix, out: &mut Matrix, accumulate: bool) -> bool {
+        let Some((device, dtype)) = x.place() else { return false };
+        let n = x.rows() * x.cols();
+        let (x, out, keep) = (x.pointer(), out.pointer(), 1.0 / (1.0 - self.p));
+        let args =
+            [x.into(), out.into(), long(n), self.seed.into(), self.limit().into(), keep.into(), flag(accumulate)];
+        device.launch_over("dropout", Some(dtype), n, &args);
+        true
+    }
+
     /// Calls `f(value, factor)` for every element, `factor` being 0 or `1 / (1 - p)`.
     fn each(&self, out: &mut Matrix, x: &Matrix, f: impl Fn(&mut f32, f32) + Sync) {
-        // Values in f32 would round 2³² - 1 up; 64 bits keep the limit exact.
-        let limit = (f64::from(self.p) * 4_294_967_296.0) as u32;
+        let limit = self.limit();
         let keep = 1.0 / (1.0 - self.p);
         let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
         out.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (out, x))| {
@@ -55,14 +72,18 @@ impl Dropout {
     /// `drop(x)`.
     #[must_use]
     pub fn forward(&self, x: &Matrix) -> Matrix {
-        let mut out = Matrix::new(x.rows(), x.cols());
-        self.each(&mut out, x, |out, v| *out = v);
+        let mut out = x.new_like(x.rows(), x.cols());
+        if !self.on_device(x, &mut out, false) {
+            self.each(&mut out, x, |out, v| *out = v);
+        }
         out
     }
 
     /// `dx += drop(d)`, by the mask of the forward.
     pub fn backward(&self, d: &Matrix, dx: &mut Matrix) {
-        self.each(dx, d, |dx, v| *dx += v);
+        if !self.on_device(d, dx, true) {
+            self.each(dx, d, |dx, v| *dx += v);
+        }
     }
 }
 
@@ -74,37 +95,30 @@ pub struct Pair<'a> {
     /// Columns of `y`.
     pub columns: Range<usize>,
     /// `B`: (columns, rank).
-    pub b: &'a [f32],
+    pub b: View<'a>,
     /// `s`.
     pub scale: f32,
 }
 
 impl Pair<'_> {
-    fn b(&self) -> View<'_> {
-        View::of(self.b, self.columns.len(), self.rank.len())
-    }
-
     /// `y[:, columns] += s h[:, rank] Bᵀ`.
     ///
     /// # Shapes
     /// `h`: (T, R); `y`: (T, out).
     pub fn forward(&self, h: &Matrix, y: &mut Matrix) {
-        let cols = y.cols();
-        let y = ViewMut::columns(y, cols, self.columns.clone());
-        matmul(Threads::All, y, true, self.scale, Side::N(h.columns(self.rank.clone())), Side::T(self.b()));
+        let y = y.columns_mut(self.columns.clone());
+        matmul(Threads::All, y, true, self.scale, Side::N(h.columns(self.rank.clone())), Side::T(self.b));
     }
 
     /// `dB += s dyᵀ h` and `dh[:, rank] = s dy B`.
     ///
     /// # Shapes
     /// `dy`: (T, out); `h`, `dh`: (T, R); `db`: (columns, rank).
-    pub fn backward(&self, dy: &Matrix, h: &Matrix, db: &mut [f32], dh: &mut Matrix) {
+    pub fn backward(&self, dy: &Matrix, h: &Matrix, db: ViewMut<'_>, dh: &mut Matrix) {
         let dy = dy.columns(self.columns.clone());
-        let db = ViewMut::of(db, self.columns.len(), self.rank.len());
         matmul(Threads::All, db, true, self.scale, Side::T(dy), Side::N(h.columns(self.rank.clone())));
-        let cols = dh.cols();
-        let dh = ViewMut::columns(dh, cols, self.rank.clone());
-        matmul(Threads::All, dh, false, self.scale, Side::N(dy), Side::N(self.b()));
+        let dh = dh.columns_mut(self.rank.clone());
+        matmul(Threads::All, dh, false, self.scale, Side::N(dy), Side::N(self.b));
     }
 }
 
@@ -113,12 +127,9 @@ impl Pair<'_> {
 /// # Shapes
 /// `x`: (T, in); `a`: (R, in); returns (T, R).
 #[must_use]
-pub fn down(x: &Matrix, a: &[f32]) -> Matrix {
-    let rank = a.len() / x.cols();
-    let mut h = Matrix::new(x.rows(), rank);
-    let rows = h.rows();
-    let a = View::of(a, rank, x.cols());
-    matmul(Threads::All, ViewMut::of(&mut h, rows, rank), false, 1.0, Side::N(x.view()), Side::T(a));
+pub fn down(x: &Matrix, a: View<'_>) -> Matrix {
+    let mut h = x.new_like(x.rows(), a.rows);
+    matmul(Threads::All, h.view_mut(), false, 1.0, Side::N(x.view()), Side::T(a));
     h
 }
 
@@ -126,8 +137,7 @@ pub fn down(x: &Matrix, a: &[f32]) -> Matrix {
 ///
 /// # Shapes
 /// `dh`: (T, R); `x`: (T, in), after dropout; `da`: (R, in).
-pub fn down_backward_weight(dh: &Matrix, x: &Matrix, da: &mut [f32]) {
-    let da = ViewMut::of(da, dh.cols(), x.cols());
+pub fn down_backward_weight(dh: &Matrix, x: &Matrix, da: ViewMut<'_>) {
     matmul(Threads::All, da, true, 1.0, Side::T(dh.view()), Side::N(x.view()));
 }
 
@@ -135,14 +145,13 @@ pub fn down_backward_weight(dh: &Matrix, x: &Matrix, da: &mut [f32]) {
 ///
 /// # Shapes
 /// `dh`: (T, R); `a`: (R, in); `dx`: (T, in).
-pub fn down_backward_input(dh: &Matrix, a: &[f32], dropout: Option<Dropout>, dx: &mut Matrix) {
-    let (rows, cols) = (dx.rows(), dx.cols());
-    let (lhs, rhs) = (Side::N(dh.view()), Side::N(View::of(a, dh.cols(), cols)));
+pub fn down_backward_input(dh: &Matrix, a: View<'_>, dropout: Option<Dropout>, dx: &mut Matrix) {
+    let (lhs, rhs) = (Side::N(dh.view()), Side::N(a));
     match dropout {
-        None => matmul(Threads::All, ViewMut::of(dx, rows, cols), true, 1.0, lhs, rhs),
+        None => matmul(Threads::All, dx.view_mut(), true, 1.0, lhs, rhs),
         Some(dropout) => {
-            let mut d = Matrix::new(rows, cols);
-            matmul(Threads::All, ViewMut::of(&mut d, rows, cols), false, 1.0, lhs, rhs);
+            let mut d = dx.new_like(dx.rows(), dx.cols());
+            matmul(Threads::All, d.view_mut(), false, 1.0, lhs, rhs);
             dropout.backward(&d, dx);
         }
     }
@@ -176,12 +185,13 @@ mod tests {
             let inputs = [(&x[..], t, inn), (&a[..], 2 * r, inn), (&b1[..], 10, r), (&b2[..], 15, r)];
             let oracle = Oracle::run(&inputs, reference, &dy);
             let pairs = [
-                Pair { rank: 0..r, columns: 0..10, b: &b1, scale },
-                Pair { rank: r..2 * r, columns: 25..40, b: &b2, scale },
+                Pair { rank: 0..r, columns: 0..10, b: View::of(&b1, 10, r), scale },
+                Pair { rank: r..2 * r, columns: 25..40, b: View::of(&b2, 15, r), scale },
             ];
             let xm = Matrix::from_slice(t, inn, &x);
             let dropped = dropout.map_or_else(|| xm.clone(), |d| d.forward(&xm));
-            let h = down(&dropped, &a);
+            let a = View::of(&a, 2 * r, inn);
+            let h = down(&dropped, a);
             let mut y = Matrix::zeros(t, out);
             pairs.iter().for_each(|p| p.forward(&h, &mut y));
             assert_close(&y, &oracle.y, 1e-5);
@@ -189,10 +199,10 @@ mod tests {
             let dy = Matrix::from_slice(t, out, &dy);
             let (mut db1, mut db2, mut da) = (vec![0.0; 10 * r], vec![0.0; 15 * r], vec![0.0; 2 * r * inn]);
             let (mut dh, mut dx) = (Matrix::new(t, 2 * r), Matrix::zeros(t, inn));
-            pairs[0].backward(&dy, &h, &mut db1, &mut dh);
-            pairs[1].backward(&dy, &h, &mut db2, &mut dh);
-            down_backward_weight(&dh, &dropped, &mut da);
-            down_backward_input(&dh, &a, dropout, &mut dx);
+            pairs[0].backward(&dy, &h, ViewMut::of(&mut db1, 10, r), &mut dh);
+            pairs[1].backward(&dy, &h, ViewMut::of(&mut db2, 15, r), &mut dh);
+            down_backward_weight(&dh, &dropped, ViewMut::of(&mut da, 2 * r, inn));
+            down_backward_input(&dh, a, dropout, &mut dx);
             for (got, want) in [&dx[..], &da, &db1, &db2].iter().zip(&oracle.grads) {
                 assert_close(got, want, 1e-5);
             }

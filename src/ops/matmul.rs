@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // the gemm crate takes raw pointers
 
 use super::View;
+use super::device::{Buffer, Dtype, Operand, Product};
 
 /// Who computes a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,8 +17,10 @@ pub enum Threads {
 /// A rectangle of a row-major matrix, to write to.
 #[derive(Debug)]
 pub struct ViewMut<'a> {
-    /// The elements of the whole matrix.
+    /// The elements of the whole matrix; none where it is on a device.
     pub data: &'a mut [f32],
+    /// Where it is on a device, and of what type.
+    pub place: Option<(&'a Buffer, Dtype)>,
     /// Index of the first element.
     pub offset: usize,
     /// Number of rows.
@@ -32,14 +35,28 @@ impl<'a> ViewMut<'a> {
     /// A view of all of `data`, which has `rows * cols` elements.
     #[must_use]
     pub fn of(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        Self { data, offset: 0, rows, cols, stride: cols }
+        Self { data, place: None, offset: 0, rows, cols, stride: cols }
     }
 
     /// Some columns of a matrix of `total_cols` columns.
     #[must_use]
     pub fn columns(data: &'a mut [f32], total_cols: usize, columns: std::ops::Range<usize>) -> Self {
         let rows = data.len() / total_cols.max(1);
-        Self { data, offset: columns.start, rows, cols: columns.len(), stride: total_cols }
+        Self { data, place: None, offset: columns.start, rows, cols: columns.len(), stride: total_cols }
+    }
+
+    /// Address of the first element, on a device.
+    ///
+    /// # Panics
+    /// When it is on the host.
+    #[must_use]
+    pub fn pointer(&self) -> u64 {
+        let (buffer, dtype) = self.place.expect("a view of a matrix on a device");
+        buffer.pointer() + (self.offset * dtype.size()) as u64
+    }
+
+    fn operand(&self, dtype: Dtype) -> Operand {
+        Operand { pointer: self.pointer(), stride: self.stride, dtype, transposed: false }
     }
 }
 
@@ -66,6 +83,12 @@ impl Side<'_> {
             Self::N(v) | Self::T(v) => v,
         }
     }
+
+    fn operand(&self) -> Operand {
+        let view = self.view();
+        let dtype = view.place.expect("all of a product is on the device").1;
+        Operand { pointer: view.pointer(), stride: view.stride, dtype, transposed: matches!(self, Self::T(_)) }
+    }
 }
 
 /// Whether a rectangle lies inside `len` elements.
@@ -86,6 +109,10 @@ pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, 
         dst.rows,
         dst.cols
     );
+    if let Some((buffer, dtype)) = dst.place {
+        let (out, lhs, rhs) = (dst.operand(dtype), lhs.operand(), rhs.operand());
+        return buffer.device().product(&Product { m, n, k, alpha, accumulate, out, lhs, rhs });
+    }
     assert!(fits(dst.data.len(), dst.offset, dst.rows, dst.cols, dst.stride), "matmul: destination leaves its data");
     for side in [&lhs, &rhs] {
         let v = side.view();
@@ -151,7 +178,7 @@ mod tests {
     fn a_view_outside_its_data_is_refused() {
         let a = [0.0; 4];
         let mut c = [0.0; 6];
-        let bad = View { data: &a, offset: 0, rows: 3, cols: 2, stride: 2 };
+        let bad = View { data: &a, place: None, offset: 0, rows: 3, cols: 2, stride: 2 };
         matmul(Threads::One, ViewMut::of(&mut c, 3, 2), false, 1.0, Side::N(bad), Side::N(View::of(&a, 2, 2)));
     }
 }

@@ -1,7 +1,11 @@
 //! `Matrix`: activations of one micro batch, and the recycling of their buffers. Not here: arithmetic.
 
+use super::device::{Buffer, Device, Dtype};
+use super::matmul::ViewMut;
+use half::{bf16, f16};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of one sample within the rows of a micro batch. Attention and positions stay inside a segment.
 pub type Segment = Range<usize>;
@@ -16,8 +20,10 @@ fn take(len: usize) -> Vec<f32> {
     let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let fit = free.partition_point(|buffer| buffer.len() < len);
     // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to this factor,
-    // and a run starts with its longest: then every later request finds the buffer of its like.
-    if free.get(fit).is_some_and(|buffer| buffer.len() <= 16 * len + 1024) {
+    // and a run starts with its longest: then every later request finds the buffer of its like. That first one must not
+    // put small matrices into large buffers, or it would need more of these than are ever full.
+    let longest = if SPARING.load(Ordering::Relaxed) { len + len / 8 } else { 16 * len };
+    if free.get(fit).is_some_and(|buffer| buffer.len() <= longest + 1024) {
         return free.remove(fit);
     }
     // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
@@ -26,6 +32,17 @@ fn take(len: usize) -> Vec<f32> {
     }
     drop(free);
     vec![0.0; len]
+}
+
+/// Whether a buffer must be of about the length that is asked for.
+static SPARING: AtomicBool = AtomicBool::new(false);
+
+/// Runs `f`, the longest pass that there will be, so that it leaves no longer buffers than it needs.
+pub fn sparing<R>(f: impl FnOnce() -> R) -> R {
+    SPARING.store(true, Ordering::Relaxed);
+    let result = f();
+    SPARING.store(false, Ordering::Relaxed);
+    result
 }
 
 fn give(buffer: Vec<f32>) {
@@ -42,19 +59,27 @@ pub fn release_buffers() {
     FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
 }
 
-/// Row-major f32 activations: `rows` tokens of `cols` channels. Dereferences to its elements.
+/// Where a matrix's elements are.
+#[derive(Debug)]
+enum Storage {
+    Host(Vec<f32>),
+    Device { buffer: Buffer, dtype: Dtype },
+}
+
+/// Row-major activations: `rows` tokens of `cols` channels; also, as one row, the parameters of all adapters. On the host
+/// they are f32 and it dereferences to them.
 #[derive(Debug)]
 pub struct Matrix {
     rows: usize,
     cols: usize,
-    buffer: Vec<f32>,
+    storage: Storage,
 }
 
 impl Matrix {
     /// A matrix whose elements are whatever the recycled buffer held (NaN in debug builds): write each of them.
     #[must_use]
     pub fn new(rows: usize, cols: usize) -> Self {
-        let mut matrix = Self { rows, cols, buffer: take(rows * cols) };
+        let mut matrix = Self { rows, cols, storage: Storage::Host(take(rows * cols)) };
         if cfg!(debug_assertions) {
             matrix.fill(f32::NAN);
         }
@@ -64,7 +89,7 @@ impl Matrix {
     /// A matrix of zeros.
     #[must_use]
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        let mut matrix = Self { rows, cols, buffer: take(rows * cols) };
+        let mut matrix = Self { rows, cols, storage: Storage::Host(take(rows * cols)) };
         matrix.fill(0.0);
         matrix
     }
@@ -72,9 +97,95 @@ impl Matrix {
     /// A copy of `values`, which has `rows * cols` elements.
     #[must_use]
     pub fn from_slice(rows: usize, cols: usize, values: &[f32]) -> Self {
-        let mut matrix = Self { rows, cols, buffer: take(rows * cols) };
+        let mut matrix = Self { rows, cols, storage: Storage::Host(take(rows * cols)) };
         matrix.copy_from_slice(values);
         matrix
+    }
+
+    /// A matrix on a device, with unknown elements.
+    #[must_use]
+    pub fn new_on(device: &Device, dtype: Dtype, rows: usize, cols: usize) -> Self {
+        let buffer = device.allocate(rows * cols * dtype.size());
+        Self { rows, cols, storage: Storage::Device { buffer, dtype } }
+    }
+
+    /// A matrix with unknown elements at the same place and of the same type as this one.
+    #[must_use]
+    pub fn new_like(&self, rows: usize, cols: usize) -> Self {
+        match &self.storage {
+            Storage::Host(_) => Self::new(rows, cols),
+            Storage::Device { buffer, dtype } => Self::new_on(buffer.device(), *dtype, rows, cols),
+        }
+    }
+
+    /// A matrix of zeros at the same place and of the same type as this one.
+    #[must_use]
+    pub fn zeros_like(&self, rows: usize, cols: usize) -> Self {
+        let mut matrix = self.new_like(rows, cols);
+        matrix.zero();
+        matrix
+    }
+
+    /// A copy on `device`, in its type, where one is given; else on the host.
+    #[must_use]
+    pub fn to(&self, device: Option<(&Device, Dtype)>) -> Self {
+        let host = self.to_host();
+        let Some((device, dtype)) = device else { return host };
+        let buffer = match dtype {
+            Dtype::F32 => device.upload(bytemuck::cast_slice(&host)),
+            Dtype::Bf16 => {
+                device.upload(bytemuck::cast_slice(&host.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>()))
+            }
+            Dtype::F16 => {
+                device.upload(bytemuck::cast_slice(&host.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>()))
+            }
+        };
+        Self { rows: self.rows, cols: self.cols, storage: Storage::Device { buffer, dtype } }
+    }
+
+    /// A copy on the host; zeros after a failure of the device.
+    #[must_use]
+    pub fn to_host(&self) -> Self {
+        let Storage::Device { buffer, dtype } = &self.storage else { return self.clone() };
+        let mut bytes = vec![0; self.rows * self.cols * dtype.size()];
+        buffer.read(&mut bytes);
+        let mut out = Self::new(self.rows, self.cols);
+        let halves = bytes.as_chunks::<2>().0.iter();
+        match dtype {
+            Dtype::F32 => out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b)),
+            Dtype::Bf16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32()),
+            Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32()),
+        }
+        out
+    }
+
+    /// Device and element type, where it is not on the host.
+    #[must_use]
+    pub fn place(&self) -> Option<(&Device, Dtype)> {
+        match &self.storage {
+            Storage::Host(_) => None,
+            Storage::Device { buffer, dtype } => Some((buffer.device(), *dtype)),
+        }
+    }
+
+    /// Address on the device.
+    ///
+    /// # Panics
+    /// When it is on the host.
+    #[must_use]
+    pub fn pointer(&self) -> u64 {
+        match &self.storage {
+            Storage::Host(_) => unreachable!("a matrix on the host has no device pointer"),
+            Storage::Device { buffer, .. } => buffer.pointer(),
+        }
+    }
+
+    /// Writes zeros.
+    pub fn zero(&mut self) {
+        match &mut self.storage {
+            Storage::Host(_) => self.fill(0.0),
+            Storage::Device { buffer, .. } => buffer.zero(),
+        }
     }
 
     /// Number of tokens.
@@ -104,13 +215,63 @@ impl Matrix {
     /// Some columns of all rows.
     #[must_use]
     pub fn columns(&self, columns: Range<usize>) -> View<'_> {
-        View { data: self, offset: columns.start, rows: self.rows, cols: columns.len(), stride: self.cols }
+        View { offset: columns.start, rows: self.rows, cols: columns.len(), stride: self.cols, ..self.elements() }
+    }
+
+    /// Consecutive elements, as rows of `cols`.
+    #[must_use]
+    pub fn part(&self, elements: Range<usize>, cols: usize) -> View<'_> {
+        View { offset: elements.start, rows: elements.len() / cols.max(1), cols, stride: cols, ..self.elements() }
+    }
+
+    fn elements(&self) -> View<'_> {
+        let (data, place) = match &self.storage {
+            Storage::Host(_) => (&**self, None),
+            Storage::Device { buffer, dtype } => (&[][..], Some((buffer, *dtype))),
+        };
+        View { data, place, offset: 0, rows: self.rows, cols: self.cols, stride: self.cols }
+    }
+
+    /// All of it, to write to.
+    #[must_use]
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        let columns = 0..self.cols;
+        self.columns_mut(columns)
+    }
+
+    /// Some columns of all rows, to write to.
+    #[must_use]
+    pub fn columns_mut(&mut self, columns: Range<usize>) -> ViewMut<'_> {
+        let (rows, stride) = (self.rows, self.cols);
+        ViewMut { offset: columns.start, rows, cols: columns.len(), stride, ..self.elements_mut() }
+    }
+
+    /// Consecutive elements, as rows of `cols`, to write to.
+    #[must_use]
+    pub fn part_mut(&mut self, elements: Range<usize>, cols: usize) -> ViewMut<'_> {
+        let rows = elements.len() / cols.max(1);
+        ViewMut { offset: elements.start, rows, cols, stride: cols, ..self.elements_mut() }
+    }
+
+    fn elements_mut(&mut self) -> ViewMut<'_> {
+        let (rows, cols) = (self.rows, self.cols);
+        let (data, place) = match &mut self.storage {
+            Storage::Host(buffer) => (&mut buffer[..rows * cols], None),
+            Storage::Device { buffer, dtype } => (&mut [][..], Some((&*buffer, *dtype))),
+        };
+        ViewMut { data, place, offset: 0, rows, cols, stride: cols }
     }
 }
 
 impl Clone for Matrix {
     fn clone(&self) -> Self {
-        Self::from_slice(self.rows, self.cols, self)
+        match &self.storage {
+            Storage::Host(_) => Self::from_slice(self.rows, self.cols, self),
+            Storage::Device { buffer, dtype } => {
+                let storage = Storage::Device { buffer: buffer.clone(), dtype: *dtype };
+                Self { rows: self.rows, cols: self.cols, storage }
+            }
+        }
     }
 }
 
@@ -118,28 +279,38 @@ impl Deref for Matrix {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.buffer[..self.rows * self.cols]
+        match &self.storage {
+            Storage::Host(buffer) => &buffer[..self.rows * self.cols],
+            Storage::Device { .. } => unreachable!("elements of a matrix on a device"),
+        }
     }
 }
 
 impl DerefMut for Matrix {
     fn deref_mut(&mut self) -> &mut [f32] {
         let len = self.rows * self.cols;
-        &mut self.buffer[..len]
+        match &mut self.storage {
+            Storage::Host(buffer) => &mut buffer[..len],
+            Storage::Device { .. } => unreachable!("elements of a matrix on a device"),
+        }
     }
 }
 
 impl Drop for Matrix {
     fn drop(&mut self) {
-        give(std::mem::take(&mut self.buffer));
+        if let Storage::Host(buffer) = &mut self.storage {
+            give(std::mem::take(buffer));
+        }
     }
 }
 
 /// A rectangle of a row-major matrix, to read from.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
-    /// The elements of the whole matrix.
+    /// The elements of the whole matrix; none where it is on a device.
     pub data: &'a [f32],
+    /// Where it is on a device, and of what type.
+    pub place: Option<(&'a Buffer, Dtype)>,
     /// Index of the first element.
     pub offset: usize,
     /// Number of rows.
@@ -154,7 +325,17 @@ impl<'a> View<'a> {
     /// A view of all of `data`, which has `rows * cols` elements.
     #[must_use]
     pub fn of(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self { data, offset: 0, rows, cols, stride: cols }
+        Self { data, place: None, offset: 0, rows, cols, stride: cols }
+    }
+
+    /// Address of the first element, on a device.
+    ///
+    /// # Panics
+    /// When it is on the host.
+    #[must_use]
+    pub fn pointer(&self) -> u64 {
+        let (buffer, dtype) = self.place.expect("a view of a matrix on a device");
+        buffer.pointer() + (self.offset * dtype.size()) as u64
     }
 
     /// Some of the rows.

@@ -29,6 +29,7 @@
 
 pub mod attention;
 pub mod clip;
+pub mod device;
 pub mod glu;
 pub mod head;
 pub mod lora;
@@ -40,7 +41,9 @@ pub mod nf4;
 pub mod norm;
 pub mod optimizer;
 pub mod quantized;
+pub mod resident;
 pub mod rope;
+pub mod rows;
 #[cfg(target_arch = "x86_64")]
 pub mod simd;
 pub mod weight;

@@ -4,7 +4,9 @@
 //! `p / Σ p` over the visited ones. The choice itself has no gradient; that of the shares is, for the second kind,
 //! `dp = (ds - Σ ds s) / Σ p`, and through the softmax `dlogits = p (dp - Σ dp p)`. Not here: the experts.
 
+use super::device::{Constant, Device, Dtype};
 use super::matrix::Matrix;
+use super::rows::{dot_rows, gather, scale_rows, scatter_add};
 
 /// Which experts each row visits, and what the backward needs.
 #[derive(Debug)]
@@ -17,10 +19,20 @@ pub struct Routing {
     shares: Vec<f32>,
     k: usize,
     norm_topk: bool,
+    /// Where the rows are.
+    place: Option<(Device, Dtype)>,
 }
 
-/// A row at an expert: the row, and the place of its share among all shares.
-pub type Visit = (usize, usize);
+/// The rows at one expert.
+#[derive(Debug, Clone)]
+pub struct Visits {
+    /// Which rows, ascending.
+    pub rows: Constant<u32>,
+    /// Their shares.
+    pub shares: Constant<f32>,
+    /// The places of these among all shares.
+    places: Vec<usize>,
+}
 
 impl Routing {
     /// Routes rows to their `k` best experts, the lower index first where two are equal.
@@ -28,7 +40,10 @@ impl Routing {
     /// # Shapes
     /// `logits`: (T, E), of which k at most are visited.
     #[must_use]
-    pub fn new(mut logits: Matrix, k: usize, norm_topk: bool) -> Self {
+    pub fn new(logits: &Matrix, k: usize, norm_topk: bool) -> Self {
+        let place = logits.place().map(|(device, dtype)| (device.clone(), dtype));
+        // The host decides: which products are launched depends on it.
+        let mut logits = logits.to_host();
         let (rows, n_expert) = (logits.rows(), logits.cols());
         let mut experts = Vec::with_capacity(rows * k);
         let mut shares = Vec::with_capacity(rows * k);
@@ -42,29 +57,30 @@ impl Routing {
             experts.extend_from_slice(&order[..k]);
             shares.extend(order[..k].iter().map(|e| p[*e] / total));
         }
-        Self { p: logits, experts, shares, k, norm_topk }
+        Self { p: logits, experts, shares, k, norm_topk, place }
     }
 
-    /// The rows that visit each expert, ascending.
+    /// The rows that visit each expert.
     #[must_use]
-    pub fn visits(&self) -> Vec<Vec<Visit>> {
-        let mut visits = vec![Vec::new(); self.p.cols()];
+    pub fn visits(&self) -> Vec<Visits> {
+        let mut places = vec![Vec::new(); self.p.cols()];
         for (at, expert) in self.experts.iter().enumerate() {
-            visits[*expert].push((at / self.k, at));
+            places[*expert].push(at);
         }
-        visits
+        let visits = |places: Vec<usize>| Visits {
+            rows: places.iter().map(|at| (at / self.k) as u32).collect(),
+            shares: places.iter().map(|at| self.shares[*at]).collect(),
+            places,
+        };
+        places.into_iter().map(visits).collect()
     }
 
     /// `y[row] += share · part`.
     ///
     /// # Shapes
     /// `part`: (visits, C); `y`: (T, C).
-    pub fn add_to(&self, part: &Matrix, visits: &[Visit], y: &mut Matrix) {
-        let cols = y.cols();
-        for (part, (row, at)) in part.chunks_exact(cols).zip(visits) {
-            let share = self.shares[*at];
-            y[row * cols..][..cols].iter_mut().zip(part).for_each(|(y, v)| *y += share * v);
-        }
+    pub fn add_to(&self, part: &Matrix, visits: &Visits, y: &mut Matrix) {
+        scatter_add(part, &visits.rows, Some(&visits.shares), y);
     }
 
     /// Gradient of an expert's output, `share · dy[row]`; that of the shares, `part · dy[row]`, is written to `d_shares`.
@@ -72,13 +88,10 @@ impl Routing {
     /// # Shapes
     /// `dy`: (T, C); `part`: (visits, C); `d_shares`: (T k); returns (visits, C).
     #[must_use]
-    pub fn add_to_backward(&self, dy: &Matrix, part: &Matrix, visits: &[Visit], d_shares: &mut [f32]) -> Matrix {
-        let cols = dy.cols();
-        let mut d = gather(dy, visits);
-        for ((d, part), (_, at)) in d.chunks_exact_mut(cols).zip(part.chunks_exact(cols)).zip(visits) {
-            d_shares[*at] = d.iter().zip(part).map(|(d, v)| d * v).sum();
-            d.iter_mut().for_each(|d| *d *= self.shares[*at]);
-        }
+    pub fn add_to_backward(&self, dy: &Matrix, part: &Matrix, visits: &Visits, d_shares: &mut [f32]) -> Matrix {
+        let mut d = gather(dy, &visits.rows);
+        visits.places.iter().zip(dot_rows(&d, part)).for_each(|(at, share)| d_shares[*at] = share);
+        scale_rows(&mut d, &visits.shares);
         d
     }
 
@@ -103,7 +116,10 @@ impl Routing {
             let dot: f32 = d.iter().zip(p).map(|(d, p)| d * p).sum();
             d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - dot));
         }
-        d
+        match &self.place {
+            Some((device, dtype)) => d.to(Some((device, *dtype))),
+            None => d,
+        }
     }
 
     /// Number of shares: T k.
@@ -118,29 +134,6 @@ fn softmax(row: &mut [f32]) {
     row.iter_mut().for_each(|v| *v = (*v - max).exp());
     let sum: f32 = row.iter().sum();
     row.iter_mut().for_each(|v| *v /= sum);
-}
-
-/// The rows of the visits.
-///
-/// # Shapes
-/// `x`: (T, C); returns (visits, C).
-#[must_use]
-pub fn gather(x: &Matrix, visits: &[Visit]) -> Matrix {
-    let cols = x.cols();
-    let mut out = Matrix::new(visits.len(), cols);
-    out.chunks_exact_mut(cols).zip(visits).for_each(|(out, (row, _))| out.copy_from_slice(x.row(*row)));
-    out
-}
-
-/// `y[row] += part`.
-///
-/// # Shapes
-/// `part`: (visits, C); `y`: (T, C).
-pub fn scatter_add(part: &Matrix, visits: &[Visit], y: &mut Matrix) {
-    let cols = y.cols();
-    for (part, (row, _)) in part.chunks_exact(cols).zip(visits) {
-        y[row * cols..][..cols].iter_mut().zip(part).for_each(|(y, v)| *y += v);
-    }
 }
 
 #[cfg(test)]
@@ -178,20 +171,20 @@ mod tests {
             let (logits, parts, dy) = (random(t * n_expert, 1), random(t * n_expert * c, 2), random(t * c, 3));
             let inputs: [(&[f32], usize, usize); 2] = [(&logits, t, n_expert), (&parts, t, n_expert * c)];
             let oracle = Oracle::run(&inputs, |i| reference(i, k, norm_topk, n_expert, c), &dy);
-            let routing = Routing::new(Matrix::from_slice(t, n_expert, &logits), k, norm_topk);
+            let routing = Routing::new(&Matrix::from_slice(t, n_expert, &logits), k, norm_topk);
             let (mut y, dy) = (Matrix::zeros(t, c), Matrix::from_slice(t, c, &dy));
             let mut d_shares = vec![f32::NAN; routing.n_shares()];
             let mut d_parts = vec![0.0; parts.len()];
             for (expert, visits) in routing.visits().iter().enumerate() {
                 let all = Matrix::from_slice(t, n_expert * c, &parts);
-                let mut part = Matrix::new(visits.len(), c);
-                for (part, (row, _)) in part.chunks_exact_mut(c).zip(visits) {
-                    part.copy_from_slice(&all.row(*row)[expert * c..][..c]);
+                let mut part = Matrix::new(visits.rows.len(), c);
+                for (part, row) in part.chunks_exact_mut(c).zip(&*visits.rows) {
+                    part.copy_from_slice(&all.row(*row as usize)[expert * c..][..c]);
                 }
                 routing.add_to(&part, visits, &mut y);
                 let d = routing.add_to_backward(&dy, &part, visits, &mut d_shares);
-                for (d, (row, _)) in d.chunks_exact(c).zip(visits) {
-                    d_parts[(row * n_expert + expert) * c..][..c].copy_from_slice(d);
+                for (d, row) in d.chunks_exact(c).zip(&*visits.rows) {
+                    d_parts[(*row as usize * n_expert + expert) * c..][..c].copy_from_slice(d);
                 }
             }
             assert_close(&y, &oracle.y, 1e-6);

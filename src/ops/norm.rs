@@ -7,8 +7,10 @@
 //!
 //! The norm of queries and keys is the same over groups of columns: one head, or all heads together.
 
+use super::device::{Constant, Device, Dtype, flag, int, long};
 use super::math::{dot, sum, vectorized};
-use super::matrix::{Matrix, rows_per_task};
+use super::matrix::{Matrix, View, rows_per_task};
+use super::rows;
 use rayon::prelude::*;
 
 /// Which statistics a norm takes out.
@@ -30,9 +32,9 @@ pub struct Norm {
     /// Columns that are normalized together.
     pub group: usize,
     /// Scale, a whole number of groups; empty means one.
-    pub weight: Vec<f32>,
+    pub weight: Constant<f32>,
     /// Offset, as long as `weight`.
-    pub bias: Option<Vec<f32>>,
+    pub bias: Option<Constant<f32>>,
 }
 
 impl Norm {
@@ -94,7 +96,11 @@ impl Norm {
     /// `x`: (T, C), C a multiple of `group`; returns (T, C).
     #[must_use]
     pub fn forward(&self, x: &Matrix) -> Matrix {
-        let mut y = Matrix::new(x.rows(), x.cols());
+        let mut y = x.new_like(x.rows(), x.cols());
+        if let Some(place) = x.place() {
+            self.forward_on(place, x.view(), y.pointer(), y.cols());
+            return y;
+        }
         let chunk = rows_per_task(x.rows()) * x.cols();
         y.par_chunks_mut(chunk.max(1)).zip(x.par_chunks(chunk.max(1))).for_each(|(y, x)| {
             vectorized(|| self.forward_row(x, y));
@@ -107,6 +113,9 @@ impl Norm {
     /// # Shapes
     /// `dy`, `x`, `dx`: (T, C).
     pub fn backward(&self, dy: &Matrix, x: &Matrix, dx: &mut Matrix, accumulate: bool) {
+        if let Some(place) = x.place() {
+            return self.backward_on(place, dy.view(), x, (dx.pointer(), dx.cols()), accumulate);
+        }
         let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
         let parts = dx.par_chunks_mut(chunk).zip(dy.par_chunks(chunk)).zip(x.par_chunks(chunk));
         parts.for_each(|((dx, dy), x)| vectorized(|| self.backward_row(dy, x, dx, accumulate)));
@@ -118,7 +127,12 @@ impl Norm {
     /// `x`: (T, C); `columns`: a range of whole groups.
     #[must_use]
     pub fn forward_columns(&self, x: &mut Matrix, columns: std::ops::Range<usize>) -> Matrix {
-        let mut before = Matrix::new(x.rows(), columns.len());
+        let mut before = x.new_like(x.rows(), columns.len());
+        if let Some(place) = x.place() {
+            rows::copy(x.columns(columns.clone()), &mut before.view_mut());
+            self.forward_on(place, before.view(), x.columns(columns).pointer(), x.cols());
+            return before;
+        }
         let cols = x.cols();
         before.par_chunks_mut(columns.len()).zip(x.par_chunks_mut(cols)).for_each(|(before, x)| {
             before.copy_from_slice(&x[columns.clone()]);
@@ -132,11 +146,76 @@ impl Norm {
     /// # Shapes
     /// `d`: (T, C), changed within `columns`; `before`: (T, columns), from `forward_columns`.
     pub fn backward_columns(&self, d: &mut Matrix, before: &Matrix, columns: std::ops::Range<usize>) {
+        if let Some(place) = d.place() {
+            let dy = d.columns(columns);
+            return self.backward_on(place, dy, before, (dy.pointer(), d.cols()), false);
+        }
         let cols = d.cols();
         d.par_chunks_mut(cols).zip(before.par_chunks(columns.len())).for_each(|(d, before)| {
             let dy = d[columns.clone()].to_vec();
             vectorized(|| self.backward_row(&dy, before, &mut d[columns.clone()], false));
         });
+    }
+}
+
+// On a device; `rows` of the kernels are groups.
+impl Norm {
+    /// (groups, grid, block): a warp for each short group, a block for each long one.
+    fn shape(&self, x: &View<'_>) -> (usize, [usize; 3], [usize; 2]) {
+        let groups = x.rows * (x.cols / self.group);
+        if self.group <= 512 {
+            return (groups, [groups.div_ceil(4), 1, 1], [32, 4]);
+        }
+        (groups, [groups, 1, 1], [(self.group / 8).div_ceil(32).clamp(2, 16) * 32, 1])
+    }
+
+    fn kernel(&self, direction: &str) -> String {
+        format!("{}_{direction}", if self.kind == Kind::Rms { "rms_norm" } else { "layer_norm" })
+    }
+
+    fn forward_on(&self, (device, dtype): (&Device, Dtype), x: View<'_>, y: u64, y_stride: usize) {
+        let (groups, grid, block) = self.shape(&x);
+        let args = [
+            x.pointer().into(),
+            self.weight.on(device).into(),
+            self.bias.as_ref().map_or(0, |bias| bias.on(device)).into(),
+            y.into(),
+            int(groups),
+            int(self.group),
+            int(x.cols / self.group),
+            int(self.weight.len() / self.group),
+            long(x.stride),
+            long(y_stride),
+            self.eps.into(),
+        ];
+        device.launch(&self.kernel("fwd"), Some(dtype), grid, block, 0, &args);
+    }
+
+    fn backward_on(
+        &self,
+        (device, dtype): (&Device, Dtype),
+        dy: View<'_>,
+        x: &Matrix,
+        (dx, dx_stride): (u64, usize),
+        accumulate: bool,
+    ) {
+        let (groups, grid, block) = self.shape(&x.view());
+        let args = [
+            dy.pointer().into(),
+            x.pointer().into(),
+            self.weight.on(device).into(),
+            dx.into(),
+            int(groups),
+            int(self.group),
+            int(x.cols() / self.group),
+            int(self.weight.len() / self.group),
+            long(dy.stride),
+            long(x.cols()),
+            long(dx_stride),
+            self.eps.into(),
+            flag(accumulate),
+        ];
+        device.launch(&self.kernel("bwd"), Some(dtype), grid, block, 0, &args);
     }
 }
 
@@ -190,8 +269,13 @@ mod tests {
             (Kind::Layer, false, 64, 16),
             (Kind::Rms, false, 96, 32),
         ] {
-            let norm =
-                Norm { kind, eps: 1e-3, group, weight: random(group, 1), bias: biased.then(|| random(group, 2)) };
+            let norm = Norm {
+                kind,
+                eps: 1e-3,
+                group,
+                weight: random(group, 1).into(),
+                bias: biased.then(|| random(group, 2).into()),
+            };
             let (x, dy) = (random(5 * cols, 3), random(5 * cols, 4));
             let oracle = Oracle::run(&[(&x, 5, cols)], |t| reference(&norm, &t[0]), &dy);
             let matrix = Matrix::from_slice(5, cols, &x);
@@ -205,7 +289,7 @@ mod tests {
 
     #[test]
     fn columns_in_place_equal_the_whole() {
-        let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 8, weight: random(8, 1), bias: None };
+        let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 8, weight: random(8, 1).into(), bias: None };
         let mut x = Matrix::from_slice(3, 40, &random(120, 2));
         let part: Vec<f32> = (0..3).flat_map(|t| x.row(t)[8..32].to_vec()).collect();
         let whole = norm.forward(&Matrix::from_slice(3, 24, &part));

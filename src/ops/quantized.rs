@@ -85,6 +85,15 @@ impl Codes {
         }
     }
 
+    /// Number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Four(four) => four.rows,
+            Self::Int8 { absmax, .. } => absmax.len(),
+        }
+    }
+
     /// Some rows in f32.
     ///
     /// # Panics

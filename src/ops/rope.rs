@@ -4,6 +4,7 @@
 //! the rest passes. The backward is the rotation by the negative angle. The frequency scalings are those of
 //! transformers' `modeling_rope_utils.py`: linear, llama3, yarn (Peng et al. 2023, arXiv:2309.00071).
 
+use super::device::{Constant, int, long};
 use super::math::vectorized;
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
@@ -95,8 +96,8 @@ pub fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling) -> 
 #[derive(Debug, Clone)]
 pub struct Tables {
     rotary_dim: usize,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Constant<f32>,
+    sin: Constant<f32>,
 }
 
 impl Tables {
@@ -115,7 +116,7 @@ impl Tables {
                 sin.push(angle.sin() as f32 * factor);
             }
         }
-        Self { rotary_dim, cos, sin }
+        Self { rotary_dim, cos: cos.into(), sin: sin.into() }
     }
 
     /// Number of positions.
@@ -128,21 +129,35 @@ impl Tables {
     ///
     /// # Shapes
     /// `x`: (T, C); `columns`: whole heads of `head_size`; `positions`: (T).
-    pub fn forward(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &[u32]) {
+    pub fn forward(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>) {
         self.rotate(x, columns, head_size, positions, 1.0);
     }
 
     /// Rotates the gradient back, in place; shapes as in [`Self::forward`].
-    pub fn backward(&self, dx: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &[u32]) {
+    pub fn backward(&self, dx: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>) {
         self.rotate(dx, columns, head_size, positions, -1.0);
     }
 
-    fn rotate(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &[u32], sign: f32) {
+    fn rotate(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>, sign: f32) {
         let half = self.rotary_dim / 2;
         if half == 0 {
             return;
         }
         let cols = x.cols();
+        if let Some((device, dtype)) = x.place() {
+            let args = [
+                x.columns(columns.clone()).pointer().into(),
+                self.cos.on(device).into(),
+                self.sin.on(device).into(),
+                positions.on(device).into(),
+                int(columns.len() / head_size),
+                int(head_size),
+                int(self.rotary_dim),
+                long(cols),
+                sign.into(),
+            ];
+            return device.launch("rope", Some(dtype), [x.rows(), 1, 1], [128, 1], 0, &args);
+        }
         let rows = rows_per_task(x.rows());
         x.par_chunks_mut(cols * rows).zip(positions.par_chunks(rows)).for_each(|(x, positions)| {
             vectorized(|| {
@@ -174,7 +189,7 @@ mod tests {
         let (t, heads, head_size, rotary) = (5, 3, 20, 8);
         let cols = heads * head_size;
         let tables = Tables::new(10_000.0, rotary, &Scaling::None, 9);
-        let positions = [0u32, 1, 2, 0, 8];
+        let positions: Constant<u32> = vec![0, 1, 2, 0, 8].into();
         let (x, dy) = (random(t * cols, 1), random(t * cols, 2));
         let reference = |input: &[Tensor]| {
             let cpu = &Device::Cpu;

@@ -5,9 +5,11 @@
 //! rearranges a panel at a time. That order is also the one that decoding a single token reads fastest. A quantized matrix
 //! is decoded some rows at a time into a scratch, of which the same products are taken.
 
+use super::device::{Constant, Device, Dtype};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View};
-use super::quantized::{Codes, Quantizer};
+use super::quantized::Codes;
+use super::resident::{Part, Resident};
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use half::slice::HalfFloatSliceExt;
@@ -47,11 +49,13 @@ pub enum Store {
 #[derive(Debug, Clone)]
 enum Kept {
     Whole(Data),
-    /// `bf16`: products round the decoded values to bf16, as the rest of such a model is; else they are f32.
+    /// `parts` are consecutive rows, quantized by themselves. `bf16`: products round the decoded values to bf16, as the
+    /// rest of such a model is; else they are f32.
     Quantized {
-        codes: Codes,
+        parts: Vec<Codes>,
         bf16: bool,
     },
+    Resident(Resident),
 }
 
 /// A frozen (rows, cols) = (out, in) matrix.
@@ -78,21 +82,50 @@ impl Weight {
         Self { rows, cols, kept: Kept::Whole(data) }
     }
 
-    /// A matrix in few bits, from its `rows * cols` elements; in a model of bf16 weights (`store`) its products may round
-    /// the decoded elements to bf16.
-    ///
-    /// # Panics
-    /// When `values` has another number of elements.
+    /// A matrix in few bits, its rows those of `parts` one after another; in a model of bf16 weights (`store`) its
+    /// products may round the decoded elements to bf16.
     #[must_use]
-    pub fn quantized(rows: usize, cols: usize, values: &[f32], quantizer: Quantizer, store: Store) -> Self {
-        let codes = Codes::new(quantizer, values, rows, cols);
-        Self { rows, cols, kept: Kept::Quantized { codes, bf16: store == Store::Bf16 } }
+    pub fn quantized(cols: usize, parts: Vec<Codes>, store: Store) -> Self {
+        let rows = parts.iter().map(Codes::rows).sum();
+        Self { rows, cols, kept: Kept::Quantized { parts, bf16: store == Store::Bf16 } }
+    }
+
+    /// The same matrix in the memory of `device`, with products of type `dtype`; one that is there stays as it is.
+    #[must_use]
+    pub fn to_device(self, device: &Device, dtype: Dtype) -> Self {
+        let (rows, cols) = (self.rows, self.cols);
+        let resident = match self.kept {
+            Kept::Whole(data) => Resident::whole(device, dtype, rows, cols, &data),
+            Kept::Quantized { parts, .. } => {
+                let parts = parts.iter().map(|codes| Part::upload(device, codes)).collect();
+                Resident::quantized(device, dtype, cols, parts)
+            }
+            Kept::Resident(resident) => resident,
+        };
+        Self { rows, cols, kept: Kept::Resident(resident) }
+    }
+
+    /// A matrix that is on a device already.
+    #[must_use]
+    pub fn resident(resident: Resident) -> Self {
+        let (rows, cols) = resident.shape();
+        Self { rows, cols, kept: Kept::Resident(resident) }
+    }
+
+    /// Device and type of its products, where it is not on the host.
+    #[must_use]
+    pub fn place(&self) -> Option<(&Device, Dtype)> {
+        if let Kept::Resident(resident) = &self.kept { Some(resident.place()) } else { None }
     }
 
     /// Whether it is kept in few bits, so that its elements are no longer the checkpoint's.
     #[must_use]
     pub fn is_quantized(&self) -> bool {
-        matches!(self.kept, Kept::Quantized { .. })
+        match &self.kept {
+            Kept::Whole(_) => false,
+            Kept::Quantized { .. } => true,
+            Kept::Resident(resident) => resident.is_quantized(),
+        }
     }
 
     /// Output channels.
@@ -114,7 +147,8 @@ impl Weight {
             Kept::Whole(Data::F32(v)) => size_of_val(v.as_slice()),
             Kept::Whole(Data::Bf16(v)) => size_of_val(v.as_slice()),
             Kept::Whole(Data::F16(v)) => size_of_val(v.as_slice()),
-            Kept::Quantized { codes, .. } => codes.bytes(),
+            Kept::Quantized { parts, .. } => parts.iter().map(Codes::bytes).sum(),
+            Kept::Resident(resident) => resident.bytes(),
         }
     }
 
@@ -125,8 +159,37 @@ impl Weight {
             Kept::Whole(Data::F32(v)) => out.copy_from_slice(&v[elements]),
             Kept::Whole(Data::Bf16(v)) => v[elements].convert_to_f32_slice(out),
             Kept::Whole(Data::F16(v)) => v[elements].convert_to_f32_slice(out),
-            Kept::Quantized { codes, .. } => codes.decode_rows(rows, out),
+            Kept::Quantized { parts, .. } => self.decode_parts(parts, rows, out),
+            Kept::Resident(resident) => out.copy_from_slice(&resident.rows(rows).to_host()),
         }
+    }
+
+    fn decode_parts(&self, parts: &[Codes], rows: Range<usize>, out: &mut [f32]) {
+        let mut first = 0;
+        for part in parts {
+            let here = rows.start.max(first)..rows.end.min(first + part.rows());
+            if !here.is_empty() {
+                let to = (here.start - rows.start) * self.cols..(here.end - rows.start) * self.cols;
+                part.decode_rows(here.start - first..here.end - first, &mut out[to]);
+            }
+            first += part.rows();
+        }
+    }
+
+    /// The rows of some ids, where the matrix is.
+    ///
+    /// # Shapes
+    /// `ids`: (T); returns (T, in).
+    #[must_use]
+    pub fn gather(&self, ids: &Constant<u32>) -> Matrix {
+        if let Kept::Resident(resident) = &self.kept {
+            return resident.gather(ids);
+        }
+        let mut x = Matrix::new(ids.len(), self.cols);
+        x.chunks_exact_mut(self.cols).zip(&**ids).for_each(|(row, id)| {
+            self.decode_rows(*id as usize..*id as usize + 1, row);
+        });
+        x
     }
 
     fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -181,6 +244,7 @@ impl Weight {
                     each(rows, simd::Rows::F32(&scratch));
                 }
             }
+            Kept::Resident(_) => unreachable!("a device multiplies by its own matrices"),
         }
     }
 
@@ -189,6 +253,9 @@ impl Weight {
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
+        if let Kept::Resident(resident) = &self.kept {
+            return resident.forward(x, y, accumulate);
+        }
         #[cfg(target_arch = "x86_64")]
         if let Some(level) = simd::level() {
             let total = y.cols();
@@ -224,6 +291,9 @@ impl Weight {
     /// # Shapes
     /// `dy`: (T, out); `dx`: (T, in).
     pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
+        if let Kept::Resident(resident) = &self.kept {
+            return resident.backward(dy, dx, accumulate);
+        }
         #[cfg(target_arch = "x86_64")]
         if let Some(level) = simd::level() {
             let total = dx.cols();
@@ -262,6 +332,7 @@ impl Weight {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::quantized::Quantizer;
     use crate::ops::testing::{Oracle, assert_close, random};
 
     /// `tolerance`: products of bf16 weights may round the input to bf16.
@@ -309,7 +380,11 @@ mod tests {
             let w = random(out * inn, 1);
             for quantizer in QUANTIZERS.map(|name| Quantizer::named(name).unwrap()) {
                 for (store, tolerance) in [(Store::F32, 1e-5), (Store::Bf16, 1.2e-2)] {
-                    let weight = Weight::quantized(out, inn, &w, quantizer, store);
+                    // Parts that end within a block of 64 and within a panel.
+                    let (first, second) = w.split_at(out / 3 * inn);
+                    let parts = [(first, out / 3), (second, out - out / 3)];
+                    let codes = parts.map(|(values, rows)| Codes::new(quantizer, values, rows, inn));
+                    let weight = Weight::quantized(inn, codes.to_vec(), store);
                     check(&weight, t, 1e-5, true);
                     check(&weight, t, tolerance, false);
                 }
@@ -322,7 +397,8 @@ mod tests {
         let (rows, cols) = (96, 320);
         let w = random(rows * cols, 1);
         let share = |name: &str| {
-            let weight = Weight::quantized(rows, cols, &w, Quantizer::named(name).unwrap(), Store::Bf16);
+            let codes = Codes::new(Quantizer::named(name).unwrap(), &w, rows, cols);
+            let weight = Weight::quantized(cols, vec![codes], Store::Bf16);
             weight.bytes() as f64 / (2 * rows * cols) as f64
         };
         let shares = QUANTIZERS.map(share);

@@ -4,6 +4,7 @@
 //! The loss of an optimizer step is the sum over the target tokens of its accumulation window divided by their number,
 //! so it does not depend on how the window is cut into micro batches. The last, partial window is stepped too.
 
+pub mod estimate;
 pub mod report;
 pub mod schedule;
 pub mod settings;
@@ -11,8 +12,9 @@ pub mod settings;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
-use crate::ops::in_pool;
+use crate::ops::matrix::sparing;
 use crate::ops::optimizer::{AdamW, Moments, norm};
+use crate::ops::{Matrix, in_pool};
 use report::{Event, Report, Summary};
 use schedule::Schedule;
 use serde::{Deserialize, Serialize};
@@ -125,6 +127,20 @@ pub fn side_by_side(settings: &FinetuneSettings, samples: &[Sample]) -> Vec<Vec<
     pack(&lengths, settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(longest))
 }
 
+/// The samples of the longest micro batch that can come.
+fn longest(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) -> Vec<usize> {
+    let mut packs: Vec<&Vec<usize>> = packs.iter().collect();
+    packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| samples[*r].input_ids.len()).sum::<usize>()));
+    packs.truncate(micro_batch_size);
+    packs.into_iter().flatten().copied().collect()
+}
+
+/// Tokens of the longest micro batch that can come.
+#[must_use]
+pub fn longest_tokens(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) -> usize {
+    longest(samples, packs, micro_batch_size).into_iter().map(|row| samples[row].input_ids.len()).sum()
+}
+
 /// State of a run between micro batches.
 struct Run<'a, 'b> {
     job: &'a mut Job<'b>,
@@ -133,7 +149,7 @@ struct Run<'a, 'b> {
     schedule: Schedule,
     optimizer: AdamW,
     moments: Moments,
-    grads: Vec<f32>,
+    grads: Matrix,
     batches: Batches,
     iter: usize,
     step: usize,
@@ -163,7 +179,6 @@ pub fn fit(
     // Examples are decoded between steps: their answers need positions too.
     let answer = settings.eval.max_new_tokens.unwrap_or(0);
     job.gpt.prepare((longest + answer).min(job.gpt.config.block_size));
-    let parameters = job.gpt.parameters.len();
     let optimizer = AdamW {
         beta1: settings.optimizer.beta1,
         beta2: settings.optimizer.beta2,
@@ -171,7 +186,8 @@ pub fn fit(
         weight_decay: settings.optimizer.weight_decay,
     };
     let resumed = resume.is_some();
-    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(parameters)));
+    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(&job.gpt.parameters)));
+    let grads = job.gpt.parameters.zeros_like(1, job.gpt.parameters.cols());
     let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     batches.seek(progress.iter);
     let mut run = Run {
@@ -181,7 +197,7 @@ pub fn fit(
         schedule,
         optimizer,
         moments,
-        grads: vec![0.0; parameters],
+        grads,
         batches,
         iter: progress.iter,
         step: progress.step,
@@ -193,7 +209,7 @@ pub fn fit(
         resumed,
     };
     run.outside.event(&Event::Start { plan, schedule })?;
-    run.rehearse();
+    run.rehearse()?;
     run.all()
 }
 
@@ -251,15 +267,13 @@ impl Run<'_, '_> {
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
-    fn rehearse(&mut self) {
-        let mut packs: Vec<&Vec<usize>> = self.job.packs.iter().collect();
-        packs.sort_by_key(|p| std::cmp::Reverse(p.iter().map(|r| self.job.train[*r].input_ids.len()).sum::<usize>()));
-        packs.truncate(self.job.settings.train.micro_batch_size);
-        let rows: Vec<usize> = packs.into_iter().flatten().copied().collect();
+    fn rehearse(&mut self) -> Result<()> {
+        let rows = longest(self.job.train, self.job.packs, self.job.settings.train.micro_batch_size);
         let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
-        let _ = in_pool(|| gpt.loss(&tokens, Some(training)));
+        let _ = sparing(|| in_pool(|| gpt.loss(&tokens, Some(training))));
+        gpt.check()
     }
 
     fn out_of_budget(&self) -> bool {
@@ -272,7 +286,7 @@ impl Run<'_, '_> {
     /// are forgotten, and taken again by the run that resumes.
     fn window(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
-        self.grads.fill(0.0);
+        self.grads.zero();
         let (mut loss, mut targets, tokens_before) = (0.0, 0, self.tokens);
         let iter_before = self.iter;
         for _ in 0..self.plan.accumulate.min(self.plan.iters - self.iter) {
@@ -292,6 +306,7 @@ impl Run<'_, '_> {
             };
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, Some(training)));
+            gpt.check()?;
             self.require_number(sum, &rows)?;
             loss += sum;
             targets += tokens.n_targets();
@@ -345,6 +360,7 @@ impl Run<'_, '_> {
             let tokens = collect(self.job.val, rows, settings.data.ignore_index);
             let gpt = &*self.job.gpt;
             let sum = in_pool(|| gpt.loss(&tokens, None));
+            gpt.check()?;
             means.push(sum / tokens.n_targets().max(1) as f64);
             loss += sum;
             targets += tokens.n_targets();

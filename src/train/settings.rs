@@ -131,6 +131,33 @@ impl<'de> Deserialize<'de> for Switch {
     }
 }
 
+/// Where a model is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// On the first GPU if this program was built for one and there is one.
+    #[default]
+    Auto,
+    /// On the processor.
+    Cpu,
+    /// On the first NVIDIA GPU.
+    #[serde(alias = "gpu")]
+    Cuda,
+}
+
+impl FromStr for Accelerator {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" | "gpu" => Ok(Self::Cuda),
+            other => Err(format!("expected `auto`, `cpu` or `cuda`, got `{other}`")),
+        }
+    }
+}
+
 /// How the learning rate goes over a run, after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -581,6 +608,9 @@ pub struct FinetuneSettings {
     /// How the frozen weights are quantized, one of [`QUANTIZERS`].
     #[serde(deserialize_with = "quantize_field")]
     pub quantize: Option<String>,
+    /// Where to train. Belongs to the machine: not written.
+    #[serde(skip_serializing)]
+    pub accelerator: Accelerator,
     /// GPUs; only 1 is accepted.
     #[serde(deserialize_with = "devices_field")]
     pub devices: usize,
@@ -609,6 +639,9 @@ pub struct FinetuneSettings {
     /// Whether to resume although settings or data changed. Not written.
     #[serde(skip_serializing)]
     pub resume_force: bool,
+    /// Whether to say what the run needs and stop. Not written.
+    #[serde(skip_serializing)]
+    pub dry_run: bool,
     /// Hugging Face token. Never written to a file.
     #[serde(skip_serializing)]
     pub access_token: Option<String>,
@@ -621,6 +654,7 @@ impl Default for FinetuneSettings {
             out_dir: PathBuf::from("out/finetune/lora"),
             precision: None,
             quantize: None,
+            accelerator: Accelerator::Auto,
             devices: 1,
             num_nodes: 1,
             lora: LoraSettings::default(),
@@ -633,6 +667,7 @@ impl Default for FinetuneSettings {
             add_bos: Switch::Auto,
             resume: None,
             resume_force: false,
+            dry_run: false,
             access_token: None,
         }
     }

@@ -121,7 +121,7 @@ pub fn load(dir: &Path, gpt: &mut Gpt) -> Result<()> {
         });
     }
     gpt.attach(|name| places.contains_key(name).then_some(settings.config));
-    let mut parameters = std::mem::take(&mut gpt.parameters);
+    let mut parameters = gpt.parameters.to_host();
     for part in gpt.linears().flat_map(|l| &l.parts) {
         if let (Some(lora), Some(place)) = (&part.lora, places.get(&part.name)) {
             let copy = |to: &mut [f32], raw: Raw<'_>, rows: &Range<usize>| {
@@ -132,6 +132,6 @@ pub fn load(dir: &Path, gpt: &mut Gpt) -> Result<()> {
             copy(&mut parameters[lora.b.clone()], shards.get(&format!("{}.lora_B", place.module))?, &place.b);
         }
     }
-    gpt.parameters = parameters;
+    gpt.set_parameters(&parameters);
     Ok(())
 }

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The GPU tests, then ours and the peers on the same inputs, in one call; see README.md for the variables. Runs from the
+# folder that pack.sh made, and appends JSON lines to $OUT/results.jsonl.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+OUT=${OUT:-$PWD/out}
+MODELS=${MODELS:-stablelm-base-alpha-3b}
+SETTINGS=${SETTINGS:-bf16-true bnb.nf4 bnb.nf4-dq}
+TOOLS=${TOOLS-litgpt}
+SEQ_LENS=${SEQ_LENS:-0}
+WARMUP=${WARMUP:-16}
+ITERATIONS=${ITERATIONS:-320}
+EXTRA=${EXTRA:-}
+LIMIT=${LIMIT:-560}
+TESTS=${TESTS:-1}
+PYTHON=${PYTHON:-python3}
+DATA=${DATA:-$here/data/alpaca_999.json}
+WORK=${WORK:-/dev/shm/bench}
+mkdir -p "$OUT" "$WORK"
+log=$OUT/run.log
+
+# cuBLAS and the CUDA runtime, from Python's packages where the system has none.
+for folder in $($PYTHON -c 'import glob, site; [print(f) for p in site.getsitepackages() for f in glob.glob(p + "/nvidia/**/lib", recursive=True)]' 2>/dev/null); do
+  LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-}
+done
+export LD_LIBRARY_PATH
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,memory.used,driver_version --format=csv,noheader
+
+if [ "$TESTS" = 1 ]; then
+  (cd "$here" && LITGPT_GOLDEN=$here/golden LITGPT_TEST_DEVICE=cuda LITGPT_TF32=0 RUST_BACKTRACE=0 \
+    ./tests device:: --test-threads=1 --nocapture >"$OUT/tests.log" 2>&1)
+  echo "tests: exit $?"
+  grep -E '^test |panicked|is over|cases that failed' "$OUT/tests.log"
+fi
+
+for model in $MODELS; do
+  [ -e "$WORK/$model/config.json" ] ||
+    $PYTHON "$here/bench/make_inputs.py" --model "$model" --out "$WORK" --data "$DATA" || exit 1
+  for seq_len in $SEQ_LENS; do for setting in $SETTINGS; do
+    [ $((LIMIT - SECONDS)) -lt 20 ] && { echo "no time left: ours $model $setting $seq_len"; continue; }
+    began=$SECONDS
+    # shellcheck disable=SC2086
+    timeout $((LIMIT - SECONDS)) "$here/gpu" --checkpoint "$WORK/$model" --data "$DATA" --setting "$setting" \
+      --seq-len "$seq_len" --warmup "$WARMUP" --iterations "$ITERATIONS" --json "$OUT/results.jsonl" $EXTRA >>"$log" 2>&1
+    code=$?
+    echo "ours $model $setting $seq_len: exit $code after $((SECONDS - began)) s"
+    [ $code = 0 ] || tail -3 "$log" | cut -c1-400
+  done; done
+  if [ -n "$TOOLS" ]; then
+    OUT=$OUT/peers MODELS=$model TOOLS=$TOOLS SETTINGS=$SETTINGS SEQ_LENS=$SEQ_LENS WARMUP=$WARMUP ITERATIONS=$ITERATIONS \
+      EXTRA=$EXTRA DATA=$DATA WORK=$WORK WHEELS=$here/whl LIMIT=$((LIMIT - SECONDS)) PYTHON=$PYTHON KEEP=1 \
+      bash "$here/bench/run_peers.sh"
+    cat "$OUT/peers/peers.jsonl" >>"$OUT/results.jsonl" 2>/dev/null
+    rm -f "$OUT/peers/peers.jsonl"
+  fi
+  rm -rf "${WORK:?}/$model"
+done
+[ -e "$OUT/results.jsonl" ] && $PYTHON "$here/bench/table.py" "$OUT/results.jsonl"
+exit 0

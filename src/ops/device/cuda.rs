@@ -1,0 +1,291 @@
+//! CUDA through cudarc, whose libraries are looked for when they are first needed: the same binary runs where there is no
+//! driver. (candle's own CUDA feature links them, and compiles kernels for eight minutes that nothing here calls.)
+//!
+//! One stream and no events. Memory comes from the driver's pool, which keeps what is freed, so that a step after the
+//! first of its length asks the system for nothing.
+#![allow(unsafe_code)] // the driver and cuBLAS take raw pointers
+
+use super::{Arg, Backend, Dtype, Failure, Launch, Operand, Product};
+use cudarc::cublas::{CudaBlas, result as cublas, sys as blas_sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_void};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// A kernel file compiled by `kernels/build.rs`.
+macro_rules! module {
+    ($name:literal) => {
+        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin"))
+    };
+}
+
+const MODULES: [&[u8]; 12] = [
+    module!("attention"),
+    module!("attention_mma"),
+    module!("clip"),
+    module!("glu"),
+    module!("head"),
+    module!("lora"),
+    module!("nf4"),
+    module!("norm"),
+    module!("optimizer"),
+    module!("quantized"),
+    module!("rope"),
+    module!("rows"),
+];
+
+/// Dynamic shared memory that a kernel may have without asking.
+const SHARED_WITHOUT_ASKING: usize = 48 << 10;
+/// Scratch of cuBLAS: what NVIDIA advises for Hopper. One of our own keeps its results the same from run to run.
+const WORKSPACE: usize = 32 << 20;
+
+/// A kernel, and the shared memory that it was told it may have.
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    shared: usize,
+}
+
+/// One CUDA device.
+pub struct Cuda {
+    name: String,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Vec<sys::CUmodule>,
+    functions: RwLock<HashMap<String, Function>>,
+    /// Behind a lock, as a handle is not to be used by two threads at once.
+    blas: Mutex<CudaBlas>,
+}
+
+// SAFETY: the raw handles are the driver's, whose calls may come from any thread once the context is bound to it, which
+// every method does first; the cuBLAS handle is used under a lock.
+unsafe impl Send for Cuda {}
+// SAFETY: as above; `functions` is behind a lock.
+unsafe impl Sync for Cuda {}
+
+fn text(error: DriverError) -> String {
+    let name = error.error_name().map_or_else(|_| format!("{error:?}"), |name| name.to_string_lossy().into_owned());
+    error.error_string().map_or(name.clone(), |what| format!("{} ({name})", what.to_string_lossy()))
+}
+
+impl Cuda {
+    /// The device of this number, or `None` where the machine has no driver or no such device.
+    ///
+    /// # Errors
+    /// When it is there and cannot be used.
+    pub fn open(ordinal: usize) -> Result<Option<Self>, Failure> {
+        let failure = |what: &str, reason: String| Failure::Other {
+            device: format!("CUDA device {ordinal}"),
+            what: what.to_owned(),
+            reason,
+        };
+        if !has_devices(ordinal) {
+            return Ok(None);
+        }
+        // SAFETY: asks the loader for the library and calls nothing in it.
+        if !unsafe { blas_sys::is_culib_present() } {
+            return Err(failure("loading cuBLAS", "no libcublas on the library path".to_owned()));
+        }
+        let open = |what: &'static str| move |e: DriverError| failure(what, text(e));
+        let context = CudaContext::new(ordinal).map_err(open("opening it"))?;
+        let stream = context.new_stream().map_err(open("making a stream"))?;
+        let blas = CudaBlas::new(stream.clone()).map_err(|e| failure("starting cuBLAS", format!("{e:?}")))?;
+        let name = context.name().map_err(|e| failure("asking for its name", text(e)))?;
+        let mut cuda =
+            Self { name, stream, context, modules: Vec::new(), functions: RwLock::default(), blas: Mutex::new(blas) };
+        cuda.prepare().map_err(|reason| failure("preparing it", reason))?;
+        Ok(Some(cuda))
+    }
+
+    fn bind(&self) -> Result<(), String> {
+        self.context.bind_to_thread().map_err(text)
+    }
+
+    /// Loads the kernels, keeps freed memory in the pool, gives cuBLAS its scratch.
+    fn prepare(&mut self) -> Result<(), String> {
+        self.bind()?;
+        for module in MODULES {
+            // SAFETY: the image is a whole fatbin, and lives as long as the program.
+            let module = unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(text)?;
+            self.modules.push(module);
+        }
+        let mut all = u64::MAX;
+        // SAFETY: the context is bound; the attribute's value is a u64, which the call reads before it returns.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(self.context.cu_device()).map_err(text)?;
+            let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut all).cast()).map_err(text)?;
+            let workspace = result::malloc_async(self.stream.cu_stream(), WORKSPACE).map_err(text)?;
+            let handle = *self.blas.lock().unwrap_or_else(PoisonError::into_inner).handle();
+            let status = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
+            status.result().map_err(|e| format!("{e:?}"))
+        }
+    }
+
+    fn function(&self, name: &str, shared: usize) -> Result<sys::CUfunction, String> {
+        let known = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name).copied();
+        if let Some(function) = known.filter(|function| function.shared >= shared) {
+            return Ok(function.handle);
+        }
+        let c_name = CString::new(name).map_err(|e| e.to_string())?;
+        // SAFETY: the modules were loaded and are never unloaded.
+        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
+        let handle = self.modules.iter().find_map(find).ok_or("there is no such kernel")?;
+        let shared = shared.max(SHARED_WITHOUT_ASKING);
+        if shared > SHARED_WITHOUT_ASKING {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the handle was just found.
+            unsafe { result::function::set_function_attribute(handle, attribute, shared as i32) }.map_err(text)?;
+        }
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        functions.insert(name.to_owned(), Function { handle, shared });
+        Ok(handle)
+    }
+}
+
+/// Whether there is a driver and a device of this number. Without a driver cudarc panics at its first call, so the
+/// library is looked for first.
+fn has_devices(ordinal: usize) -> bool {
+    // SAFETY: asks the loader for the driver's library and calls nothing in it.
+    if !unsafe { sys::is_culib_present() } {
+        return false;
+    }
+    CudaContext::device_count().is_ok_and(|count| usize::try_from(count).is_ok_and(|count| ordinal < count))
+}
+
+fn data_type(dtype: Dtype) -> blas_sys::cudaDataType {
+    match dtype {
+        Dtype::F32 => blas_sys::cudaDataType_t::CUDA_R_32F,
+        Dtype::Bf16 => blas_sys::cudaDataType_t::CUDA_R_16BF,
+        Dtype::F16 => blas_sys::cudaDataType_t::CUDA_R_16F,
+    }
+}
+
+fn transposition(operand: &Operand) -> blas_sys::cublasOperation_t {
+    if operand.transposed { blas_sys::cublasOperation_t::CUBLAS_OP_T } else { blas_sys::cublasOperation_t::CUBLAS_OP_N }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Option<u64>, String> {
+        self.bind()?;
+        // SAFETY: all uses of the memory are on this one stream.
+        match unsafe { result::malloc_async(self.stream.cu_stream(), bytes) } {
+            Ok(pointer) => Ok(Some(pointer)),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            Err(error) => Err(text(error)),
+        }
+    }
+
+    fn free(&self, pointer: u64) {
+        // A device that is gone has no memory to give back.
+        if self.bind().is_ok() {
+            // SAFETY: the pointer came from `allocate`, and later work cannot name it.
+            let _ = unsafe { result::free_async(pointer, self.stream.cu_stream()) };
+        }
+    }
+
+    fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
+        self.bind()?;
+        // SAFETY: `to` has room. From memory that is not page-locked the call returns once the bytes were taken.
+        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(text)
+    }
+
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {
+        self.bind()?;
+        // SAFETY: `from` has that many bytes; the stream is waited for before the borrow ends.
+        unsafe {
+            result::memcpy_dtoh_async(to, from, self.stream.cu_stream()).map_err(text)?;
+            result::stream::synchronize(self.stream.cu_stream()).map_err(text)
+        }
+    }
+
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String> {
+        self.bind()?;
+        // SAFETY: both have that many bytes, as the caller checked.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(text)
+    }
+
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), String> {
+        self.bind()?;
+        // SAFETY: `at` has that many bytes.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }.map_err(text)
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), String> {
+        self.bind()?;
+        let function = self.function(launch.kernel, launch.shared)?;
+        let mut args = launch.args.to_vec();
+        let pointer = |arg: &mut Arg| -> *mut c_void {
+            match arg {
+                Arg::Wide(value) => std::ptr::from_mut(value).cast(),
+                Arg::Narrow(value) => std::ptr::from_mut(value).cast(),
+            }
+        };
+        let mut pointers: Vec<*mut c_void> = args.iter_mut().map(pointer).collect();
+        let [x, y, z] = launch.grid;
+        let [width, height] = launch.block;
+        let shared = launch.shared as u32;
+        // SAFETY: number and sizes of the arguments are the kernel's, which the emulated device checks for every launch
+        // of the tests; the driver copies them before it returns.
+        unsafe {
+            let stream = self.stream.cu_stream();
+            result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers)
+        }
+        .map_err(text)
+    }
+
+    fn product(&self, product: &Product) -> Result<(), String> {
+        self.bind()?;
+        let Product { m, n, k, alpha, accumulate, out, lhs, rhs } = *product;
+        let beta = if accumulate { 1f32 } else { 0f32 };
+        let size = |n: usize| c_int::try_from(n).map_err(|_| format!("a size of {n} is too large"));
+        let compute = if lhs.dtype == Dtype::F32 && !exact() {
+            blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
+        };
+        let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        // cuBLAS sees row-major matrices as their transposes: outᵀ = rhsᵀ lhsᵀ.
+        // SAFETY: the operands' rows and strides lie within their buffers, as their views were made; alpha and beta
+        // are read before the call returns.
+        unsafe {
+            cublas::gemm_ex(
+                *blas.handle(),
+                transposition(&rhs),
+                transposition(&lhs),
+                size(n)?,
+                size(m)?,
+                size(k)?,
+                (&raw const alpha).cast(),
+                rhs.pointer as *const c_void,
+                data_type(rhs.dtype),
+                size(rhs.stride)?,
+                lhs.pointer as *const c_void,
+                data_type(lhs.dtype),
+                size(lhs.stride)?,
+                (&raw const beta).cast(),
+                out.pointer as *mut c_void,
+                data_type(out.dtype),
+                size(out.stride)?,
+                compute,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|e| format!("cuBLAS: {e:?}"))
+    }
+
+    fn memory(&self) -> Result<(usize, usize), String> {
+        self.bind()?;
+        result::mem_get_info().map_err(text)
+    }
+}
+
+/// Whether f32 products are to be f32 throughout (`LITGPT_TF32=0`), not rounded to TF32 first.
+fn exact() -> bool {
+    static EXACT: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *EXACT.get_or_init(|| std::env::var_os("LITGPT_TF32").is_some_and(|value| value == "0"))
+}

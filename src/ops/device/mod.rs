@@ -1,0 +1,502 @@
+//! Memory of an accelerator and work on it: buffers, kernel launches, dense products. The ops decide what to launch.
+//!
+//! A [`Backend`] is the little that a device must do: `cuda` with the feature of that name, and in the tests an emulation
+//! that runs the same kernel sources on the processor. There is one queue of work: what is launched later sees the
+//! results of what was launched before, and only a download waits.
+//!
+//! The first failure (no memory left, the device gone) is kept, and everything after it does nothing, as in CUDA itself.
+//! So ops return no `Result`; who reads a result asks [`Device::check`] first.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// Why work on a device failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// An allocation did not fit.
+    #[error("out of memory on {device}: {bytes} more bytes were needed, {free} of {total} are free")]
+    OutOfMemory {
+        /// Name of the device.
+        device: String,
+        /// Size of the allocation.
+        bytes: usize,
+        /// Free bytes at that time.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// Anything else.
+    #[error("{device}: {what} failed: {reason}")]
+    Other {
+        /// Name of the device.
+        device: String,
+        /// What was tried.
+        what: String,
+        /// What the driver said.
+        reason: String,
+    },
+}
+
+/// Type of a matrix's elements on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32 bit.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    #[must_use]
+    pub fn size(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// The end of a kernel's name.
+    #[must_use]
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}
+
+/// A value that a kernel takes: a pointer or 64-bit number, or a 32-bit number by its bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arg {
+    /// 8 bytes.
+    Wide(u64),
+    /// 4 bytes.
+    Narrow(u32),
+}
+
+impl From<u64> for Arg {
+    fn from(value: u64) -> Self {
+        Self::Wide(value)
+    }
+}
+
+impl From<u32> for Arg {
+    fn from(value: u32) -> Self {
+        Self::Narrow(value)
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(value: f32) -> Self {
+        Self::Narrow(value.to_bits())
+    }
+}
+
+impl From<&Buffer> for Arg {
+    fn from(buffer: &Buffer) -> Self {
+        Self::Wide(buffer.pointer)
+    }
+}
+
+/// A C `int`.
+///
+/// # Panics
+/// Beyond 2³¹ - 1.
+#[must_use]
+pub fn int(value: usize) -> Arg {
+    Arg::Narrow(i32::try_from(value).expect("sizes of a pass fit a C int") as u32)
+}
+
+/// A C `long long`.
+#[must_use]
+pub fn long(value: usize) -> Arg {
+    Arg::Wide(value as u64)
+}
+
+/// A C `int` that is 0 or 1.
+#[must_use]
+pub fn flag(value: bool) -> Arg {
+    Arg::Narrow(u32::from(value))
+}
+
+/// One launch of a kernel of `kernels/*.cu`.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// Its name.
+    pub kernel: &'a str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 2],
+    /// Dynamic shared memory of a block, bytes.
+    pub shared: usize,
+    /// Its arguments, in order.
+    pub args: &'a [Arg],
+}
+
+/// One side of a [`Product`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operand {
+    /// Address of the first element.
+    pub pointer: u64,
+    /// Elements from a row to the next, as stored.
+    pub stride: usize,
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// Whether the product reads it transposed.
+    pub transposed: bool,
+}
+
+/// `out = alpha · lhs · rhs`, added to `out` where `accumulate`; row-major, with f32 sums.
+#[derive(Debug, Clone, Copy)]
+pub struct Product {
+    /// Rows of `out`.
+    pub m: usize,
+    /// Columns of `out`.
+    pub n: usize,
+    /// Columns of `lhs` and rows of `rhs`, as the product sees them.
+    pub k: usize,
+    /// Factor.
+    pub alpha: f32,
+    /// Whether `out` keeps what it has.
+    pub accumulate: bool,
+    /// Result; never transposed.
+    pub out: Operand,
+    /// Left side.
+    pub lhs: Operand,
+    /// Right side, of the same type as `lhs`.
+    pub rhs: Operand,
+}
+
+/// What a device must do. Addresses are what `allocate` returned, or inside of it; work is done in order.
+pub trait Backend: Send + Sync {
+    /// Name for messages.
+    fn name(&self) -> &str;
+    /// `bytes` of memory, aligned to 256, or `None` when there is not enough.
+    ///
+    /// # Errors
+    /// What the driver says, other than a lack of memory.
+    fn allocate(&self, bytes: usize) -> Result<Option<u64>, String>;
+    /// Gives memory back, once all work so far is done.
+    fn free(&self, pointer: u64);
+    /// Copies to the device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn upload(&self, from: &[u8], to: u64) -> Result<(), String>;
+    /// Copies from the device, once all work so far is done.
+    ///
+    /// # Errors
+    /// What the driver says, of this or of earlier work.
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String>;
+    /// Copies within the device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String>;
+    /// Writes zeros.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), String>;
+    /// Queues a kernel.
+    ///
+    /// # Errors
+    /// An unknown kernel, or what the driver says.
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), String>;
+    /// Queues a product.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn product(&self, product: &Product) -> Result<(), String>;
+    /// (free, all) bytes.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn memory(&self) -> Result<(usize, usize), String>;
+}
+
+struct Inner {
+    backend: Box<dyn Backend>,
+    failure: Mutex<Option<Failure>>,
+    /// f32 numbers that kernels read from memory, by their bits.
+    numbers: Mutex<HashMap<u32, u64>>,
+}
+
+/// A device; clones are the same one.
+#[derive(Clone)]
+pub struct Device(Arc<Inner>);
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0.backend.name())
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Device {
+    /// A device of this backend.
+    #[must_use]
+    pub fn new(backend: Box<dyn Backend>) -> Self {
+        Self(Arc::new(Inner { backend, failure: Mutex::default(), numbers: Mutex::default() }))
+    }
+
+    /// The CUDA device of this number, or `None` where there is none or this build has no CUDA.
+    ///
+    /// # Errors
+    /// When there is one and it cannot be used.
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::unnecessary_wraps))]
+    pub fn cuda(ordinal: usize) -> Result<Option<Self>, Failure> {
+        #[cfg(feature = "cuda")]
+        return Ok(cuda::Cuda::open(ordinal)?.map(|backend| Self::new(Box::new(backend))));
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = ordinal;
+            Ok(None)
+        }
+    }
+
+    /// Name for messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.0.backend.name()
+    }
+
+    /// (free, all) bytes.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory(&self) -> Result<(usize, usize), Failure> {
+        self.0.backend.memory().map_err(|reason| self.failure("asking for free memory", reason))
+    }
+
+    /// The first failure so far.
+    ///
+    /// # Errors
+    /// That failure; it stays.
+    pub fn check(&self) -> Result<(), Failure> {
+        self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+    }
+
+    fn failure(&self, what: &str, reason: String) -> Failure {
+        Failure::Other { device: self.name().to_owned(), what: what.to_owned(), reason }
+    }
+
+    fn fail(&self, failure: Failure) {
+        self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
+    }
+
+    /// Does `work` unless something failed before.
+    fn work(&self, what: &str, work: impl FnOnce(&dyn Backend) -> Result<(), String>) {
+        if self.check().is_err() {
+            return;
+        }
+        if let Err(reason) = work(self.0.backend.as_ref()) {
+            self.fail(self.failure(what, reason));
+        }
+    }
+
+    /// Memory with unknown contents.
+    #[must_use]
+    pub fn allocate(&self, bytes: usize) -> Buffer {
+        let mut pointer = 0;
+        if bytes > 0 && self.check().is_ok() {
+            match self.0.backend.allocate(bytes) {
+                Ok(Some(at)) => pointer = at,
+                Ok(None) => {
+                    let (free, total) = self.0.backend.memory().unwrap_or_default();
+                    self.fail(Failure::OutOfMemory { device: self.name().to_owned(), bytes, free, total });
+                }
+                Err(reason) => self.fail(self.failure("an allocation", reason)),
+            }
+        }
+        Buffer { device: self.clone(), pointer, bytes }
+    }
+
+    /// Memory with these contents.
+    #[must_use]
+    pub fn upload(&self, bytes: &[u8]) -> Buffer {
+        let buffer = self.allocate(bytes.len());
+        if !bytes.is_empty() {
+            self.work("a copy to the device", |backend| backend.upload(bytes, buffer.pointer));
+        }
+        buffer
+    }
+
+    /// Launches `kernel` (without the type's name where `dtype` is given).
+    pub fn launch(
+        &self,
+        kernel: &str,
+        dtype: Option<Dtype>,
+        grid: [usize; 3],
+        block: [usize; 2],
+        shared: usize,
+        args: &[Arg],
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let name = dtype.map_or_else(|| kernel.to_owned(), |dtype| format!("{kernel}_{}", dtype.suffix()));
+        let narrow = |n: usize| u32::try_from(n).expect("a grid's size fits 32 bits");
+        let launch = Launch { kernel: &name, grid: grid.map(narrow), block: block.map(narrow), shared, args };
+        self.work(&name, |backend| backend.launch(&launch));
+    }
+
+    /// Launches a kernel that takes any grid over `n` elements.
+    pub fn launch_over(&self, kernel: &str, dtype: Option<Dtype>, n: usize, args: &[Arg]) {
+        // Four elements a thread at least; beyond some thousand blocks a grid loop serves as well.
+        let threads = 256.min(n.div_ceil(32).max(1) * 32);
+        self.launch(kernel, dtype, [n.div_ceil(4 * threads).min(4096), 1, 1], [threads, 1], 0, args);
+    }
+
+    /// Computes a product.
+    pub fn product(&self, product: &Product) {
+        if product.m > 0 && product.n > 0 {
+            self.work("a matrix product", |backend| backend.product(product));
+        }
+    }
+
+    /// Address of an f32 on the device, which lives as long as the device.
+    #[must_use]
+    pub fn number(&self, value: f32) -> u64 {
+        let mut numbers = self.0.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        *numbers.entry(value.to_bits()).or_insert_with(|| {
+            let mut buffer = self.upload(&value.to_le_bytes());
+            std::mem::take(&mut buffer.pointer)
+        })
+    }
+}
+
+/// Memory of a device, given back when dropped.
+#[derive(Debug)]
+pub struct Buffer {
+    device: Device,
+    pointer: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Address of its first byte; 0 after a failure.
+    #[must_use]
+    pub fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Writes zeros.
+    pub fn zero(&self) {
+        if self.bytes > 0 {
+            self.device.work("a memset", |backend| backend.zero(self.pointer, self.bytes));
+        }
+    }
+
+    /// Overwrites its beginning.
+    ///
+    /// # Panics
+    /// When there are more bytes than it has.
+    pub fn write(&self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.bytes, "a write beyond the end of a buffer");
+        self.device.work("a copy to the device", |backend| backend.upload(bytes, self.pointer));
+    }
+
+    /// Copies its beginning, `to.len()` bytes; zeros after a failure.
+    pub fn read(&self, to: &mut [u8]) {
+        to.fill(0);
+        if !to.is_empty() {
+            self.device.work("a copy from the device", |backend| backend.download(self.pointer, to));
+        }
+    }
+
+    /// Copies `bytes` from the beginning of `from`.
+    ///
+    /// # Panics
+    /// When one of them is shorter.
+    pub fn copy_from(&self, from: &Self, bytes: usize) {
+        assert!(bytes <= self.bytes && bytes <= from.bytes, "a copy beyond the end of a buffer");
+        if bytes > 0 {
+            self.device.work("a copy on the device", |backend| backend.copy(from.pointer, self.pointer, bytes));
+        }
+    }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        let copy = self.device.allocate(self.bytes);
+        copy.copy_from(self, self.bytes);
+        copy
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.pointer != 0 {
+            self.device.0.backend.free(self.pointer);
+        }
+    }
+}
+
+/// A few numbers that never change, on the host and from their first use on also on the device.
+#[derive(Debug, Default)]
+pub struct Constant<T> {
+    values: Vec<T>,
+    there: OnceLock<Buffer>,
+}
+
+impl<T: bytemuck::NoUninit> Constant<T> {
+    /// Address of the device's copy.
+    ///
+    /// # Panics
+    /// When it was used on another device.
+    pub fn on(&self, device: &Device) -> u64 {
+        let buffer = self.there.get_or_init(|| device.upload(bytemuck::cast_slice(&self.values)));
+        assert!(buffer.device == *device, "a constant of another device");
+        buffer.pointer
+    }
+}
+
+impl<T> From<Vec<T>> for Constant<T> {
+    fn from(values: Vec<T>) -> Self {
+        Self { values, there: OnceLock::new() }
+    }
+}
+
+impl<T> FromIterator<T> for Constant<T> {
+    fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
+        values.into_iter().collect::<Vec<T>>().into()
+    }
+}
+
+impl<T: Clone> Clone for Constant<T> {
+    fn clone(&self) -> Self {
+        self.values.clone().into()
+    }
+}
+
+impl<T> Deref for Constant<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values
+    }
+}

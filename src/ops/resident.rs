@@ -1,0 +1,296 @@
+//! Frozen matrices in device memory and their products; `weight` has them on the host. A quantized matrix is decoded some
+//! rows at a time into a scratch, of which cuBLAS takes the product.
+
+use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int, long};
+use super::matrix::{Matrix, View};
+use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
+use super::quantized::{Codes, Quantizer};
+use super::weight::Data;
+use half::{bf16, f16};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Elements that are decoded at a time: 64 MB of bf16, enough rows for a product to fill the device.
+const PANEL: usize = 32 << 20;
+
+/// Consecutive rows of a matrix in few bits, quantized by themselves, in device memory.
+#[derive(Debug, Clone)]
+pub struct Part {
+    rows: usize,
+    codes: Buffer,
+    /// Scales, or with double quantization the scales of their codes.
+    absmax: Buffer,
+    scheme: Scheme,
+}
+
+#[derive(Debug, Clone)]
+enum Scheme {
+    /// 4 bits; with double quantization the codes of the scales, and the scales' mean.
+    Four {
+        kind: Kind4,
+        double: Option<(Buffer, f32)>,
+    },
+    Int8,
+}
+
+impl Part {
+    /// Copies what was quantized on the host.
+    #[must_use]
+    pub fn upload(device: &Device, codes: &Codes) -> Self {
+        let floats = |values: &[f32]| device.upload(bytemuck::cast_slice(values));
+        match codes {
+            Codes::Four(q) => {
+                let (absmax, double) = match &q.absmax {
+                    Absmax::Plain(absmax) => (absmax, None),
+                    Absmax::Double { codes, nested_absmax, offset } => {
+                        (nested_absmax, Some((device.upload(codes), *offset)))
+                    }
+                };
+                let scheme = Scheme::Four { kind: q.kind, double };
+                Self { rows: q.rows, codes: device.upload(&q.packed), absmax: floats(absmax), scheme }
+            }
+            Codes::Int8 { codes, absmax, .. } => Self {
+                rows: absmax.len(),
+                codes: device.upload(bytemuck::cast_slice(codes)),
+                absmax: floats(absmax),
+                scheme: Scheme::Int8,
+            },
+        }
+    }
+
+    /// Quantizes `values`, the (rows, cols) elements of a part: 4 bits on the device, 8 bits on the host.
+    #[must_use]
+    pub fn quantize(device: &Device, quantizer: Quantizer, values: &[f32], rows: usize, cols: usize) -> Self {
+        let Quantizer::Four { kind, double } = quantizer else {
+            return Self::upload(device, &Codes::new(quantizer, values, rows, cols));
+        };
+        let n = values.len();
+        let blocks = n.div_ceil(QUANT_BLOCK);
+        let x = device.upload(bytemuck::cast_slice(values));
+        let (codes, absmax) = (device.allocate(n.div_ceil(2)), device.allocate(blocks * 4));
+        let args = [(&x).into(), (&codes).into(), (&absmax).into(), long(n), code_of(kind)];
+        device.launch("nf4_quantize_f32", None, [blocks.div_ceil(8).min(16_384), 1, 1], [256, 1], 0, &args);
+        if !double {
+            return Self { rows, codes, absmax, scheme: Scheme::Four { kind, double: None } };
+        }
+        let mean = device.allocate(4);
+        let args = [(&absmax).into(), (&mean).into(), long(blocks)];
+        device.launch("nf4_absmax_mean", None, [1, 1, 1], [256, 1], 0, &args);
+        let nested_blocks = blocks.div_ceil(NESTED_BLOCK);
+        let (scale_codes, nested_absmax) = (device.allocate(blocks), device.allocate(nested_blocks * 4));
+        let nested = device.upload(bytemuck::cast_slice(nested_code().as_slice()));
+        let args = [&absmax, &mean, &nested, &scale_codes, &nested_absmax].map(Arg::from);
+        let args = [&args[..], &[long(blocks)]].concat();
+        device.launch("nf4_quantize_absmax", None, [nested_blocks, 1, 1], [NESTED_BLOCK, 1], 0, &args);
+        let mut offset = [0; 4];
+        mean.read(&mut offset);
+        let double = Some((scale_codes, f32::from_le_bytes(offset)));
+        Self { rows, codes, absmax: nested_absmax, scheme: Scheme::Four { kind, double } }
+    }
+
+    fn bytes(&self) -> usize {
+        let double = if let Scheme::Four { double: Some((codes, _)), .. } = &self.scheme { codes.bytes() } else { 0 };
+        self.codes.bytes() + self.absmax.bytes() + double
+    }
+}
+
+/// As `kernels/nf4.cu` numbers them.
+fn code_of(kind: Kind4) -> Arg {
+    int(usize::from(kind == Kind4::Fp4))
+}
+
+#[derive(Debug, Clone)]
+enum Kept {
+    Whole(Buffer),
+    /// With the code book of double quantization.
+    Parts(Vec<Part>, Arc<Constant<f32>>),
+}
+
+/// A frozen (rows, cols) = (out, in) matrix in device memory, whose products are of type `dtype`.
+#[derive(Debug, Clone)]
+pub struct Resident {
+    device: Device,
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    kept: Kept,
+}
+
+fn upload(device: &Device, data: &Data, dtype: Dtype) -> Buffer {
+    fn converted<T, U: bytemuck::NoUninit>(device: &Device, values: &[T], convert: impl Fn(&T) -> U) -> Buffer {
+        device.upload(bytemuck::cast_slice(&values.iter().map(convert).collect::<Vec<U>>()))
+    }
+    match (data, dtype) {
+        (Data::F32(v), Dtype::F32) => device.upload(bytemuck::cast_slice(v)),
+        (Data::Bf16(v), Dtype::Bf16) => device.upload(bytemuck::cast_slice(v)),
+        (Data::F16(v), Dtype::F16) => device.upload(bytemuck::cast_slice(v)),
+        (Data::F32(v), Dtype::Bf16) => converted(device, v, |v| bf16::from_f32(*v)),
+        (Data::F32(v), Dtype::F16) => converted(device, v, |v| f16::from_f32(*v)),
+        (Data::Bf16(v), Dtype::F32) => converted(device, v, |v| v.to_f32()),
+        (Data::Bf16(v), Dtype::F16) => converted(device, v, |v| f16::from_f32(v.to_f32())),
+        (Data::F16(v), Dtype::F32) => converted(device, v, |v| v.to_f32()),
+        (Data::F16(v), Dtype::Bf16) => converted(device, v, |v| bf16::from_f32(v.to_f32())),
+    }
+}
+
+impl Resident {
+    /// A matrix of whole elements, kept as `dtype`.
+    #[must_use]
+    pub fn whole(device: &Device, dtype: Dtype, rows: usize, cols: usize, data: &Data) -> Self {
+        let kept = Kept::Whole(upload(device, data, dtype));
+        Self { device: device.clone(), dtype, rows, cols, kept }
+    }
+
+    /// A matrix in few bits, whose rows are those of `parts` one after another; its products are of type `dtype`.
+    #[must_use]
+    pub fn quantized(device: &Device, dtype: Dtype, cols: usize, parts: Vec<Part>) -> Self {
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let kept = Kept::Parts(parts, Arc::new(nested_code().to_vec().into()));
+        Self { device: device.clone(), dtype, rows, cols, kept }
+    }
+
+    /// (out, in).
+    #[must_use]
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Where it is, and the type of its products.
+    #[must_use]
+    pub fn place(&self) -> (&Device, Dtype) {
+        (&self.device, self.dtype)
+    }
+
+    /// Whether it is kept in few bits.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        !matches!(self.kept, Kept::Whole(_))
+    }
+
+    /// Bytes of memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.kept {
+            Kept::Whole(buffer) => buffer.bytes(),
+            Kept::Parts(parts, _) => parts.iter().map(Part::bytes).sum(),
+        }
+    }
+
+    /// Some rows, decoded or as they are.
+    ///
+    /// # Shapes
+    /// Returns (rows, in).
+    #[must_use]
+    pub fn rows(&self, rows: Range<usize>) -> Matrix {
+        let out = Matrix::new_on(&self.device, self.dtype, rows.len(), self.cols);
+        self.decode(rows, out.pointer());
+        out
+    }
+
+    /// The rows of some ids.
+    ///
+    /// # Shapes
+    /// `ids`: (T); returns (T, in).
+    ///
+    /// # Panics
+    /// When it is quantized.
+    #[must_use]
+    pub fn gather(&self, ids: &Constant<u32>) -> Matrix {
+        let Kept::Whole(table) = &self.kept else { unreachable!("an embedding is not quantized") };
+        let out = Matrix::new_on(&self.device, self.dtype, ids.len(), self.cols);
+        let args = [table.into(), ids.on(&self.device).into(), out.pointer().into(), int(self.cols)];
+        self.device.launch("gather_rows", Some(self.dtype), [ids.len(), 1, 1], [128, 1], 0, &args);
+        out
+    }
+
+    fn decode(&self, rows: Range<usize>, to: u64) {
+        let n = rows.len() * self.cols;
+        let address = |row: usize| to + ((row - rows.start) * self.cols * self.dtype.size()) as u64;
+        match &self.kept {
+            Kept::Whole(table) => {
+                let from = table.pointer() + (rows.start * self.cols * self.dtype.size()) as u64;
+                let args = [from.into(), to.into(), long(n), 1f32.into(), int(0)];
+                self.device.launch_over("add", Some(self.dtype), n, &args);
+            }
+            Kept::Parts(parts, nested) => {
+                let mut first = 0;
+                for part in parts {
+                    let here = rows.start.max(first)..rows.end.min(first + part.rows);
+                    if !here.is_empty() {
+                        self.decode_part(part, here.start - first..here.end - first, address(here.start), nested);
+                    }
+                    first += part.rows;
+                }
+            }
+        }
+    }
+
+    fn decode_part(&self, part: &Part, rows: Range<usize>, to: u64, nested: &Constant<f32>) {
+        let (first, n) = (rows.start * self.cols, rows.len() * self.cols);
+        let (codes, absmax, to) = ((&part.codes).into(), (&part.absmax).into(), to.into());
+        // Eight values a thread, and enough blocks for every multiprocessor to have some.
+        let grid = [n.div_ceil(8 * 256).clamp(1, 16_384), 1, 1];
+        match &part.scheme {
+            Scheme::Int8 => {
+                let args = [codes, absmax, to, long(rows.start), int(self.cols)];
+                self.device.launch("int8_dequantize", Some(self.dtype), [rows.len(), 1, 1], [128, 1], 0, &args);
+            }
+            Scheme::Four { kind, double: None } => {
+                let args = [codes, absmax, to, long(first), long(n), code_of(*kind)];
+                self.device.launch("nf4_dequantize", Some(self.dtype), grid, [256, 1], 0, &args);
+            }
+            Scheme::Four { kind, double: Some((scale_codes, offset)) } => {
+                let nested = nested.on(&self.device).into();
+                let scales = [scale_codes.into(), absmax, nested, (*offset).into()];
+                let args = [&[codes][..], &scales, &[to, long(first), long(n), code_of(*kind)]].concat();
+                self.device.launch("nf4_dequantize_double", Some(self.dtype), grid, [256, 1], 0, &args);
+            }
+        }
+    }
+
+    /// Calls `each` with rows and their elements until all rows were given: at once, or decoded a panel at a time.
+    fn each_panel(&self, mut each: impl FnMut(Range<usize>, Operand)) {
+        let operand = |pointer| Operand { pointer, stride: self.cols, dtype: self.dtype, transposed: false };
+        if let Kept::Whole(table) = &self.kept {
+            return each(0..self.rows, operand(table.pointer()));
+        }
+        let panel = (PANEL / self.cols.max(1)).clamp(1, self.rows.max(1));
+        let scratch = self.device.allocate(panel * self.cols * self.dtype.size());
+        for from in (0..self.rows).step_by(panel) {
+            let rows = from..(from + panel).min(self.rows);
+            self.decode(rows.clone(), scratch.pointer());
+            each(rows, operand(scratch.pointer()));
+        }
+    }
+
+    /// `y = x Wᵀ`, added to `y` where `accumulate`.
+    ///
+    /// # Shapes
+    /// `x`: (T, in); `y`: (T, out).
+    pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
+        self.each_panel(|rows, w| {
+            let out = operand(y.columns(rows.clone()));
+            let (m, n, k) = (x.rows, rows.len(), self.cols);
+            let rhs = Operand { transposed: true, ..w };
+            self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs: operand(x), rhs });
+        });
+    }
+
+    /// `dx = dy W`, added to `dx` where `accumulate`.
+    ///
+    /// # Shapes
+    /// `dy`: (T, out); `dx`: (T, in).
+    pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
+        self.each_panel(|rows, rhs| {
+            let (m, n, k) = (dy.rows, self.cols, rows.len());
+            let accumulate = accumulate || rows.start > 0;
+            let (out, lhs) = (operand(dx.view()), operand(dy.slice_cols(rows)));
+            self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs, rhs });
+        });
+    }
+}
+
+fn operand(view: View<'_>) -> Operand {
+    let dtype = view.place.expect("all of a product is on the device").1;
+    Operand { pointer: view.pointer(), stride: view.stride, dtype, transposed: false }
+}

@@ -1,0 +1,221 @@
+//! What a run needs of memory, before anything of it is loaded: by component, from the architecture, the settings and the
+//! longest micro batch.
+//!
+//! What is counted is what this program keeps, block by block (`model::block::Saved` and its parts); temporaries are those
+//! of the widest moment of a block's backward. So it is an estimate from above by a few percent, no upper bound.
+
+use super::settings::FinetuneSettings;
+use crate::model::config::{Config, Mlp};
+use crate::ops::quantized::Quantizer;
+use crate::ops::weight::Store;
+
+/// How a run is computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Computed {
+    /// How unquantized weights are kept.
+    pub store: Store,
+    /// How the blocks' matrices are quantized.
+    pub quantizer: Option<Quantizer>,
+    /// Whether on a device, where activations have the type of the weights; on the host they are f32.
+    pub on_device: bool,
+    /// Tokens of the longest micro batch.
+    pub tokens: usize,
+    /// Whether blocks keep only their input.
+    pub checkpointing: bool,
+}
+
+/// Bytes that a run needs, by what they are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Estimate {
+    /// Frozen weights.
+    pub weights: usize,
+    /// Adapters, their gradients and both moments.
+    pub adapters: usize,
+    /// What the blocks keep for their backward, and the temporaries of one.
+    pub activations: usize,
+    /// Logits of a chunk of rows and what surrounds them.
+    pub head: usize,
+    /// Scratch for decoding weights and for the products' library; on the host also the program, tokenizer and data.
+    pub workspace: usize,
+}
+
+/// Columns of a block's projections: (in, out) of q, k, v, o and the MLP's, and how often the block has each.
+fn projections(config: &Config) -> Vec<(usize, usize, usize)> {
+    let (c, q, kv, width) = (config.n_embd, config.q_cols(), config.kv_cols(), config.intermediate_size);
+    let experts = if let Mlp::Experts { n_expert, .. } = config.mlp { n_expert } else { 1 };
+    let gates = if config.mlp == Mlp::Plain { 0 } else { experts };
+    vec![(c, q, 1), (c, kv, 1), (c, kv, 1), (q, c, 1), (c, width, gates), (c, width, experts), (width, c, experts)]
+}
+
+/// Parameters of all adapters.
+fn adapter_parameters(config: &Config, settings: &FinetuneSettings) -> usize {
+    let lora = &settings.lora;
+    let mlp = lora.lora_mlp;
+    let wanted = [lora.lora_query, lora.lora_key, lora.lora_value, lora.lora_projection, mlp, mlp, mlp];
+    let block = projections(config).into_iter().zip(wanted).filter(|(_, wanted)| *wanted);
+    let block: usize = block.map(|((inputs, outputs, count), _)| (inputs + outputs) * count * lora.lora_r).sum();
+    let head = if lora.lora_head { (config.n_embd + config.vocab_size) * lora.lora_r } else { 0 };
+    config.n_layer * block + head
+}
+
+/// Bytes of a quantized (out, in) matrix.
+fn quantized_bytes(quantizer: Quantizer, outputs: usize, inputs: usize) -> usize {
+    let n = outputs * inputs;
+    match quantizer {
+        Quantizer::Four { double: false, .. } => n / 2 + n / 64 * 4,
+        Quantizer::Four { double: true, .. } => n / 2 + n / 64 + n / 64 / 256 * 4,
+        Quantizer::Int8 => n + outputs * 4,
+    }
+}
+
+impl Estimate {
+    /// The estimate for a run.
+    #[must_use]
+    pub fn of(config: &Config, settings: &FinetuneSettings, computed: Computed) -> Self {
+        let weight_size = if computed.store == Store::F32 { 4 } else { 2 };
+        let size = if computed.on_device { weight_size } else { 4 };
+        let matrix = |(inputs, outputs, count): (usize, usize, usize)| {
+            count * computed.quantizer.map_or(inputs * outputs * weight_size, |q| quantized_bytes(q, outputs, inputs))
+        };
+        let block: usize = projections(config).into_iter().map(matrix).sum();
+        let tables = if config.tie_embeddings { 1 } else { 2 };
+        let weights = config.n_layer * block + tables * config.vocab_size * config.n_embd * weight_size;
+        let parameters = adapter_parameters(config, settings);
+        // The parameters as the products read them, where these are of 16 bits.
+        let copy = if computed.on_device && size == 2 { 2 } else { 0 };
+        Self {
+            weights,
+            adapters: parameters * (4 * 4 + copy),
+            // Recycled buffers on the host may be longer than what they hold by this much.
+            activations: Self::activations(config, settings, computed, size) * if computed.on_device { 8 } else { 9 }
+                / 8,
+            head: Self::head(config, computed, size),
+            workspace: Self::workspace(computed, size),
+        }
+    }
+
+    fn activations(config: &Config, settings: &FinetuneSettings, computed: Computed, size: usize) -> usize {
+        let (c, q, kv) = (config.n_embd, config.q_cols(), config.kv_cols());
+        let lora = &settings.lora;
+        let ranks = lora.lora_r
+            * [lora.lora_query, lora.lora_key, lora.lora_value, lora.lora_projection]
+                .map(usize::from)
+                .iter()
+                .sum::<usize>()
+            + if lora.lora_mlp { 3 * lora.lora_r } else { 0 };
+        let visited = if let Mlp::Experts { n_expert_per_token, .. } = config.mlp { n_expert_per_token } else { 1 };
+        let up = config.intermediate_size * visited * if config.mlp == Mlp::Plain { 1 } else { 2 };
+        let streams = if config.parallel_residual { 1 } else { 2 };
+        let normed = if config.qk_norm == crate::model::config::QkNorm::None { 0 } else { q + kv };
+        let kept = computed.tokens * ((streams * c + q + 2 * kv + q + up + ranks + normed) * size + 4 * config.n_head);
+        // Gradients of the stream, of the MLP's input and inside of it, beside its activations.
+        let temporary = computed.tokens * (4 * c + up + 2 * config.intermediate_size * visited) * size;
+        if computed.checkpointing {
+            return config.n_layer * computed.tokens * c * size + kept + temporary;
+        }
+        config.n_layer * kept + temporary
+    }
+
+    fn head(config: &Config, computed: Computed, size: usize) -> usize {
+        let rows = crate::model::head_rows(config, computed.on_device).min(computed.tokens);
+        rows * (config.vocab_size + 4 * config.n_embd) * size + computed.tokens * config.n_embd * size
+    }
+
+    fn workspace(computed: Computed, size: usize) -> usize {
+        match (computed.on_device, computed.quantizer) {
+            (true, Some(_)) => (32 << 20) * (size + 1),
+            (true, None) => 32 << 20,
+            (false, _) => 112 << 20,
+        }
+    }
+
+    /// Its components with their names.
+    #[must_use]
+    pub fn components(&self) -> [(&'static str, usize); 5] {
+        [
+            ("weights", self.weights),
+            ("adapters and optimizer", self.adapters),
+            ("activations", self.activations),
+            ("head", self.head),
+            ("workspace", self.workspace),
+        ]
+    }
+
+    /// All of it, bytes.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.components().iter().map(|c| c.1).sum()
+    }
+}
+
+/// Ways to need less, each with what it is called, for the run of `computed`; those that help little are left out.
+#[must_use]
+pub fn ways_out(config: &Config, settings: &FinetuneSettings, computed: Computed) -> Vec<(String, Estimate)> {
+    let nf4 = Some(Quantizer::named("nf4").expect("a quantizer's name"));
+    let micro = settings.train.micro_batch_size.max(1);
+    let mut ways = Vec::new();
+    let mut way = |name: &[String], computed: Computed| {
+        ways.push((name.join(" "), Estimate::of(config, settings, computed)));
+    };
+    let checkpointed = Computed { checkpointing: true, ..computed };
+    let on = "--train.activation_checkpointing on".to_owned();
+    let quantize = "--quantize nf4".to_owned();
+    let single = Computed { tokens: computed.tokens.div_ceil(micro), ..checkpointed };
+    let one = "--train.micro_batch_size 1".to_owned();
+    let short = |tokens: usize| format!("--train.max_seq_length {tokens}");
+    way(std::slice::from_ref(&on), checkpointed);
+    if computed.quantizer.is_none() {
+        way(std::slice::from_ref(&quantize), Computed { quantizer: nf4, ..computed });
+        way(&[quantize.clone(), on.clone()], Computed { quantizer: nf4, ..checkpointed });
+    }
+    let quantizer = computed.quantizer.or(nf4);
+    let mut smallest = if computed.quantizer.is_none() { vec![quantize, on] } else { vec![on] };
+    if micro > 1 {
+        smallest.push(one);
+        way(&smallest, Computed { quantizer, ..single });
+    }
+    for tokens in [1024, 512, 256].into_iter().filter(|tokens| *tokens < single.tokens) {
+        let name = [&smallest[..], &[short(tokens)]].concat();
+        way(&name, Computed { quantizer, tokens, ..single });
+    }
+    ways
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn computed(tokens: usize) -> Computed {
+        Computed { store: Store::Bf16, quantizer: None, on_device: true, tokens, checkpointing: false }
+    }
+
+    fn llama_7b() -> Config {
+        Config::llama(32_000, 32, 4096, 32, 11_008)
+    }
+
+    /// The weights of Llama 2 7B are 13.5 GB, and 3.9 GB in NF4 with head and embedding in 16 bits.
+    #[test]
+    fn llama_2_7b_is_as_large_as_it_is_known_to_be() {
+        let settings = FinetuneSettings::default();
+        let plain = Estimate::of(&llama_7b(), &settings, computed(1024));
+        assert!((plain.weights as f64 / 13.476e9 - 1.0).abs() < 1e-3, "{}", plain.weights);
+        let nf4 = Quantizer::named("nf4");
+        let quantized = Estimate::of(&llama_7b(), &settings, Computed { quantizer: nf4, ..computed(1024) });
+        assert!((quantized.weights as f64 / 4.17e9 - 1.0).abs() < 0.02, "{}", quantized.weights);
+        // r 8 on q and v: 4.2 million parameters.
+        assert_eq!(plain.adapters, 4_194_304 * 18);
+        assert!(quantized.total() < 8_000_000_000, "{}", quantized.total());
+    }
+
+    #[test]
+    fn checkpointing_and_shorter_samples_need_less() {
+        let settings = FinetuneSettings::default();
+        let of = |computed| Estimate::of(&llama_7b(), &settings, computed).total();
+        let whole = of(computed(2048));
+        assert!(of(Computed { checkpointing: true, ..computed(2048) }) < whole);
+        assert!(of(computed(1024)) < whole);
+        let ways = ways_out(&llama_7b(), &settings, computed(2048));
+        assert!(ways.iter().all(|(_, estimate)| estimate.total() < whole), "{ways:?}");
+        assert!(ways.last().is_some_and(|(name, _)| name.contains("--train.max_seq_length 256")));
+    }
+}
