@@ -1,6 +1,7 @@
 //! The one integration test binary: a list of modules.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, clippy::type_complexity)]
 
+mod chat;
 mod cli;
 mod command_lines;
 mod datasets;
