@@ -21,6 +21,7 @@ mod pains;
 mod recipes;
 mod report;
 mod resume;
+mod templates;
 mod text;
 mod util;
 mod validate;
