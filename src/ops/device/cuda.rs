@@ -12,11 +12,16 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+/// Bytes at an address that the driver may read words from, which those of `include_bytes` alone need not be.
+#[repr(C, align(16))]
+struct Aligned<B: ?Sized>(B);
+
 /// A kernel file compiled by `kernels/build.rs`.
 macro_rules! module {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin"))
-    };
+    ($name:literal) => {{
+        const IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")));
+        &IMAGE.0
+    }};
 }
 
 const MODULES: [&[u8]; 12] = [
@@ -36,6 +41,8 @@ const MODULES: [&[u8]; 12] = [
 
 /// Dynamic shared memory that a kernel may have without asking.
 const SHARED_WITHOUT_ASKING: usize = 48 << 10;
+/// Up to this size the driver takes a host's bytes before a copy returns, whatever memory they are in.
+const TAKEN_AT_ONCE: usize = 64 << 10;
 /// Scratch of cuBLAS: what NVIDIA advises for Hopper. One of our own keeps its results the same from run to run.
 const WORKSPACE: usize = 32 << 20;
 
@@ -51,6 +58,8 @@ pub struct Cuda {
     name: String,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Whether the device reads the host's pageable memory itself (HMM, Grace), so that a copy may still be doing it later.
+    reads_host: bool,
     modules: Vec<sys::CUmodule>,
     functions: RwLock<HashMap<String, Function>>,
     /// Behind a lock, as a handle is not to be used by two threads at once.
@@ -79,20 +88,29 @@ impl Cuda {
             what: what.to_owned(),
             reason,
         };
-        if !has_devices(ordinal) {
+        let open = |what: &'static str| move |e: DriverError| failure(what, text(e));
+        if !has_device(ordinal).map_err(open("starting the driver"))? {
             return Ok(None);
         }
         // SAFETY: asks the loader for the library and calls nothing in it.
         if !unsafe { blas_sys::is_culib_present() } {
             return Err(failure("loading cuBLAS", "no libcublas on the library path".to_owned()));
         }
-        let open = |what: &'static str| move |e: DriverError| failure(what, text(e));
         let context = CudaContext::new(ordinal).map_err(open("opening it"))?;
         let stream = context.new_stream().map_err(open("making a stream"))?;
         let blas = CudaBlas::new(stream.clone()).map_err(|e| failure("starting cuBLAS", format!("{e:?}")))?;
         let name = context.name().map_err(|e| failure("asking for its name", text(e)))?;
-        let mut cuda =
-            Self { name, stream, context, modules: Vec::new(), functions: RwLock::default(), blas: Mutex::new(blas) };
+        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
+        let reads_host = context.attribute(attribute).map_err(open("asking what it can do"))? != 0;
+        let mut cuda = Self {
+            name,
+            context,
+            stream,
+            reads_host,
+            modules: Vec::new(),
+            functions: RwLock::default(),
+            blas: Mutex::new(blas),
+        };
         cuda.prepare().map_err(|reason| failure("preparing it", reason))?;
         Ok(Some(cuda))
     }
@@ -106,7 +124,8 @@ impl Cuda {
         self.bind()?;
         for module in MODULES {
             // SAFETY: the image is a whole fatbin, and lives as long as the program.
-            let module = unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(text)?;
+            let module =
+                unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(|e| self.unloadable(e))?;
             self.modules.push(module);
         }
         let mut all = u64::MAX;
@@ -120,6 +139,22 @@ impl Cuda {
             let status = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
             status.result().map_err(|e| format!("{e:?}"))
         }
+    }
+
+    /// Why the kernels do not load: the driver is older than the toolkit that built them, or the card than they are.
+    fn unloadable(&self, error: DriverError) -> String {
+        let mut version = 0;
+        // SAFETY: writes one number.
+        let known = unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().is_ok();
+        let driver =
+            if known { format!("CUDA {}.{}", version / 1000, version % 1000 / 10) } else { "unknown".to_owned() };
+        let card = self.context.compute_capability();
+        let card = card.map_or_else(|_| "unknown".to_owned(), |(major, minor)| format!("{major}.{minor}"));
+        format!(
+            "its kernels do not load: {}; the driver's version is {driver}, which must be no older than the toolkit of \
+             this build, and the card's compute capability {card}, which must be 8.0 or later and in CUDA_COMPUTE_CAP",
+            text(error)
+        )
     }
 
     fn function(&self, name: &str, shared: usize) -> Result<sys::CUfunction, String> {
@@ -144,13 +179,17 @@ impl Cuda {
 }
 
 /// Whether there is a driver and a device of this number. Without a driver cudarc panics at its first call, so the
-/// library is looked for first.
-fn has_devices(ordinal: usize) -> bool {
+/// library is looked for first. A driver that does not start is an error: a run on the processor would not be what was meant.
+fn has_device(ordinal: usize) -> Result<bool, DriverError> {
     // SAFETY: asks the loader for the driver's library and calls nothing in it.
     if !unsafe { sys::is_culib_present() } {
-        return false;
+        return Ok(false);
     }
-    CudaContext::device_count().is_ok_and(|count| usize::try_from(count).is_ok_and(|count| ordinal < count))
+    match CudaContext::device_count() {
+        Ok(count) => Ok(usize::try_from(count).is_ok_and(|count| ordinal < count)),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_STUB_LIBRARY)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn data_type(dtype: Dtype) -> blas_sys::cudaDataType {
@@ -190,8 +229,15 @@ impl Backend for Cuda {
 
     fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
         self.bind()?;
-        // SAFETY: `to` has room. From memory that is not page-locked the call returns once the bytes were taken.
-        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(text)
+        // SAFETY: `to` has room. Pageable memory is staged before the call returns, or, where the device reads it itself,
+        // waited for before the borrow ends.
+        unsafe {
+            result::memcpy_htod_async(to, from, self.stream.cu_stream()).map_err(text)?;
+            if self.reads_host && from.len() > TAKEN_AT_ONCE {
+                result::stream::synchronize(self.stream.cu_stream()).map_err(text)?;
+            }
+        }
+        Ok(())
     }
 
     fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {

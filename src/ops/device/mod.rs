@@ -361,7 +361,9 @@ impl Device {
 
     /// Computes a product.
     pub fn product(&self, product: &Product) {
-        if product.m > 0 && product.n > 0 {
+        // A sum over nothing adds nothing; cuBLAS may refuse its empty operands.
+        let adds = product.k > 0 || !product.accumulate;
+        if product.m > 0 && product.n > 0 && adds {
             self.work("a matrix product", |backend| backend.product(product));
         }
     }
