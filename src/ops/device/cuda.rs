@@ -97,20 +97,15 @@ impl Cuda {
             return Err(failure("loading cuBLAS", "no libcublas on the library path".to_owned()));
         }
         let context = CudaContext::new(ordinal).map_err(open("opening it"))?;
+        // Before cuBLAS, which tells less of a driver that is too old.
+        let modules = load_kernels(&context).map_err(|reason| failure("loading the kernels", reason))?;
         let stream = context.new_stream().map_err(open("making a stream"))?;
         let blas = CudaBlas::new(stream.clone()).map_err(|e| failure("starting cuBLAS", format!("{e:?}")))?;
         let name = context.name().map_err(|e| failure("asking for its name", text(e)))?;
         let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
         let reads_host = context.attribute(attribute).map_err(open("asking what it can do"))? != 0;
-        let mut cuda = Self {
-            name,
-            context,
-            stream,
-            reads_host,
-            modules: Vec::new(),
-            functions: RwLock::default(),
-            blas: Mutex::new(blas),
-        };
+        let (functions, blas) = (RwLock::default(), Mutex::new(blas));
+        let cuda = Self { name, context, stream, reads_host, modules, functions, blas };
         cuda.prepare().map_err(|reason| failure("preparing it", reason))?;
         Ok(Some(cuda))
     }
@@ -119,15 +114,9 @@ impl Cuda {
         self.context.bind_to_thread().map_err(text)
     }
 
-    /// Loads the kernels, keeps freed memory in the pool, gives cuBLAS its scratch.
-    fn prepare(&mut self) -> Result<(), String> {
+    /// Keeps freed memory in the pool, gives cuBLAS its scratch.
+    fn prepare(&self) -> Result<(), String> {
         self.bind()?;
-        for module in MODULES {
-            // SAFETY: the image is a whole fatbin, and lives as long as the program.
-            let module =
-                unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(|e| self.unloadable(e))?;
-            self.modules.push(module);
-        }
         let mut all = u64::MAX;
         // SAFETY: the context is bound; the attribute's value is a u64, which the call reads before it returns.
         unsafe {
@@ -139,22 +128,6 @@ impl Cuda {
             let status = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
             status.result().map_err(|e| format!("{e:?}"))
         }
-    }
-
-    /// Why the kernels do not load: the driver is older than the toolkit that built them, or the card than they are.
-    fn unloadable(&self, error: DriverError) -> String {
-        let mut version = 0;
-        // SAFETY: writes one number.
-        let known = unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().is_ok();
-        let driver =
-            if known { format!("CUDA {}.{}", version / 1000, version % 1000 / 10) } else { "unknown".to_owned() };
-        let card = self.context.compute_capability();
-        let card = card.map_or_else(|_| "unknown".to_owned(), |(major, minor)| format!("{major}.{minor}"));
-        format!(
-            "its kernels do not load: {}; the driver's version is {driver}, which must be no older than the toolkit of \
-             this build, and the card's compute capability {card}, which must be 8.0 or later and in CUDA_COMPUTE_CAP",
-            text(error)
-        )
     }
 
     fn function(&self, name: &str, shared: usize) -> Result<sys::CUfunction, String> {
@@ -176,6 +149,28 @@ impl Cuda {
         functions.insert(name.to_owned(), Function { handle, shared });
         Ok(handle)
     }
+}
+
+fn load_kernels(context: &CudaContext) -> Result<Vec<sys::CUmodule>, String> {
+    context.bind_to_thread().map_err(text)?;
+    // SAFETY: the image is a whole fatbin, and lives as long as the program.
+    let load = |image: &&[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
+    MODULES.iter().map(load).collect::<Result<_, _>>().map_err(|error| unloadable(context, error))
+}
+
+/// Why the kernels do not load: the driver is older than the toolkit that built them, or they are not for this card.
+fn unloadable(context: &CudaContext, error: DriverError) -> String {
+    let mut version = 0;
+    // SAFETY: writes one number, and leaves it where it fails.
+    let _ = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    let (major, minor) = context.compute_capability().unwrap_or_default();
+    format!(
+        "{}; the driver is for CUDA {}.{}, which must not be older than the toolkit of this build, and the card has compute \
+         capability {major}.{minor}, which must be 8.0 or later and in the build's CUDA_COMPUTE_CAP",
+        text(error),
+        version / 1000,
+        version % 1000 / 10
+    )
 }
 
 /// Whether there is a driver and a device of this number. Without a driver cudarc panics at its first call, so the
