@@ -56,6 +56,9 @@ impl<'de> Deserialize<'de> for AddBos {
     }
 }
 
+/// Content of a checkpoint's file by name.
+pub type Text<'a> = dyn Fn(&str) -> Result<Option<String>> + 'a;
+
 /// A checkpoint's tokenizer. Cloning it is cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -83,8 +86,16 @@ impl Tokenizer {
     /// `Missing` without a `tokenizer.json`, `Unsupported` if there is a tokenizer of another form only, `Invalid` if
     /// one of the files is broken.
     pub fn load(dir: &Path) -> Result<Self> {
-        let inner = load_vocabulary(dir)?;
-        let files = SpecialFiles::read(dir)?;
+        Self::of(dir, &|name| read_text(&dir.join(name)))
+    }
+
+    /// Reads the tokenizer of the checkpoint `dir`, whose files `text` gives by name; `None` for those that it has not.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::load`] and of `text`.
+    pub fn of(dir: &Path, text: &Text<'_>) -> Result<Self> {
+        let inner = load_vocabulary(dir, text)?;
+        let files = SpecialFiles::read(dir, text)?;
         let bos_id = files.id_of(&inner, "bos_token");
         let eos_id = files.id_of(&inner, "eos_token");
         let mut eos_ids = ids(files.generation.get("eos_token_id"));
@@ -95,7 +106,7 @@ impl Tokenizer {
         let mut seen = Vec::new();
         eos_ids.retain(|id| !seen.contains(id) && (seen.push(*id), true).1);
         let auto_bos = files_want_bos(&files.tokenizer, &inner, bos_id);
-        let chat_template = chat_template(dir, &files.tokenizer)?;
+        let chat_template = chat_template(dir, text, &files.tokenizer)?;
         let (inner, dir) = (Arc::new(inner), dir.to_owned());
         Ok(Self { inner, dir, policy: AddBos::Auto, auto_bos, bos_id, eos_id, eos_ids, chat_template })
     }
@@ -342,8 +353,8 @@ struct SpecialFiles {
 }
 
 impl SpecialFiles {
-    fn read(dir: &Path) -> Result<Self> {
-        let object = |name: &str| read_object(&dir.join(name));
+    fn read(dir: &Path, text: &Text<'_>) -> Result<Self> {
+        let object = |name: &str| read_object(dir, text, name);
         Ok(Self {
             tokenizer: object("tokenizer_config.json")?,
             map: object("special_tokens_map.json")?,
@@ -378,14 +389,19 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
     }
 }
 
-fn load_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
+/// The text of a file; `None` if there is no such file.
+fn read_text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", path)(e)),
+    }
+}
+
+fn load_vocabulary(dir: &Path, text: &Text<'_>) -> Result<tokenizers::Tokenizer> {
     let path = dir.join("tokenizer.json");
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(no_vocabulary(dir, path)),
-        Err(e) => return Err(Error::io("read", &path)(e)),
-    };
-    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| {
+    let Some(json) = text("tokenizer.json")? else { return Err(no_vocabulary(dir, path)) };
+    let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| {
         let hint = "delete the file and download the checkpoint again; it may be cut off or an LFS pointer";
         Error::invalid(&path, format!("not a tokenizer: {}", one_line(&e)), hint)
     })?;
@@ -413,16 +429,12 @@ fn no_vocabulary(dir: &Path, path: PathBuf) -> Error {
 }
 
 /// The object in a JSON file; empty if there is no such file.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(e) => return Err(Error::io("read", path)(e)),
-    };
+fn read_object(dir: &Path, text: &Text<'_>, name: &str) -> Result<Map<String, Value>> {
+    let Some(text) = text(name)? else { return Ok(Map::new()) };
     let hint = "repair it, or delete it and download the checkpoint again";
     serde_json::from_str(&text)
         .or_else(|e| mend_commas(&text).and_then(|mended| serde_json::from_str(&mended).ok()).ok_or(e))
-        .map_err(|e| Error::invalid(path, format!("not a JSON object: {}", one_line(&e)), hint))
+        .map_err(|e| Error::invalid(&dir.join(name), format!("not a JSON object: {}", one_line(&e)), hint))
 }
 
 /// Adds commas between lines and drops those before a closing bracket: published files (Llama 3.2) have such slips.
@@ -434,14 +446,11 @@ fn mend_commas(text: &str) -> Option<String> {
 
 /// `chat_template.jinja`, else `chat_template` of `chat_template.json` or of the config: a text, or a list of which
 /// `default` counts.
-fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => return Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("read", &path)(e)),
+fn chat_template(dir: &Path, text: &Text<'_>, config: &Map<String, Value>) -> Result<Option<String>> {
+    if let Some(template) = text("chat_template.jinja")? {
+        return Ok(Some(template));
     }
-    let own = read_object(&dir.join("chat_template.json"))?;
+    let own = read_object(dir, text, "chat_template.json")?;
     let template = match own.get("chat_template").or_else(|| config.get("chat_template")) {
         Some(Value::Array(list)) => {
             list.iter().find(|entry| entry["name"] == "default").or(list.first()).map(|entry| &entry["template"])

@@ -4,7 +4,7 @@
 
 use super::litgpt::{self, Qkv};
 use super::merge::check_finite;
-use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::write::{Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, Layout, pickle};
 use crate::error::{Error, Result};
 use crate::model::families::{HfConfig, Piece, Slot, slots};
@@ -69,7 +69,7 @@ impl Export<'_> {
 
     fn dtype_of(&self, name: &str) -> Result<Dtype> {
         let piece = self.checkpoint.locate(self.source(name)).swap_remove(0);
-        Ok(self.dtype.unwrap_or(self.checkpoint.raw(&piece.tensor)?.dtype))
+        Ok(self.dtype.unwrap_or(self.checkpoint.dtype(&piece.tensor)?))
     }
 
     /// Our tensors of the result: the model's, and the head if adapters untie it.
@@ -137,8 +137,8 @@ impl Export<'_> {
         let source = self.source(name);
         let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);
-        if merge.is_none() && self.checkpoint.raw(&pieces[0].tensor)?.dtype == dtype {
-            return self.bytes(&pieces, dtype);
+        if merge.is_none() && self.checkpoint.dtype(&pieces[0].tensor)? == dtype {
+            return self.bytes(&pieces);
         }
         let mut data = Data::F32(Vec::new());
         self.checkpoint.append(source, 1, width.max(1), &mut data)?;
@@ -151,17 +151,16 @@ impl Export<'_> {
     }
 
     /// The bytes of `pieces`, below one another.
-    fn bytes(&self, pieces: &[Piece], dtype: Dtype) -> Result<Cow<'_, [u8]>> {
+    fn bytes(&self, pieces: &[Piece]) -> Result<Cow<'_, [u8]>> {
         if let [Piece { tensor, rows: None }] = pieces {
             return Ok(self.checkpoint.raw(tensor)?.bytes);
         }
         let mut out = Vec::new();
         for piece in pieces {
             let raw = self.checkpoint.raw(&piece.tensor)?;
-            let row = raw.shape.get(1).copied().unwrap_or(1) * dtype.size();
             match &piece.rows {
                 None => out.extend_from_slice(&raw.bytes),
-                Some(rows) => rows.iter().for_each(|r| out.extend_from_slice(&raw.bytes[r.start * row..r.end * row])),
+                Some(rows) => out.extend_from_slice(&raw.rows(rows)),
             }
         }
         Ok(out.into())
@@ -252,7 +251,7 @@ impl Export<'_> {
 
     /// Copies tokenizer and generation files, and config.json with what became different.
     fn companions(&self, staging: &Staging) -> Result<()> {
-        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        self.checkpoint.companions(staging)?;
         let (checkpoint, hf) = (self.checkpoint, &self.checkpoint.hf);
         let mut keys = hf.keys().clone();
         let stated = (checkpoint.family.config)(&HfConfig::of(hf.path(), keys.clone()))?;
@@ -263,13 +262,8 @@ impl Export<'_> {
             keys.insert("vocab_size".to_owned(), json!(checkpoint.config.vocab_size));
         }
         if let Some(dtype) = self.dtype {
-            let name = match dtype {
-                Dtype::F32 => "float32",
-                Dtype::Bf16 => "bfloat16",
-                Dtype::F16 => "float16",
-            };
             let key = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            keys.insert(key.to_owned(), json!(name));
+            keys.insert(key.to_owned(), json!(dtype.long_name()));
         }
         if !checkpoint.dir.join("config.json").is_file() || keys != *hf.keys() {
             staging.write("config.json", format!("{:#}", Value::Object(keys)).as_bytes())?;
@@ -287,7 +281,8 @@ pub fn litgpt_name(checkpoint: &Checkpoint, dir: &Path) -> String {
         return name;
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    let name = absolute.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let last = if absolute.is_file() { absolute.file_stem() } else { absolute.file_name() };
+    let name = last.unwrap_or_default().to_string_lossy().into_owned();
     let config = &checkpoint.config;
     if config.norm_unit_offset {
         let name = name.replace("codegemma", "CodeGemma").replace("gemma", "Gemma");

@@ -1,8 +1,10 @@
-//! The files of a folder that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here,
-//! files of `torch.save` in `pickle`.
+//! The files that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here, files of
+//! `torch.save` in `pickle`, GGUF files in `gguf`.
 
+use super::gguf::{self, Metadata};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
+use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 use std::borrow::Cow;
@@ -39,6 +41,16 @@ impl Dtype {
         }
     }
 
+    /// The name in a config.json.
+    #[must_use]
+    pub fn long_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+
     /// Little-endian elements to f32.
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
         match self {
@@ -68,7 +80,27 @@ impl Dtype {
     }
 }
 
-/// A tensor as a file holds it.
+/// How a file keeps the elements of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elements {
+    /// One by one.
+    Plain(Dtype),
+    /// In ggml's blocks of few bits.
+    Blocks(GgmlDType),
+}
+
+impl Elements {
+    /// The dtype in which they are given out.
+    #[must_use]
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Blocks(_) => Dtype::F32,
+        }
+    }
+}
+
+/// A tensor as a file holds it; blocks are decoded.
 #[derive(Debug, Clone)]
 pub struct Raw<'a> {
     /// Dtype.
@@ -80,6 +112,17 @@ pub struct Raw<'a> {
 }
 
 impl Raw<'_> {
+    /// The elements of these rows.
+    #[must_use]
+    pub fn rows(&self, ranges: &[Range<usize>]) -> Cow<'_, [u8]> {
+        let row = self.shape.get(1).copied().unwrap_or(1) * self.dtype.size();
+        let bytes = |range: &Range<usize>| &self.bytes[range.start * row..range.end * row];
+        match ranges {
+            [range] => Cow::Borrowed(bytes(range)),
+            ranges => ranges.iter().flat_map(|range| bytes(range).iter().copied()).collect(),
+        }
+    }
+
     /// The elements in f32.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
@@ -92,7 +135,7 @@ impl Raw<'_> {
 #[derive(Debug)]
 struct Entry {
     file: usize,
-    dtype: Dtype,
+    elements: Elements,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
@@ -127,7 +170,7 @@ impl Shards {
                 return Self::of(indexed(dir, &index)?);
             }
         }
-        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin and LitGPT's lit_model.pth are read".to_owned();
+        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin, LitGPT's lit_model.pth and one .gguf file are read".to_owned();
         Err(Error::Missing { what: "weights".to_owned(), path: dir.join("model.safetensors"), hint })
     }
 
@@ -149,6 +192,20 @@ impl Shards {
             shards.add(path)?;
         }
         Ok(shards)
+    }
+
+    /// Maps a GGUF file, and reads its settings.
+    ///
+    /// # Errors
+    /// When it is missing or broken.
+    pub fn gguf(path: &Path) -> Result<(Self, Metadata)> {
+        let mmap = map(path)?;
+        let (metadata, tensors) = gguf::header(path, &mmap)?;
+        let entries = tensors.into_iter().map(|t| {
+            let entry = Entry { file: 0, elements: t.elements, shape: t.shape, bytes: t.bytes };
+            (t.name, entry)
+        });
+        Ok((Self { entries: entries.collect(), files: vec![(path.to_owned(), mmap)] }, metadata))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -176,7 +233,7 @@ impl Shards {
                     ));
                 }
             };
-            let entry = Entry { file: self.files.len(), dtype, shape, bytes };
+            let entry = Entry { file: self.files.len(), elements: Elements::Plain(dtype), shape, bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
                 return Err(Error::invalid(
                     &path,
@@ -193,7 +250,7 @@ impl Shards {
     #[must_use]
     pub fn equal(&self, a: &str, b: &str) -> bool {
         match (self.entries.get(a), self.entries.get(b)) {
-            (Some(a), Some(b)) if a.dtype == b.dtype && a.shape == b.shape => {
+            (Some(a), Some(b)) if a.elements == b.elements && a.shape == b.shape => {
                 let bytes = |e: &Entry| &self.files[e.file].1[e.bytes.clone()];
                 a.file == b.file && a.bytes == b.bytes || bytes(a) == bytes(b)
             }
@@ -201,18 +258,36 @@ impl Shards {
         }
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| {
+            let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
+            Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+        })
+    }
+
+    /// Dtype and shape of the tensor `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.entry(name).map(|entry| (entry.elements.dtype(), entry.shape.as_slice()))
+    }
+
     /// The tensor `name`.
     ///
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str) -> Result<Raw<'_>> {
-        let missing = || {
-            let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
-            Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+        let entry = self.entry(name)?;
+        let (path, file) = &self.files[entry.file];
+        let bytes = &file[entry.bytes.clone()];
+        let bytes = match entry.elements {
+            Elements::Plain(_) => Cow::Borrowed(bytes),
+            Elements::Blocks(kind) => gguf::decode(kind, bytes)
+                .map_err(|e| Error::invalid(path, format!("tensor `{name}` cannot be decoded: {e}"), AGAIN))?
+                .into(),
         };
-        let entry = self.entries.get(name).ok_or_else(missing)?;
-        let bytes = Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]);
-        Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+        Ok(Raw { dtype: entry.elements.dtype(), shape: entry.shape.clone(), bytes })
     }
 
     /// Lets the system drop a tensor's pages from memory; they are read again when they are wanted again.

@@ -1,12 +1,14 @@
 //! `litgpt finetune lora`: builds the parts of a run from its settings, trains, saves.
 
 use super::args::FinetuneArgs;
-use super::load::{MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, quantizer, store, weights};
+use super::load::{
+    MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, own_tokenizer, quantizer, store, weights,
+};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
 use super::{args, download, recipe};
-use crate::checkpoint::write::{COMPANIONS, Staging};
+use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, adapter, hub, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
@@ -32,7 +34,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let out_dir = settings.out_dir.clone();
     check_out_dir(&out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
-    let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
+    let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
     let dataset = crate::data::load(
         &data_config(&settings),
@@ -101,11 +103,11 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The checkpoint's folder; a repository of the Hub that is no folder here is downloaded.
+/// The checkpoint's folder or GGUF file; a repository of the Hub that is no folder here is downloaded.
 fn fetched(settings: &FinetuneSettings, ui: &mut Ui) -> Result<PathBuf> {
     let dir = args::checkpoint_dir(&settings.checkpoint_dir);
     let name = settings.checkpoint_dir.to_string_lossy();
-    if dir.is_dir() || !hub::is_repo_id(&name) {
+    if dir.exists() || name.ends_with(".gguf") || !hub::is_repo_id(&name) {
         return Ok(dir);
     }
     ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
@@ -285,7 +287,7 @@ impl Outside for Run<'_> {
         staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
         staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
-        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        self.checkpoint.companions(&staging)?;
         resume::save(&staging, gpt, snapshot, self.metrics.bytes()?, &self.made_of)?;
         state::seal(&staging)?;
         staging.commit()?;
