@@ -94,8 +94,12 @@ fn file_name(elements: GgufType) -> &'static str {
 /// Writes the merged model, with the tokenizer of the adapter `dir`, as one file into `staging`.
 fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Staging, ui: &mut Ui) -> Result<()> {
     let tokenizer = tokenizer(dir, export.checkpoint)?;
+    let path = tokenizer.dir().join("tokenizer.json");
+    let embedded = export.checkpoint.companion("tokenizer.json")?.filter(|_| !path.is_file());
+    let json = embedded.map_or_else(|| std::fs::read_to_string(&path).map_err(Error::io("read", &path)), Ok)?;
     let words = Words {
-        path: &tokenizer.dir().join("tokenizer.json"),
+        json: &json,
+        path: &path,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_id(),
         add_bos: tokenizer.adds_bos(),
