@@ -13,6 +13,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum, value_parser};
 use serde_json::Value;
 
+use super::usage;
 use crate::checkpoint::pointer;
 use crate::error::{Error, Result};
 use crate::train::settings::{Accelerator, FinetuneSettings, Precision, quantizer};
@@ -742,21 +743,41 @@ pub struct ValidateArgs {
     pub training: bool,
 }
 
+/// Arguments of `litgpt completions`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  litgpt completions bash > ~/.local/share/bash-completion/completions/litgpt
+  litgpt completions zsh > ~/.zfunc/_litgpt
+  litgpt completions fish > ~/.config/fish/completions/litgpt.fish")]
+pub struct CompletionsArgs {
+    /// Shell that reads the script
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// Arguments of `litgpt man`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  litgpt man > litgpt.1
+  litgpt man finetune_lora | man -l -")]
+pub struct ManArgs {
+    /// Command whose page is printed [default: litgpt itself]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+}
+
 /// Parses the arguments of one command: rewrites historic spellings and lets clap read the rest. `argv` starts with the
 /// program's name, as the shell gives it. For tests and tools; `main` parses all commands at once.
 ///
 /// # Errors
-/// A wrong command line, with clap's tip as the hint.
+/// A wrong command line; `--help` and `--version`, which are no arguments.
 pub fn parse<A: Args>(argv: &[String]) -> Result<A> {
     let argv = super::compat::rewrite(argv.iter().map(OsString::from).collect())?;
     let command = A::augment_args(Command::new("litgpt").disable_version_flag(true));
-    let read = command.try_get_matches_from(argv.into_iter().skip(1)).and_then(|found| A::from_arg_matches(&found));
+    let read = command.try_get_matches_from(argv.iter().skip(1)).and_then(|found| A::from_arg_matches(&found));
+    let name = argv.get(1).and_then(|word| word.to_str());
     read.map_err(|error| {
-        let text = error.to_string();
-        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let message = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        let hint = lines.find_map(|line| line.strip_prefix("tip: ")).unwrap_or("see --help");
-        Error::usage(message, hint)
+        usage::error(&error, name).unwrap_or_else(|| Error::usage(error.to_string(), "ask for one run, not for help"))
     })
 }
 

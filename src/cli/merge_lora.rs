@@ -2,7 +2,7 @@
 
 use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, tokenizer, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, prompt_style, quantizer, tokenizer, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::convert::{Export, litgpt_name};
@@ -94,12 +94,14 @@ fn file_name(elements: GgufType) -> &'static str {
 /// Writes the merged model, with the tokenizer of the adapter `dir`, as one file into `staging`.
 fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Staging, ui: &mut Ui) -> Result<()> {
     let tokenizer = tokenizer(dir, export.checkpoint)?;
+    // The adapter answers in the style of its training: what runs the file is told that one, not the base's.
+    let trained = if dir.join(PROMPT_STYLE).is_file() { prompt_style(dir, None, &tokenizer)?.jinja() } else { None };
     let words = Words {
         path: &tokenizer.dir().join("tokenizer.json"),
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_id(),
         add_bos: tokenizer.adds_bos(),
-        chat_template: tokenizer.chat_template(),
+        chat_template: trained.as_deref().or(tokenizer.chat_template()),
     };
     let kind = match elements {
         GgufType::F16 => Kind::F16,
