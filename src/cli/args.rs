@@ -166,7 +166,7 @@ pub const FLAGS: &[Flag] = &[
         "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true, on a GPU bf16-true]"),
     row("quantize", Text, MODEL,
         "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
-    row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda"),
+    row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda [default: auto]"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
@@ -225,7 +225,7 @@ pub const FLAGS: &[Flag] = &[
     row("train.max_tokens", Whole, TRAINING, "Stop after this many tokens"),
     row("train.global_batch_size", Whole, TRAINING, "Samples in one step"),
     row("train.micro_batch_size", Whole, TRAINING, "Samples that go through the model at once"),
-    row("train.max_seq_length", Whole, TRAINING, "Cut samples to this many tokens")
+    row("train.max_seq_length", Whole, TRAINING, "Cut samples to this many tokens [default: the model's context]")
         .also(&["train.max_seq_length", "data.max_seq_length"]),
     row("train.activation_checkpointing", Text, TRAINING,
         "Save memory by computing activations twice: auto, on, off")
@@ -235,7 +235,7 @@ pub const FLAGS: &[Flag] = &[
         "The same as a share of the run; replaces --train.lr_warmup_steps"),
     row("train.lr_schedule", Text, TRAINING, "cosine, linear, constant, or litgpt (LitGPT's own: begins and ends at 0)"),
     row("train.min_lr", Number, TRAINING, "Where the cosine ends, at most the learning rate (LitGPT: ends at 0)"),
-    row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm"),
+    row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm [default: no clipping]"),
     row("train.save_interval", Whole, TRAINING, "Steps between two saved adapters; null: only at the end"),
     row("train.save_total_limit", Whole, TRAINING,
         "Step folders that are kept, the best and the latest among them [default: all]"),
@@ -292,7 +292,7 @@ Examples:
   litgpt finetune_lora meta-llama/Llama-3.2-1B --precision bf16-true --lr 1e-4 --train.max_steps 200
   litgpt finetune_lora --config lora.yaml --lora_r 4     (flags beat files, wherever they stand)
 
-Differences from LitGPT, on purpose: the loss of a step is the mean over its target tokens, the last partial window is
+Differences from LitGPT, on purpose: the loss of a step is the mean over its target tokens, the last partial window is \
 stepped, warm-up starts above 0, gradient clipping works, the learning rate is 2e-4 where LitGPT takes 1e-3.";
 
 /// Arguments of `litgpt finetune_lora`. What was not given is not in here; `recipe::resolve` adds files and defaults.
@@ -579,7 +579,12 @@ pub enum GgufType {
 
 /// Arguments of `litgpt merge_lora`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt merge_lora out/phi-2/final --out_dir merged")]
+#[command(
+    rename_all = "snake_case",
+    after_help = "Examples:
+  litgpt merge_lora out/phi-2/final --out_dir merged
+  litgpt merge_lora out/phi-2/final --format gguf --gguf_type q8_0"
+)]
 pub struct MergeArgs {
     /// The adapter.
     #[command(flatten)]
@@ -593,11 +598,11 @@ pub struct MergeArgs {
     /// 32-true, bf16-true or 16-true [default: the training's; the base model's if that was quantized]
     #[arg(long, value_name = "NAME")]
     pub precision: Option<Precision>,
-    /// What is written
-    #[arg(long, value_enum, default_value_t)]
+    /// What is written: hf, a Hugging Face folder; gguf, one file for llama.cpp; litgpt, LitGPT's lit_model.pth
+    #[arg(long, value_enum, default_value_t, hide_possible_values = true)]
     pub format: MergeFormat,
-    /// Elements of a GGUF file's matrices [default: f16]
-    #[arg(long = "gguf_type", value_enum, value_name = "NAME")]
+    /// Elements of a GGUF file's matrices: f16, q8_0 (8.5 bit) or q4_0 (4.5 bit) [default: f16]
+    #[arg(long = "gguf_type", value_enum, value_name = "NAME", hide_possible_values = true)]
     pub gguf_type: Option<GgufType>,
 }
 
@@ -673,7 +678,7 @@ impl DownloadArgs {
 
 /// Arguments of `litgpt convert_to_litgpt`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt convert_to_litgpt checkpoints/microsoft/phi-2")]
 pub struct ConvertToArgs {
     /// The Hugging Face folder.
     #[command(flatten)]
@@ -692,9 +697,9 @@ pub struct ConvertToArgs {
 
 /// Arguments of `litgpt convert_from_litgpt`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt convert_from_litgpt out/phi-2/final phi-2-hf")]
 pub struct ConvertFromArgs {
-    /// CHECKPOINT_DIR and OUTPUT_DIR
+    /// Folder with LitGPT's files, and the folder to write
     #[arg(value_names = ["CHECKPOINT_DIR", "OUTPUT_DIR"], num_args = 0..=2)]
     pub folders: Vec<PathBuf>,
     /// The first folder as a flag

@@ -97,6 +97,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     };
     let mut outside = Run {
         ui,
+        compute: &compute,
         metrics,
         folders,
         tensorboard,
@@ -330,6 +331,7 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
 /// What the loop calls outside.
 struct Run<'a> {
     ui: &'a mut Ui,
+    compute: &'a Compute,
     metrics: Metrics,
     folders: Folders,
     tensorboard: Option<TensorBoard>,
@@ -350,6 +352,7 @@ struct Run<'a> {
 
 impl Report for Run<'_> {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        self.metrics.memory = self.compute.held_memory();
         self.metrics.event(event)?;
         if let Some(board) = &mut self.tensorboard {
             board.event(event)?;

@@ -201,7 +201,17 @@ pub fn available_memory() -> Option<usize> {
 
 /// Most memory that this process ever held, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// Memory that this process holds, in bytes, where the system tells.
+pub fn memory() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// A number of bytes that the system tells about this process.
+fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|l| l.starts_with(name))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

@@ -53,7 +53,8 @@ pub fn value<'a>(message: &'a str, typed: &str) -> Option<&'a str> {
     let (_, expected) = message.split_once("expected ")?;
     let list = expected.split(", got ").next().filter(|list| list.starts_with("one of ") || list.starts_with('`'))?;
     let words = list.split([' ', ',', '`']).filter(|word| !["", "one", "of", "or", "an"].contains(word));
-    closest(typed, words)
+    // LitGPT's prefix of quantizers.
+    closest(typed.trim_start_matches("bnb."), words)
 }
 
 /// The setting of a run that `name` was probably meant to be, as help and messages spell it.
@@ -85,6 +86,7 @@ mod tests {
             ("expected `true` or `false`", "maybe", None),
             ("expected `true` or `false`", "tru", Some("true")),
             ("expected `first`, `random` or an index, got `frist`", "randm", Some("random")),
+            ("unknown quantizer `bnb.nf44`, expected one of nf4, int8", "bnb.nf44", Some("nf4")),
             ("expected a whole number, 0 or more", "b", None),
             ("unknown variant `cosin`, expected one of `cosine`, `linear`", "cosin", Some("cosine")),
         ] {
