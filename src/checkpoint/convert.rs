@@ -32,10 +32,17 @@ pub struct Export<'a> {
 }
 
 /// A tensor of the result.
-struct Target {
-    info: TensorInfo,
+pub(super) struct Target {
+    pub(super) info: TensorInfo,
     width: usize,
     parts: Vec<Part>,
+}
+
+impl Target {
+    /// Whether it is the matrix of a block's projections.
+    pub(super) fn is_projection(&self) -> bool {
+        self.info.shape.len() == 2 && self.parts.iter().all(|part| part.name.starts_with("model.layers."))
+    }
 }
 
 /// A tensor of ours, or some rows of it, within a [`Target`].
@@ -69,7 +76,7 @@ impl Export<'_> {
 
     fn dtype_of(&self, name: &str) -> Result<Dtype> {
         let piece = self.checkpoint.locate(self.source(name)).swap_remove(0);
-        Ok(self.dtype.unwrap_or(self.checkpoint.raw(&piece.tensor)?.dtype))
+        Ok(self.dtype.unwrap_or(self.checkpoint.dtype(&piece.tensor)?))
     }
 
     /// Our tensors of the result: the model's, and the head if adapters untie it.
@@ -83,7 +90,7 @@ impl Export<'_> {
     }
 
     /// The tensors of a folder of `layout`.
-    fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
+    pub(super) fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
         let mut targets: Vec<Target> = Vec::new();
         for slot in self.slots() {
             let (rows, width) = if slot.vector { (slot.cols, 1) } else { (slot.rows, slot.cols) };
@@ -112,7 +119,7 @@ impl Export<'_> {
         Ok(targets)
     }
 
-    fn content(&self, target: &Target) -> Result<Vec<u8>> {
+    pub(super) fn content(&self, target: &Target) -> Result<Vec<u8>> {
         let row = target.width * target.info.dtype.size();
         let mut out = vec![0; target.info.bytes()];
         for part in &target.parts {
@@ -137,7 +144,7 @@ impl Export<'_> {
         let source = self.source(name);
         let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);
-        if merge.is_none() && self.checkpoint.raw(&pieces[0].tensor)?.dtype == dtype {
+        if merge.is_none() && self.checkpoint.dtype(&pieces[0].tensor)? == dtype {
             return self.bytes(&pieces, dtype);
         }
         let mut data = Data::F32(Vec::new());
@@ -252,9 +259,17 @@ impl Export<'_> {
 
     /// Copies tokenizer and generation files, and config.json with what became different.
     fn companions(&self, staging: &Staging) -> Result<()> {
+        self.companions_with(staging, &[])
+    }
+
+    /// The same with `more` keys in config.json.
+    pub(super) fn companions_with(&self, staging: &Staging, more: &[(&str, Value)]) -> Result<()> {
         staging.copy(&self.checkpoint.dir, COMPANIONS)?;
         let (checkpoint, hf) = (self.checkpoint, &self.checkpoint.hf);
         let mut keys = hf.keys().clone();
+        // Weights in few bits are written in whole, unless `more` says otherwise.
+        keys.remove("quantization_config");
+        keys.extend(more.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
         let stated = (checkpoint.family.config)(&HfConfig::of(hf.path(), keys.clone()))?;
         if stated.tie_embeddings != self.tied() {
             keys.insert("tie_word_embeddings".to_owned(), Value::Bool(self.tied()));
@@ -263,13 +278,8 @@ impl Export<'_> {
             keys.insert("vocab_size".to_owned(), json!(checkpoint.config.vocab_size));
         }
         if let Some(dtype) = self.dtype {
-            let name = match dtype {
-                Dtype::F32 => "float32",
-                Dtype::Bf16 => "bfloat16",
-                Dtype::F16 => "float16",
-            };
             let key = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            keys.insert(key.to_owned(), json!(name));
+            keys.insert(key.to_owned(), json!(dtype.long_name()));
         }
         if !checkpoint.dir.join("config.json").is_file() || keys != *hf.keys() {
             staging.write("config.json", format!("{:#}", Value::Object(keys)).as_bytes())?;

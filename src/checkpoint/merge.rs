@@ -26,7 +26,7 @@ pub fn merge(
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let safetensors_only = checkpoint.files().keys().all(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    if checkpoint.layout != Layout::HuggingFace || !safetensors_only {
+    if checkpoint.layout != Layout::HuggingFace || !safetensors_only || checkpoint.quantizer().is_some() {
         return Export { checkpoint, adapters: Some(gpt), dtype }.hugging_face(staging, progress);
     }
     let changes = adapter::changes(checkpoint, gpt);
@@ -97,14 +97,9 @@ fn edit(staging: &Staging, name: &str, change: impl FnOnce(&mut Value)) -> Resul
 
 /// config.json of a model in another dtype than its base; transformers 5 calls the key `dtype`.
 fn record_dtype(staging: &Staging, dtype: Dtype) -> Result<()> {
-    let name = match dtype {
-        Dtype::F32 => "float32",
-        Dtype::Bf16 => "bfloat16",
-        Dtype::F16 => "float16",
-    };
     edit(staging, "config.json", |json| {
         let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
-        json[key] = Value::from(name);
+        json[key] = Value::from(dtype.long_name());
     })
 }
 

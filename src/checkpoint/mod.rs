@@ -1,10 +1,11 @@
 //! Checkpoint folders, read in place: Hugging Face's (config.json, tokenizer files, safetensors or pytorch_model.bin,
-//! with or without an index) and LitGPT's (lit_model.pth; names and settings in `litgpt`). Adapters are in `adapter`,
-//! merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, names
+//! with or without an index, in few bits as bitsandbytes keeps them: `bnb`) and LitGPT's (lit_model.pth; names and
+//! settings in `litgpt`). Adapters are in `adapter`, merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, names
 //! that stand for a folder in `pointer`, the Hub in `hub`.
 
 pub mod adapter;
 mod archive;
+pub mod bnb;
 pub mod convert;
 pub mod gguf;
 pub mod hub;
@@ -21,6 +22,7 @@ pub use safe::{Dtype, Raw};
 use crate::error::{Error, Result};
 use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
 use crate::model::{Config, Source};
+use crate::ops::quantized::{Codes, Quantizer};
 use crate::ops::rope::Scaling;
 use crate::ops::weight::Data;
 use half::slice::HalfFloatSliceExt;
@@ -84,6 +86,7 @@ impl Checkpoint {
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
+        bnb::check_method(hf.get("quantization_config"), hf.path())?;
         let shards = Shards::open(dir)?;
         let checkpoint = Self { dir: dir.to_owned(), config, family, layout: Layout::HuggingFace, hf, shards };
         checkpoint.check()?;
@@ -137,8 +140,8 @@ impl Checkpoint {
             let (mut elements, before) = (0, problems.len());
             for piece in &pieces {
                 used.insert(piece.tensor.clone());
-                match self.shards.get(&piece.tensor) {
-                    Ok(raw) => match self.piece_elements(piece, &raw, &slot) {
+                match self.shards.info(&piece.tensor) {
+                    Ok((_, shape)) => match self.piece_elements(piece, shape, &slot) {
                         Ok(n) => elements += n,
                         Err(problem) => problems.push(problem),
                     },
@@ -172,18 +175,17 @@ impl Checkpoint {
         Err(Error::Mismatch { what, problems, hint: AGAIN.to_owned() })
     }
 
-    /// Elements that a piece gives, if its tensor has the shape for it.
-    fn piece_elements(&self, piece: &Piece, raw: &Raw<'_>, slot: &Slot) -> std::result::Result<usize, String> {
-        let wrong =
-            || format!("tensor `{}` has the shape {:?}, which config.json does not give", piece.tensor, raw.shape);
+    /// Elements that a piece gives, if its tensor has the `shape` for it.
+    fn piece_elements(&self, piece: &Piece, shape: &[usize], slot: &Slot) -> std::result::Result<usize, String> {
+        let wrong = || format!("tensor `{}` has the shape {shape:?}, which config.json does not give", piece.tensor);
         let dims = if slot.vector { 1 } else { 2 };
-        if raw.shape.len() != dims || (!slot.vector && raw.shape[1] != slot.cols) {
+        if shape.len() != dims || (!slot.vector && shape[1] != slot.cols) {
             return Err(wrong());
         }
         let width = if slot.vector { 1 } else { slot.cols };
         match &piece.rows {
-            None => Ok(raw.shape[0] * width),
-            Some(rows) if rows.iter().all(|r| r.end <= raw.shape[0]) => Ok(rows.iter().map(|r| r.len() * width).sum()),
+            None => Ok(shape[0] * width),
+            Some(rows) if rows.iter().all(|r| r.end <= shape[0]) => Ok(rows.iter().map(|r| r.len() * width).sum()),
             Some(_) => Err(wrong()),
         }
     }
@@ -194,6 +196,20 @@ impl Checkpoint {
     /// When there is none.
     pub fn raw(&self, name: &str) -> Result<Raw<'_>> {
         self.shards.get(name)
+    }
+
+    /// Dtype of the tensor `name` of the files.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.shards.info(name)?.0)
+    }
+
+    /// How its matrices are quantized, where the files have them in few bits.
+    #[must_use]
+    pub fn quantizer(&self) -> Option<Quantizer> {
+        self.shards.quantizer()
     }
 
     /// The files that hold the tensors, with the names of each in the order of their data.
@@ -264,6 +280,17 @@ pub fn litgpt_only(dir: &Path) -> bool {
 }
 
 impl Source for Checkpoint {
+    fn codes(&self, name: &str) -> Result<Option<Codes>> {
+        let pieces = self.locate(name);
+        let [Piece { tensor, rows }] = pieces.as_slice() else { return Ok(None) };
+        let codes = self.shards.codes(tensor)?;
+        self.shards.release(tensor);
+        Ok(match (codes, rows) {
+            (Some(codes), Some(rows)) => codes.select(rows),
+            (codes, _) => codes,
+        })
+    }
+
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
         debug_assert!(rows * cols > 0);
         for piece in self.locate(name) {

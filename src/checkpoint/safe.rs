@@ -1,8 +1,10 @@
 //! The files of a folder that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here,
 //! files of `torch.save` in `pickle`.
 
+use super::bnb::{self, Bits};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
+use crate::ops::quantized::{Codes, Quantizer};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -38,6 +40,16 @@ impl Dtype {
             Self::F32 => "F32",
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
+        }
+    }
+
+    /// The name in a config.json.
+    #[must_use]
+    pub fn long_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
         }
     }
 
@@ -104,18 +116,32 @@ impl Raw<'_> {
 }
 
 #[derive(Debug)]
-struct Entry {
+pub(super) struct Entry {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
 
+/// File, and bytes within it.
+pub(super) type Place = (usize, Range<usize>);
+
+/// A tensor of whole numbers, which is part of a weight in few bits.
+#[derive(Debug)]
+pub(super) struct Numbers {
+    pub(super) dtype: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) place: Place,
+}
+
 /// Memory-mapped files and where each tensor stands in them.
 #[derive(Debug)]
 pub struct Shards {
     files: Vec<(PathBuf, Mmap)>,
-    entries: HashMap<String, Entry>,
+    pub(super) entries: HashMap<String, Entry>,
+    /// Those that [`bnb::assemble`] has not put together yet; none afterwards.
+    pub(super) whole_numbers: HashMap<String, Numbers>,
+    bits: HashMap<String, Bits>,
 }
 
 #[allow(unsafe_code)]
@@ -158,10 +184,12 @@ impl Shards {
     /// # Errors
     /// When one is missing or broken.
     pub fn of(paths: Vec<PathBuf>) -> Result<Self> {
-        let mut shards = Self { files: Vec::new(), entries: HashMap::new() };
+        let mut shards =
+            Self { files: Vec::new(), entries: HashMap::new(), whole_numbers: HashMap::new(), bits: HashMap::new() };
         for path in paths {
             shards.add(path)?;
         }
+        bnb::assemble(&mut shards)?;
         Ok(shards)
     }
 
@@ -180,8 +208,14 @@ impl Shards {
                 "F32" => Dtype::F32,
                 "BF16" => Dtype::Bf16,
                 "F16" => Dtype::F16,
-                // Masks and index buffers of old exports: no weights.
-                _ if name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids") => continue,
+                _ if ignored(&name) => continue,
+                "U8" | "I8" => {
+                    let numbers = Numbers { dtype, shape, place: (self.files.len(), bytes) };
+                    if self.whole_numbers.insert(name.clone(), numbers).is_none() {
+                        continue;
+                    }
+                    return Err(Self::twice(&path, &name));
+                }
                 other => {
                     let what = format!("dtype {other} of tensor `{name}` (`{}`)", path.display());
                     return Err(Error::unsupported(
@@ -192,15 +226,15 @@ impl Shards {
             };
             let entry = Entry { file: self.files.len(), dtype, shape, bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
-                return Err(Error::invalid(
-                    &path,
-                    format!("tensor `{name}` is in another file of the folder too"),
-                    AGAIN,
-                ));
+                return Err(Self::twice(&path, &name));
             }
         }
         self.files.push((path, mmap));
         Ok(())
+    }
+
+    fn twice(path: &Path, name: &str) -> Error {
+        Error::invalid(path, format!("tensor `{name}` is in another file of the folder too"), AGAIN)
     }
 
     /// Whether both names are of the same bytes, or of equal ones.
@@ -215,17 +249,70 @@ impl Shards {
         }
     }
 
+    /// Where the bytes of the tensor of whole numbers `name` are, which is none of the tensors any more.
+    pub(super) fn take_numbers(&mut self, name: &str) -> Result<Place> {
+        self.whole_numbers.remove(name).map(|numbers| numbers.place).ok_or_else(|| self.missing(name))
+    }
+
+    /// Where the elements of the f32 tensor `name` are, which is none of the tensors any more.
+    pub(super) fn take_floats(&mut self, name: &str) -> Result<Place> {
+        let entry = self.entries.remove(name).filter(|entry| entry.dtype == Dtype::F32);
+        entry.map(|entry| (entry.file, entry.bytes)).ok_or_else(|| self.missing(name))
+    }
+
+    /// Makes `bits` the tensor `name`, whose elements are given out as `dtype`.
+    pub(super) fn insert_bits(&mut self, name: &str, dtype: Dtype, bits: Bits) {
+        let (shape, (file, bytes)) = bits.shape_and_codes();
+        self.entries.insert(name.to_owned(), Entry { file, dtype, shape, bytes });
+        self.bits.insert(name.to_owned(), bits);
+    }
+
+    pub(super) fn bytes(&self, (file, range): &Place) -> &[u8] {
+        &self.files[*file].1[range.clone()]
+    }
+
+    pub(super) fn path(&self, place: &Place) -> &Path {
+        &self.files[place.0].0
+    }
+
+    /// How the tensors are quantized, where some are: one of them tells.
+    #[must_use]
+    pub fn quantizer(&self) -> Option<Quantizer> {
+        self.bits.values().next().map(Bits::quantizer)
+    }
+
+    /// The tensor `name` in few bits, if it is kept so.
+    ///
+    /// # Errors
+    /// When its scales are no numbers.
+    pub fn codes(&self, name: &str) -> Result<Option<Codes>> {
+        self.bits.get(name).map(|bits| bits.codes(self, name)).transpose()
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
+        Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+    }
+
+    /// Dtype and shape of the tensor `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        let entry = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        Ok((entry.dtype, entry.shape.as_slice()))
+    }
+
     /// The tensor `name`.
     ///
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str) -> Result<Raw<'_>> {
-        let missing = || {
-            let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
-            Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+        let entry = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        let bytes = match self.bits.get(name) {
+            Some(bits) => Cow::Owned(bits.decode(self, name, entry.dtype)?),
+            None => Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]),
         };
-        let entry = self.entries.get(name).ok_or_else(missing)?;
-        let bytes = Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]);
         Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
     }
 
@@ -281,6 +368,11 @@ impl Shards {
             })
             .collect()
     }
+}
+
+/// Masks and index buffers of old exports: no weights.
+fn ignored(name: &str) -> bool {
+    name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids")
 }
 
 /// A tensor of a file: name, dtype, shape, where its bytes are.

@@ -729,6 +729,26 @@ impl ConvertFromArgs {
     }
 }
 
+/// Arguments of `litgpt quantize`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    rename_all = "snake_case",
+    after_help = "Examples:
+  litgpt quantize checkpoints/meta-llama/Llama-3.2-1B
+  litgpt quantize --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --quantize int8 --out_dir small"
+)]
+pub struct QuantizeArgs {
+    /// The model.
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// nf4, nf4-dq, fp4, fp4-dq or int8
+    #[arg(long, value_name = "NAME", default_value = "nf4", value_parser = quantizer, overrides_with = "quantize")]
+    pub quantize: String,
+    /// Folder to write [default: beside the model, with the quantizer's name behind its own]
+    #[arg(long, value_name = "DIR", overrides_with = "out_dir")]
+    pub out_dir: Option<PathBuf>,
+}
+
 /// Arguments of `litgpt validate`.
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case", after_help = "Example:\n  litgpt validate checkpoints/microsoft/phi-2")]
@@ -804,6 +824,7 @@ mod tests {
         command::<DownloadArgs>().debug_assert();
         command::<ConvertToArgs>().debug_assert();
         command::<ConvertFromArgs>().debug_assert();
+        command::<QuantizeArgs>().debug_assert();
         command::<ValidateArgs>().debug_assert();
     }
 

@@ -32,11 +32,11 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if let Some(what) = &args.print_config {
         return ui.result(&recipe::print_config(&settings, what)?);
     }
-    let quantizer = quantizer(settings.quantize.as_deref())?;
     settings.checkpoint_dir = fetched(&settings.checkpoint_dir, settings.access_token.clone(), ui)?;
     let out_dir = settings.out_dir.clone();
     check_out_dir(&out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
+    let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
     let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
@@ -65,7 +65,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         millions(gpt.parameters.cols()),
         millions(gpt.config.parameters()),
         gpt.weight_bytes() as f64 / 1e9,
-        settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))
+        quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
     ));
     let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
     let made_of = MadeOf::of(&job, &base_hash)?;

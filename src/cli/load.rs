@@ -124,13 +124,22 @@ impl Compute {
     }
 }
 
-/// The quantizer of that name.
+/// The quantizer of that name, or the one that the checkpoint's files are in.
 ///
 /// # Errors
-/// A name that a newer version wrote.
-pub fn quantizer(name: Option<&str>) -> Result<Option<Quantizer>> {
+/// A name that a newer version wrote, or another than that of the files.
+pub fn quantizer(name: Option<&str>, checkpoint: &Checkpoint) -> Result<Option<Quantizer>> {
     let unknown = |name: &str| Error::unsupported(format!("quantizer `{name}`"), "use a newer version");
-    name.map(|name| Quantizer::named(name).ok_or_else(|| unknown(name))).transpose()
+    let asked = name.map(|name| Quantizer::named(name).ok_or_else(|| unknown(name))).transpose()?;
+    let stored = checkpoint.quantizer();
+    if let (Some(asked), Some(stored)) = (asked, stored)
+        && asked != stored
+    {
+        let message = format!("--quantize {}: the weights of `{}` are", asked.name(), checkpoint.dir.display());
+        let message = format!("{message} in {} already", stored.name());
+        return Err(Error::refused(message, "leave the flag out, or take the checkpoint that is not quantized"));
+    }
+    Ok(asked.or(stored))
 }
 
 /// A policy for BOS as settings spell it.
@@ -243,7 +252,7 @@ pub fn model(
     let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
-    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()))?, ui)?;
+    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()), &checkpoint)?, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }

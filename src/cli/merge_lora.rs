@@ -28,7 +28,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&base)?;
     check_base(&dir, &checkpoint)?;
     let manifest = Manifest::read(&dir)?;
-    let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()))?;
+    let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()), &checkpoint)?;
     // The adapter's shapes are read through a model; bf16 keeps that model small. Of its weights only those that were
     // quantized are written, which decode to f32.
     let mut gpt = weights(&checkpoint, &Compute::PROCESSOR, quantizer, ui)?;

@@ -10,6 +10,7 @@ mod folders;
 mod generate;
 mod load;
 mod merge_lora;
+mod quantize;
 pub mod recipe;
 mod resume;
 mod shell;
@@ -54,6 +55,8 @@ enum Command {
     ConvertToLitgpt(args::ConvertToArgs),
     /// Write a Hugging Face folder from LitGPT's files (safetensors, where LitGPT wrote model.pth)
     ConvertFromLitgpt(args::ConvertFromArgs),
+    /// Write a copy of a model with its weights in few bits, which transformers reads too
+    Quantize(args::QuantizeArgs),
     /// Check a model's or an adapter's folder, and say what it can be used for
     Validate(args::ValidateArgs),
     /// Print a script that lets a shell complete commands and flags
@@ -89,6 +92,7 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
         Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
         Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),
+        Command::Quantize(args) => quantize::run(&args, &mut ui),
         Command::Validate(args) => validate::run(&args, &mut ui),
         Command::Completions(args) => shell::completions(&args, Cli::command(), &ui),
         Command::Man(args) => shell::man(&args, Cli::command(), &ui),
