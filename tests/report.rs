@@ -154,7 +154,23 @@ fn tensorboard_gets_what_the_metrics_have() {
 #[test]
 fn other_loggers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    finetune(dir.path(), &tiny(), "--logger_name wandb").refused(2, &["logger_name", "csv, tensorboard", "wandb"]);
+    let says = ["logger_name", "csv, tensorboard, none", "got `wandb`", "wandb sync"];
+    finetune(dir.path(), &tiny(), "--logger_name wandb").refused(2, &says);
+    finetune(dir.path(), &tiny(), "--logger_name mlflow").refused(2, &["logger_name", "mlflow"]);
+}
+
+#[test]
+fn without_a_logger_there_is_the_adapter_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let run =
+        |more: &str| finetune(dir.path(), &tiny(), &format!("--train.save_interval 2 --train.max_steps 4 {more}")).ok();
+    run("--logger_name none");
+    assert_eq!(names(&out), [".lock", "best", "final", "latest", "step-000002", "step-000004"]);
+    // A logger that comes later begins where it came.
+    run("--resume out/step-000002");
+    assert_eq!(column(&out, "step")[0], 3.0);
+    assert!(out.join("report.html").is_file());
 }
 
 /// Names of a page's elements; each is closed in its turn, and nothing comes from elsewhere.

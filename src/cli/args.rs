@@ -170,7 +170,7 @@ pub const FLAGS: &[Flag] = &[
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
-    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv), or tensorboard (event files in OUT_DIR/logs/tensorboard as well)"),
+    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv, report.html), tensorboard (event files in OUT_DIR/logs/tensorboard as well), or none"),
     row("access_token", Text, MODEL, "Hugging Face token, if the model has to be downloaded")
         .also(&["access_token", "data.access_token"]),
     row("add_bos", Text, MODEL, "Start samples with the BOS token: auto (as the tokenizer's files say), on, off"),
@@ -348,7 +348,9 @@ impl FromArgMatches for FinetuneArgs {
         if let Some(model) = matches.get_one::<Value>("model") {
             match given.iter().find(|(key, _)| *key == "checkpoint_dir") {
                 Some((_, flag)) if flag != model => {
-                    let message = format!("two models are given: {model} and --checkpoint_dir {flag}\n");
+                    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                    let (model, flag) = (text(model), text(flag));
+                    let message = format!("two models are given: `{model}` and `--checkpoint_dir {flag}`\n");
                     return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message));
                 }
                 Some(_) => {}

@@ -162,7 +162,8 @@ impl Metrics {
     /// When it cannot be read or written.
     pub fn resume(dir: &Path, bytes: u64) -> Result<Self, Error> {
         let path = dir.join("metrics.csv");
-        if !path.is_file() {
+        // A run with no logger left it without a header.
+        if !path.is_file() || bytes == 0 {
             return Self::create(dir);
         }
         let file = File::options().append(true).open(&path).map_err(Error::io("write", &path))?;

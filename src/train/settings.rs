@@ -692,7 +692,7 @@ impl Default for FinetuneSettings {
 }
 
 /// Values of `logger_name`.
-const LOGGERS: [&str; 2] = ["csv", "tensorboard"];
+const LOGGERS: [&str; 3] = ["csv", "tensorboard", "none"];
 
 impl FinetuneSettings {
     /// Checks every rule between and within the settings.
@@ -714,7 +714,9 @@ impl FinetuneSettings {
         check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {
             let tip = closest(&self.logger_name, LOGGERS.into_iter()).map(|near| format!(", did you mean `{near}`?"));
             let names = LOGGERS.join(", ");
-            format!("`logger_name` must be one of {names}, got `{}`{}", self.logger_name, tip.unwrap_or_default())
+            let wandb = "; `wandb sync OUT_DIR/logs/tensorboard` takes over what tensorboard gets";
+            let tip = if self.logger_name == "wandb" { wandb.to_owned() } else { tip.unwrap_or_default() };
+            format!("`logger_name` must be one of {names}, got `{}`{tip}", self.logger_name)
         });
         let hint = "`litgpt finetune_lora --help` explains every setting";
         match problems.len() {
