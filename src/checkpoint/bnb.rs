@@ -6,7 +6,7 @@
 
 use super::convert::Export;
 use super::safe::{Place, Shards};
-use super::write::{Entry, Staging, sharded};
+use super::write::{Entry, SHARD, Staging, sharded};
 use super::{AGAIN, Dtype, Layout};
 use crate::error::{Error, Result};
 use crate::model::config::Mlp;
@@ -283,7 +283,7 @@ pub fn write(
         put(state, "U8", vec![STATE_BYTES], 1, Content::State { dtype: info.dtype, shape });
     }
     let mut codes: Option<Codes> = None;
-    sharded(staging, &entries, |index| {
+    sharded(staging, SHARD, &entries, |index| {
         Ok(match &contents[index] {
             Content::Whole(number) => {
                 progress(&targets[*number].info.name);

@@ -4,19 +4,17 @@
 
 use super::litgpt::{self, Qkv};
 use super::merge::check_finite;
-use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::write::{SHARD, Staging, TensorInfo, sharded};
 use super::{Checkpoint, Dtype, Layout, pickle};
 use crate::error::{Error, Result};
 use crate::model::families::{HfConfig, Piece, Slot, slots};
 use crate::model::{Gpt, Source};
 use crate::ops::weight::Data;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
-/// Bytes of tensors in a safetensors file, after which the next one begins.
-const SHARD: usize = 5_000_000_000;
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -145,7 +143,7 @@ impl Export<'_> {
         let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);
         if merge.is_none() && self.checkpoint.dtype(&pieces[0].tensor)? == dtype {
-            return self.bytes(&pieces, dtype);
+            return self.bytes(&pieces);
         }
         let mut data = Data::F32(Vec::new());
         self.checkpoint.append(source, 1, width.max(1), &mut data)?;
@@ -158,17 +156,16 @@ impl Export<'_> {
     }
 
     /// The bytes of `pieces`, below one another.
-    fn bytes(&self, pieces: &[Piece], dtype: Dtype) -> Result<Cow<'_, [u8]>> {
+    fn bytes(&self, pieces: &[Piece]) -> Result<Cow<'_, [u8]>> {
         if let [Piece { tensor, rows: None }] = pieces {
             return Ok(self.checkpoint.raw(tensor)?.bytes);
         }
         let mut out = Vec::new();
         for piece in pieces {
             let raw = self.checkpoint.raw(&piece.tensor)?;
-            let row = raw.shape.get(1).copied().unwrap_or(1) * dtype.size();
             match &piece.rows {
                 None => out.extend_from_slice(&raw.bytes),
-                Some(rows) => rows.iter().for_each(|r| out.extend_from_slice(&raw.bytes[r.start * row..r.end * row])),
+                Some(rows) => out.extend_from_slice(&raw.rows(rows)),
             }
         }
         Ok(out.into())
@@ -188,34 +185,11 @@ impl Export<'_> {
     /// When a file cannot be read or written.
     pub fn hugging_face(&self, staging: &Staging, progress: &mut dyn FnMut(&str)) -> Result<()> {
         let targets = self.targets(Layout::HuggingFace)?;
-        let mut shards: Vec<Vec<&Target>> = vec![Vec::new()];
-        let mut bytes = 0;
-        for target in &targets {
-            if bytes > 0 && bytes + target.info.bytes() > SHARD {
-                shards.push(Vec::new());
-                bytes = 0;
-            }
-            bytes += target.info.bytes();
-            shards.last_mut().expect("it starts with one").push(target);
-        }
-        let mut map = Map::new();
-        for (i, shard) in shards.iter().enumerate() {
-            let file = match shards.len() {
-                1 => "model.safetensors".to_owned(),
-                n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-            };
-            let infos: Vec<TensorInfo> = shard.iter().map(|t| t.info.clone()).collect();
-            map.extend(infos.iter().map(|info| (info.name.clone(), json!(file))));
-            safetensors(&staging.dir().join(&file), &infos, |index| {
-                progress(&infos[index].name);
-                self.content(shard[index])
-            })?;
-        }
-        if shards.len() > 1 {
-            let total: usize = targets.iter().map(|t| t.info.bytes()).sum();
-            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-            staging.write("model.safetensors.index.json", format!("{index:#}").as_bytes())?;
-        }
+        let entries: Vec<_> = targets.iter().map(|target| target.info.entry()).collect();
+        sharded(staging, SHARD, &entries, |index| {
+            progress(&entries[index].name);
+            self.content(&targets[index])
+        })?;
         self.companions(staging)
     }
 
@@ -264,7 +238,7 @@ impl Export<'_> {
 
     /// The same with `more` keys in config.json.
     pub(super) fn companions_with(&self, staging: &Staging, more: &[(&str, Value)]) -> Result<()> {
-        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        self.checkpoint.companions(staging)?;
         let (checkpoint, hf) = (self.checkpoint, &self.checkpoint.hf);
         let mut keys = hf.keys().clone();
         // Weights in few bits are written in whole, unless `more` says otherwise.
@@ -297,7 +271,8 @@ pub fn litgpt_name(checkpoint: &Checkpoint, dir: &Path) -> String {
         return name;
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    let name = absolute.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let last = if absolute.is_file() { absolute.file_stem() } else { absolute.file_name() };
+    let name = last.unwrap_or_default().to_string_lossy().into_owned();
     let config = &checkpoint.config;
     if config.norm_unit_offset {
         let name = name.replace("codegemma", "CodeGemma").replace("gemma", "Gemma");

@@ -5,7 +5,7 @@
 //! adapted or not. The folder then computes what the unmerged adapter does, but for the rounding to the base's dtype.
 
 use super::convert::Export;
-use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::write::{Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
@@ -62,7 +62,7 @@ pub fn merge(
             Ok(to.encode(&weight))
         })?;
     }
-    staging.copy(&checkpoint.dir, COMPANIONS)?;
+    checkpoint.companions(staging)?;
     staging.copy(&checkpoint.dir, &["model.safetensors.index.json"])?;
     if let Some(dtype) = dtype {
         record_dtype(staging, dtype)?;

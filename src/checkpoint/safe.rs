@@ -1,10 +1,12 @@
-//! The files of a folder that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here,
-//! files of `torch.save` in `pickle`.
+//! The files that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here, files of
+//! `torch.save` in `pickle`, GGUF files in `gguf`.
 
 use super::bnb::{self, Bits};
+use super::gguf::{self, Metadata};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
 use crate::ops::quantized::{Codes, Quantizer};
+use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -94,7 +96,29 @@ impl Dtype {
     }
 }
 
-/// A tensor as a file holds it.
+/// How a file keeps the elements of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elements {
+    /// One by one.
+    Plain(Dtype),
+    /// In ggml's blocks of few bits.
+    Blocks(GgmlDType),
+    /// In few bits with the scales in tensors of their own, as bitsandbytes keeps them; given out so.
+    Bits(Dtype),
+}
+
+impl Elements {
+    /// The dtype in which they are given out.
+    #[must_use]
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Plain(dtype) | Self::Bits(dtype) => dtype,
+            Self::Blocks(_) => Dtype::F32,
+        }
+    }
+}
+
+/// A tensor as a file holds it; blocks are decoded.
 #[derive(Debug, Clone)]
 pub struct Raw<'a> {
     /// Dtype.
@@ -106,6 +130,17 @@ pub struct Raw<'a> {
 }
 
 impl Raw<'_> {
+    /// The elements of these rows.
+    #[must_use]
+    pub fn rows(&self, ranges: &[Range<usize>]) -> Cow<'_, [u8]> {
+        let row = self.shape.get(1).copied().unwrap_or(1) * self.dtype.size();
+        let bytes = |range: &Range<usize>| &self.bytes[range.start * row..range.end * row];
+        match ranges {
+            [range] => Cow::Borrowed(bytes(range)),
+            ranges => ranges.iter().flat_map(|range| bytes(range).iter().copied()).collect(),
+        }
+    }
+
     /// The elements in f32.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
@@ -118,7 +153,7 @@ impl Raw<'_> {
 #[derive(Debug)]
 pub(super) struct Entry {
     file: usize,
-    dtype: Dtype,
+    elements: Elements,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
@@ -135,7 +170,7 @@ pub(super) struct Numbers {
 }
 
 /// Memory-mapped files and where each tensor stands in them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Shards {
     files: Vec<(PathBuf, Mmap)>,
     pub(super) entries: HashMap<String, Entry>,
@@ -167,7 +202,7 @@ impl Shards {
                 return Self::of(indexed(dir, &index)?);
             }
         }
-        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin and LitGPT's lit_model.pth are read".to_owned();
+        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin, LitGPT's lit_model.pth and one .gguf file are read".to_owned();
         Err(Error::Missing { what: "weights".to_owned(), path: dir.join("model.safetensors"), hint })
     }
 
@@ -184,13 +219,27 @@ impl Shards {
     /// # Errors
     /// When one is missing or broken.
     pub fn of(paths: Vec<PathBuf>) -> Result<Self> {
-        let mut shards =
-            Self { files: Vec::new(), entries: HashMap::new(), whole_numbers: HashMap::new(), bits: HashMap::new() };
+        let mut shards = Self::default();
         for path in paths {
             shards.add(path)?;
         }
         bnb::assemble(&mut shards)?;
         Ok(shards)
+    }
+
+    /// Maps a GGUF file, and reads its settings.
+    ///
+    /// # Errors
+    /// When it is missing or broken.
+    pub fn gguf(path: &Path) -> Result<(Self, Metadata)> {
+        let mmap = map(path)?;
+        let (metadata, tensors) = gguf::header(path, &mmap)?;
+        let entries = tensors.into_iter().map(|t| {
+            let entry = Entry { file: 0, elements: t.elements, shape: t.shape, bytes: t.bytes };
+            (t.name, entry)
+        });
+        let files = vec![(path.to_owned(), mmap)];
+        Ok((Self { entries: entries.collect(), files, ..Self::default() }, metadata))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -224,7 +273,7 @@ impl Shards {
                     ));
                 }
             };
-            let entry = Entry { file: self.files.len(), dtype, shape, bytes };
+            let entry = Entry { file: self.files.len(), elements: Elements::Plain(dtype), shape, bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
                 return Err(Self::twice(&path, &name));
             }
@@ -241,7 +290,7 @@ impl Shards {
     #[must_use]
     pub fn equal(&self, a: &str, b: &str) -> bool {
         match (self.entries.get(a), self.entries.get(b)) {
-            (Some(a), Some(b)) if a.dtype == b.dtype && a.shape == b.shape => {
+            (Some(a), Some(b)) if a.elements == b.elements && a.shape == b.shape => {
                 let bytes = |e: &Entry| &self.files[e.file].1[e.bytes.clone()];
                 a.file == b.file && a.bytes == b.bytes || bytes(a) == bytes(b)
             }
@@ -256,14 +305,14 @@ impl Shards {
 
     /// Where the elements of the f32 tensor `name` are, which is none of the tensors any more.
     pub(super) fn take_floats(&mut self, name: &str) -> Result<Place> {
-        let entry = self.entries.remove(name).filter(|entry| entry.dtype == Dtype::F32);
+        let entry = self.entries.remove(name).filter(|entry| entry.elements == Elements::Plain(Dtype::F32));
         entry.map(|entry| (entry.file, entry.bytes)).ok_or_else(|| self.missing(name))
     }
 
     /// Makes `bits` the tensor `name`, whose elements are given out as `dtype`.
     pub(super) fn insert_bits(&mut self, name: &str, dtype: Dtype, bits: Bits) {
         let (shape, (file, bytes)) = bits.shape_and_codes();
-        self.entries.insert(name.to_owned(), Entry { file, dtype, shape, bytes });
+        self.entries.insert(name.to_owned(), Entry { file, elements: Elements::Bits(dtype), shape, bytes });
         self.bits.insert(name.to_owned(), bits);
     }
 
@@ -294,13 +343,16 @@ impl Shards {
         Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| self.missing(name))
+    }
+
     /// Dtype and shape of the tensor `name`.
     ///
     /// # Errors
     /// When there is none.
     pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
-        let entry = self.entries.get(name).ok_or_else(|| self.missing(name))?;
-        Ok((entry.dtype, entry.shape.as_slice()))
+        self.entry(name).map(|entry| (entry.elements.dtype(), entry.shape.as_slice()))
     }
 
     /// The tensor `name`.
@@ -308,12 +360,18 @@ impl Shards {
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str) -> Result<Raw<'_>> {
-        let entry = self.entries.get(name).ok_or_else(|| self.missing(name))?;
-        let bytes = match self.bits.get(name) {
-            Some(bits) => Cow::Owned(bits.decode(self, name, entry.dtype)?),
-            None => Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]),
+        let entry = self.entry(name)?;
+        let (path, file) = &self.files[entry.file];
+        let bytes = &file[entry.bytes.clone()];
+        let dtype = entry.elements.dtype();
+        let bytes = match entry.elements {
+            Elements::Plain(_) => Cow::Borrowed(bytes),
+            Elements::Bits(_) => self.bits[name].decode(self, name, dtype)?.into(),
+            Elements::Blocks(kind) => gguf::decode(kind, bytes)
+                .map_err(|e| Error::invalid(path, format!("tensor `{name}` cannot be decoded: {e}"), AGAIN))?
+                .into(),
         };
-        Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+        Ok(Raw { dtype, shape: entry.shape.clone(), bytes })
     }
 
     /// Refuses `bytes` of the tensor `name` that hold NaN or infinity: every text through them would be nonsense.

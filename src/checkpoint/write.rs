@@ -163,6 +163,11 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    pub(super) fn entry(&self) -> Entry {
+        let (dtype, size) = (self.dtype.name(), self.dtype.size());
+        Entry { name: self.name.clone(), dtype, shape: self.shape.clone(), size, bytes: self.bytes() }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.size()
     }
@@ -188,14 +193,7 @@ pub struct Entry {
 /// # Errors
 /// When `content` fails or the disk is full.
 pub fn safetensors(path: &Path, tensors: &[TensorInfo], content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
-    let entry = |info: &TensorInfo| Entry {
-        name: info.name.clone(),
-        dtype: info.dtype.name(),
-        shape: info.shape.clone(),
-        size: info.dtype.size(),
-        bytes: info.bytes(),
-    };
-    let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+    let entries: Vec<Entry> = tensors.iter().map(TensorInfo::entry).collect();
     file(path, &entries, content)
 }
 
@@ -239,17 +237,22 @@ fn file(path: &Path, entries: &[Entry], mut content: impl FnMut(usize) -> Result
     out.flush().map_err(Error::io("write", path))
 }
 
-/// Bytes of tensors in a safetensors file, after which the next one begins.
+/// Bytes of tensors in a safetensors file, after which the next one begins: what transformers takes.
 pub const SHARD: usize = 5_000_000_000;
 
-/// Fills `staging` with `model.safetensors`, or above [`SHARD`] bytes with several files and their index.
+/// Fills `staging` with `model.safetensors`, or above `limit` bytes with several files and their index.
 ///
 /// # Errors
 /// When `content` fails or the disk is full.
-pub fn sharded(staging: &Staging, entries: &[Entry], mut content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
+pub fn sharded(
+    staging: &Staging,
+    limit: usize,
+    entries: &[Entry],
+    mut content: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<()> {
     let (mut starts, mut bytes) = (vec![0], 0);
     for (i, entry) in entries.iter().enumerate() {
-        if bytes > 0 && bytes + entry.bytes > SHARD {
+        if bytes > 0 && bytes + entry.bytes > limit {
             starts.push(i);
             bytes = 0;
         }
@@ -290,6 +293,7 @@ pub const COMPANIONS: &[&str] = &[
 
 #[cfg(test)]
 mod tests {
+    use super::super::safe::Shards;
     use super::*;
 
     #[test]
@@ -307,6 +311,37 @@ mod tests {
         drop(staging);
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "two");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn tensors_are_the_same_in_one_file_and_in_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let shapes: [(&'static str, usize, usize); 5] =
+            [("F16", 2, 3), ("BF16", 2, 40), ("F32", 4, 40), ("F32", 4, 1), ("BF16", 2, 7)];
+        let entry = |(i, (dtype, size, n)): (usize, (&'static str, usize, usize))| Entry {
+            name: format!("t{i}"),
+            dtype,
+            shape: vec![n],
+            size,
+            bytes: n * size,
+        };
+        let entries: Vec<Entry> = shapes.into_iter().enumerate().map(entry).collect();
+        for (folder, limit, files) in [("one", 1 << 20, 1), ("many", 100, 3)] {
+            let staging = Staging::new(&dir.path().join(folder)).unwrap();
+            sharded(&staging, limit, &entries, |i| Ok(vec![i as u8 + 1; entries[i].bytes])).unwrap();
+            staging.commit().unwrap();
+            let shards = Shards::open(&dir.path().join(folder)).unwrap();
+            assert_eq!(shards.files().len(), files, "{folder}");
+            for (i, entry) in entries.iter().enumerate() {
+                let raw = shards.get(&entry.name).unwrap();
+                assert_eq!((raw.dtype.name(), &raw.shape), (entry.dtype, &entry.shape), "{folder}");
+                assert_eq!(raw.bytes, vec![i as u8 + 1; entry.bytes], "{folder}");
+            }
+        }
+        let index = fs::read_to_string(dir.path().join("many/model.safetensors.index.json")).unwrap();
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        assert_eq!(index["metadata"]["total_size"], 6 + 80 + 160 + 4 + 14);
+        assert_eq!(index["weight_map"]["t2"], "model-00002-of-00003.safetensors");
     }
 
     #[test]

@@ -390,8 +390,8 @@ impl ModelArg {
     }
 }
 
-/// LitGPT's shorthand: where `path` is no folder but `checkpoints/path` is, the latter is meant. A pointer (`best`) is
-/// the folder that it names.
+/// LitGPT's shorthand: where there is no `path` but `checkpoints/path`, the latter is meant. A pointer (`best`) is the
+/// folder that it names.
 #[must_use]
 pub fn checkpoint_dir(path: &Path) -> PathBuf {
     checkpoint_dir_in(Path::new(""), &pointer::resolve(path))
@@ -399,7 +399,7 @@ pub fn checkpoint_dir(path: &Path) -> PathBuf {
 
 fn checkpoint_dir_in(root: &Path, path: &Path) -> PathBuf {
     let under = Path::new("checkpoints").join(path);
-    match path.is_relative() && !root.join(path).is_dir() && root.join(&under).is_dir() {
+    match path.is_relative() && !root.join(path).exists() && root.join(&under).exists() {
         true => under,
         false => path.to_owned(),
     }

@@ -2,12 +2,14 @@
 
 use super::args::FinetuneArgs;
 use super::folders::{self, BEST, Folders};
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, quantizer, weights};
+use super::load::{
+    Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, own_tokenizer, quantizer, weights,
+};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
 use super::{download, recipe};
-use crate::checkpoint::write::{self, COMPANIONS, Staging};
+use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, adapter, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
@@ -37,7 +39,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     check_out_dir(&out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
-    let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
+    let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
     let dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
@@ -106,7 +108,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         settings: &settings,
         checkpoint: &checkpoint,
         base: checkpoint.dir.canonicalize().map_err(Error::io("read", &checkpoint.dir))?,
-        companions: write::read(&checkpoint.dir, COMPANIONS)?,
+        companions: checkpoint.companion_files()?,
         tokenizer: &tokenizer,
         dataset: &dataset,
         encoder,

@@ -177,7 +177,7 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
 pub fn fetched(given: &Path, token: Option<String>, ui: &mut Ui) -> Result<PathBuf> {
     let dir = super::args::checkpoint_dir(given);
     let name = given.to_string_lossy();
-    if dir.is_dir() || !hub::is_repo_id(&name) {
+    if dir.exists() || name.ends_with(".gguf") || !hub::is_repo_id(&name) {
         return Ok(dir);
     }
     ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
@@ -213,7 +213,7 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     let above = absolute.ancestors().flat_map(|dir| [dir.join(&named), dir.join("checkpoints").join(&named)]);
     let candidates = [named.clone(), PathBuf::from("checkpoints").join(&named)].into_iter().chain(above);
-    let usable = |c: &PathBuf| c.is_dir() && c.canonicalize().is_ok_and(|c| c != absolute);
+    let usable = |c: &PathBuf| c.exists() && c.canonicalize().is_ok_and(|c| c != absolute);
     candidates.into_iter().find(usable).ok_or_else(|| Error::Missing {
         what: format!("base model of the adapter `{}`", dir.display()),
         path: named,
@@ -269,10 +269,18 @@ pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
         Some(_) => AddBos::Never,
         None => AddBos::Auto,
     };
-    let dir = if dir.join("tokenizer.json").is_file() { dir } else { &checkpoint.dir };
-    let tokenizer = Tokenizer::load(dir)?.with_bos(policy);
+    let own = adapter::has_adapter(dir) && dir.join("tokenizer.json").is_file();
+    let tokenizer = if own { Tokenizer::load(dir)? } else { own_tokenizer(checkpoint)? };
     check_vocabulary(&tokenizer, checkpoint)?;
-    Ok(tokenizer)
+    Ok(tokenizer.with_bos(policy))
+}
+
+/// The tokenizer of a checkpoint.
+///
+/// # Errors
+/// When it is missing or broken.
+pub fn own_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    Tokenizer::of(&checkpoint.dir, &|name| checkpoint.companion(name))
 }
 
 /// Refuses a tokenizer whose ids the model has no embedding for.

@@ -96,8 +96,12 @@ fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Sta
     let tokenizer = tokenizer(dir, export.checkpoint)?;
     // The adapter answers in the style of its training: what runs the file is told that one, not the base's.
     let trained = if dir.join(PROMPT_STYLE).is_file() { prompt_style(dir, None, &tokenizer)?.jinja() } else { None };
+    let path = tokenizer.dir().join("tokenizer.json");
+    let embedded = export.checkpoint.companion("tokenizer.json")?.filter(|_| !path.is_file());
+    let json = embedded.map_or_else(|| std::fs::read_to_string(&path).map_err(Error::io("read", &path)), Ok)?;
     let words = Words {
-        path: &tokenizer.dir().join("tokenizer.json"),
+        json: &json,
+        path: &path,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_id(),
         add_bos: tokenizer.adds_bos(),
