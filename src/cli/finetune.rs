@@ -88,8 +88,9 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let start = start.map_err(|e: Error| e)?;
     let signals = Signals::listen()?;
     let metrics = match from.as_ref().filter(|from| from.name_in(&out_dir).is_some()) {
-        Some(from) => Metrics::resume(&out_dir, from.state.metrics_bytes)?,
-        None => Metrics::create(&out_dir)?,
+        _ if settings.logger_name == "none" => None,
+        Some(from) => Some(Metrics::resume(&out_dir, from.state.metrics_bytes)?),
+        None => Some(Metrics::create(&out_dir)?),
     };
     let tensorboard = match settings.logger_name.as_str() {
         "tensorboard" => {
@@ -99,6 +100,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     };
     let mut outside = Run {
         ui,
+        compute: &compute,
         metrics,
         folders,
         tensorboard,
@@ -116,7 +118,9 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     };
     let summary = fit(&mut job, &mut outside, start)?;
     // The adapter is saved: a page that cannot be written must not make the run fail.
-    if let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary) {
+    if outside.metrics.is_some()
+        && let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)
+    {
         outside.ui.note(&format!("no report.html: {error}"));
     }
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
@@ -332,7 +336,8 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
 /// What the loop calls outside.
 struct Run<'a> {
     ui: &'a mut Ui,
-    metrics: Metrics,
+    compute: &'a Compute,
+    metrics: Option<Metrics>,
     folders: Folders,
     tensorboard: Option<TensorBoard>,
     page: Page,
@@ -352,7 +357,10 @@ struct Run<'a> {
 
 impl Report for Run<'_> {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
-        self.metrics.event(event)?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.memory = self.compute.held_memory();
+            metrics.event(event)?;
+        }
         if let Some(board) = &mut self.tensorboard {
             board.event(event)?;
         }
@@ -380,7 +388,7 @@ impl Outside for Run<'_> {
         staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
         staging.write_all(&self.companions)?;
-        resume::save(&staging, gpt, snapshot, self.metrics.bytes()?, &self.made_of)?;
+        resume::save(&staging, gpt, snapshot, self.metrics.as_ref().map_or(Ok(0), Metrics::bytes)?, &self.made_of)?;
         state::seal(&staging)?;
         self.folders.before(name, &snapshot.progress)?;
         staging.commit()?;

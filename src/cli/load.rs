@@ -105,6 +105,14 @@ impl Compute {
         }
     }
 
+    /// Bytes that are taken there now: of a GPU all, on the processor this program's; where the system tells.
+    pub fn held_memory(&self) -> Option<u64> {
+        match &self.device {
+            Some(device) => device.memory().ok().map(|(free, all)| (all - free) as u64),
+            None => super::ui::memory(),
+        }
+    }
+
     /// How the weights are kept. A GPU multiplies in 16 bit in the mixed precisions too, so it keeps them so; adapters
     /// and optimizer are f32 in all of them.
     pub fn store(&self) -> Store {
