@@ -134,3 +134,50 @@ fn io_hint(source: &std::io::Error) -> Option<&'static str> {
         _ => None,
     }
 }
+
+/// The candidate most like `name`, if any is like it.
+#[must_use]
+pub fn closest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let name = name.to_lowercase();
+    let limit = (name.chars().count() / 3).max(1);
+    candidates
+        .map(|candidate| (edit_distance(&name, &candidate.to_lowercase()), candidate))
+        .filter(|(distance, _)| !name.is_empty() && *distance <= limit)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Edit distance in characters: insertions, deletions, replacements and swaps of neighbours that turn `a` into `b`.
+#[must_use]
+pub fn edit_distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    let mut before = Vec::new();
+    for i in 0..a.len() {
+        let mut next = vec![i + 1];
+        for j in 0..b.len() {
+            let replaced = row[j] + usize::from(a[i] != b[j]);
+            let swaps = i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j];
+            let swapped = if swaps { before[j - 1] + 1 } else { replaced };
+            next.push(replaced.min(swapped).min(row[j + 1] + 1).min(next[j] + 1));
+        }
+        before = std::mem::replace(&mut row, next);
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edit_distances() {
+        for (a, b, apart) in
+            [("", "abc", 3), ("kitten", "sitting", 3), ("cdua", "cuda", 1), ("abc", "cab", 2), ("a", "a", 0)]
+        {
+            assert_eq!((edit_distance(a, b), edit_distance(b, a)), (apart, apart), "{a} {b}");
+        }
+        assert_eq!(closest("phi4", ["phi-4", "phi-4-mini"].into_iter()), Some("phi-4"));
+        assert_eq!(closest("", ["a"].into_iter()), None);
+    }
+}

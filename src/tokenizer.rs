@@ -57,6 +57,9 @@ impl<'de> Deserialize<'de> for AddBos {
     }
 }
 
+/// Content of a checkpoint's file by name.
+pub type Text<'a> = dyn Fn(&str) -> Result<Option<String>> + 'a;
+
 /// A checkpoint's tokenizer. Cloning it is cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -85,8 +88,16 @@ impl Tokenizer {
     /// `Missing` without a `tokenizer.json`, `Unsupported` if there is a tokenizer of another form only, `Invalid` if
     /// one of the files is broken.
     pub fn load(dir: &Path) -> Result<Self> {
-        let inner = load_vocabulary(dir)?;
-        let files = SpecialFiles::read(dir)?;
+        Self::of(dir, &|name| read_text(&dir.join(name)))
+    }
+
+    /// Reads the tokenizer of the checkpoint `dir`, whose files `text` gives by name; `None` for those that it has not.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::load`] and of `text`.
+    pub fn of(dir: &Path, text: &Text<'_>) -> Result<Self> {
+        let inner = load_vocabulary(dir, text)?;
+        let files = SpecialFiles::read(dir, text)?;
         let bos_id = files.id_of(&inner, "bos_token");
         let eos_id = files.id_of(&inner, "eos_token");
         let mut eos_ids = ids(files.generation.get("eos_token_id"));
@@ -97,7 +108,7 @@ impl Tokenizer {
         let mut seen = Vec::new();
         eos_ids.retain(|id| !seen.contains(id) && (seen.push(*id), true).1);
         let auto_bos = files_want_bos(&files.tokenizer, &inner, bos_id);
-        let chat_template = chat_template(dir, &files.tokenizer)?;
+        let chat_template = chat_template(dir, text, &files.tokenizer)?;
         let (inner, dir) = (Arc::new(inner), dir.to_owned());
         Ok(Self { inner, dir, policy: AddBos::Auto, auto_bos, bos_id, eos_id, eos_ids, chat_template })
     }
@@ -378,8 +389,8 @@ struct SpecialFiles {
 }
 
 impl SpecialFiles {
-    fn read(dir: &Path) -> Result<Self> {
-        let object = |name: &str| read_object(&dir.join(name));
+    fn read(dir: &Path, text: &Text<'_>) -> Result<Self> {
+        let object = |name: &str| read_object(dir, text, name);
         let files = Self {
             tokenizer: object("tokenizer_config.json")?,
             map: object("special_tokens_map.json")?,
@@ -437,16 +448,21 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
     }
 }
 
-fn load_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
+/// The text of a file; `None` if there is no such file.
+fn read_text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", path)(e)),
+    }
+}
+
+fn load_vocabulary(dir: &Path, text: &Text<'_>) -> Result<tokenizers::Tokenizer> {
     let path = dir.join("tokenizer.json");
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(no_vocabulary(dir, path)),
-        Err(e) => return Err(Error::io("read", &path)(e)),
-    };
+    let Some(json) = text("tokenizer.json")? else { return Err(no_vocabulary(dir, path)) };
     let hint = "delete the file and download the checkpoint again; it may be cut off or an LFS pointer";
     let invalid = |problem: String| Error::invalid(&path, format!("not a tokenizer: {problem}"), hint);
-    let read = quietly(|| tokenizers::Tokenizer::from_bytes(&bytes));
+    let read = quietly(|| tokenizers::Tokenizer::from_bytes(&json));
     let read = read.ok_or_else(|| invalid("the library that reads it gives up on a part of it".to_owned()))?;
     let mut inner = read.map_err(|e| invalid(one_line(&e)))?;
     // Some files carry the cutting and padding of the run that wrote them; ours is done in `data/sft.rs`.
@@ -492,15 +508,11 @@ fn no_vocabulary(dir: &Path, path: PathBuf) -> Error {
 }
 
 /// The object in a JSON file; empty if there is no such file.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(e) => return Err(Error::io("read", path)(e)),
-    };
+fn read_object(dir: &Path, text: &Text<'_>, name: &str) -> Result<Map<String, Value>> {
+    let Some(text) = text(name)? else { return Ok(Map::new()) };
     serde_json::from_str(&text)
         .or_else(|e| mend_commas(&text).and_then(|mended| serde_json::from_str(&mended).ok()).ok_or(e))
-        .map_err(|e| Error::invalid(path, format!("not a JSON object: {}", one_line(&e)), MEND))
+        .map_err(|e| Error::invalid(&dir.join(name), format!("not a JSON object: {}", one_line(&e)), MEND))
 }
 
 /// Adds commas between lines and drops those before a closing bracket: published files (Llama 3.2) have such slips.
@@ -512,16 +524,13 @@ fn mend_commas(text: &str) -> Option<String> {
 
 /// `chat_template.jinja`, else `chat_template` of `chat_template.json` or of the config: a text, or a list of which
 /// `default` counts.
-fn chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
-    let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => return Ok(Some((path, text))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io("read", &path)(e)),
+fn chat_template(dir: &Path, text: &Text<'_>, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
+    if let Some(template) = text("chat_template.jinja")? {
+        return Ok(Some((dir.join("chat_template.jinja"), template)));
     }
-    let own = dir.join("chat_template.json");
-    let (path, value) = match read_object(&own)?.remove("chat_template") {
-        Some(value) => (own, Some(value)),
+    let own = read_object(dir, text, "chat_template.json")?.remove("chat_template");
+    let (path, value) = match own {
+        Some(value) => (dir.join("chat_template.json"), Some(value)),
         None => (dir.join("tokenizer_config.json"), config.get("chat_template").cloned()),
     };
     let template = match &value {

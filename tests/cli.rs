@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::util::{Ran, copy_tiny, finetune, litgpt, names, root, tensors, tiny, write_tensors};
+use crate::util::{copy_tiny, finetune, litgpt, names, root, tensors, tiny, write_tensors};
 
 const COMMANDS: [&str; 6] = ["chat", "download", "finetune_lora", "generate", "merge_lora", "validate"];
 
@@ -58,22 +58,79 @@ fn no_arguments_show_the_commands() {
     assert!(COMMANDS.iter().all(|command| ran.stderr.contains(command)), "{}", ran.stderr);
 }
 
-/// A refusal that names what was probably meant.
-fn meant(ran: Ran, typed: &str, meant: &str) {
-    let ran = ran.refused(2, &[typed]);
-    let says = |line: &str| line.contains("similar") || line.contains("did you mean");
-    let suggestion = ran.stderr.lines().find(|line| says(line)).unwrap_or_else(|| panic!("{ran:#?}"));
-    assert!(suggestion.contains(meant), "{suggestion}");
-}
-
 #[test]
 fn typing_mistakes_are_corrected() {
     let dir = tempfile::tempdir().unwrap();
-    meant(litgpt(dir.path(), ["finetune_lora", "x", "--lora_rr", "4"]), "--lora_rr", "--lora_r");
-    meant(litgpt(dir.path(), ["generate", "x", "--temprature", "0"]), "--temprature", "--temperature");
-    meant(litgpt(dir.path(), ["merge_lora", "x", "--outdir", "y"]), "--outdir", "--out_dir");
-    meant(litgpt(dir.path(), ["generat", "x"]), "generat", "generate");
-    assert!(names(dir.path()).is_empty());
+    for (line, typed, intended) in [
+        ("finetune_lora x --lora_rr 4", "--lora_rr", "`--lora_r`"),
+        ("finetune lora x --epochs=3", "--epochs", "`--train.epochs`"),
+        ("finetune_lora x --train.max_step 3", "--train.max_step", "`--train.max_steps`"),
+        ("finetune_lora x --precision bf16-tru", "bf16-tru", "`bf16-true`"),
+        ("finetune_lora x --accelerator cdua", "cdua", "`cuda`"),
+        ("finetune_lora x --train.lr_schedule cosin", "cosin", "`cosine`"),
+        ("finetune_lora x --eval.evaluate_example frist", "frist", "`first`"),
+        ("finetune_lora x --lora_key=flase", "flase", "`false`"),
+        ("finetune_lora x --logger_name tensorbord", "tensorbord", "`tensorboard`"),
+        ("finetune_lora x --data Alpacca", "Alpacca", "`Alpaca`"),
+        ("generate x --temprature 0", "--temprature", "`--temperature`"),
+        ("generate x --quantize bnb.nf44", "bnb.nf44", "nf4"),
+        ("merge_lora x --outdir y", "--outdir", "`--out_dir`"),
+        ("merge_lora x --format ggfu", "ggfu", "`gguf`"),
+        ("generat x", "generat", "`generate`"),
+        ("finetun x", "finetun", "`finetune_lora`"),
+        ("man generat", "generat", "`generate`"),
+        ("completions bsh", "bsh", "`bash`"),
+    ] {
+        let ran = litgpt(dir.path(), line.split(' ')).refused(2, &[typed, "did you mean", intended]);
+        assert!(ran.stderr.lines().count() <= 2, "{ran:#?}");
+    }
+    fs::write(dir.path().join("r.yaml"), "train:\n  epoch: 1\nprecision: bf16-tru\n").unwrap();
+    let says = ["did you mean `train.epochs`?", "did you mean `bf16-true`?"];
+    litgpt(dir.path(), ["finetune_lora", "x", "--config", "r.yaml"]).refused(1, &says);
+    assert_eq!(names(dir.path()), ["r.yaml"]);
+}
+
+/// The shell's own parser takes the script, and it completes commands and flags.
+#[test]
+fn completions_are_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = litgpt(root(), ["completions", shell]).ok().stdout;
+        for word in ["finetune_lora", "merge_lora", "train.max_steps", "gguf"] {
+            assert!(script.contains(word), "{shell}: no {word}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("litgpt.bash"), litgpt(root(), ["completions", "bash"]).ok().stdout).unwrap();
+    let complete = |words: &str, at: usize| {
+        let script = format!(
+            "source litgpt.bash; COMP_WORDS=({words}); COMP_CWORD={at}; _litgpt litgpt \"${{COMP_WORDS[{at}]}}\" \"${{COMP_WORDS[{at} - 1]}}\"; \
+             echo \"${{COMPREPLY[@]}}\""
+        );
+        let output = Command::new("bash").args(["-c", &script]).current_dir(dir.path()).output().ok()?;
+        Some(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    };
+    let Some(found) = complete("litgpt merge", 1) else {
+        eprintln!("skipped: no bash");
+        return;
+    };
+    assert_eq!(found, "merge_lora");
+    assert_eq!(complete("litgpt finetune_lora --train.max_st", 2).unwrap(), "--train.max_steps");
+    assert_eq!(complete("litgpt merge_lora --format ''", 3).unwrap(), "hf gguf litgpt");
+}
+
+#[test]
+fn manual_pages_have_what_the_help_has() {
+    let all = litgpt(root(), ["man"]).ok().stdout;
+    assert!(all.starts_with(".ie") && all.contains(".TH litgpt 1"), "{}", &all[..200]);
+    for command in COMMANDS {
+        assert!(all.replace('\\', "").contains(command), "{command}");
+        let page = litgpt(root(), ["man", command]).ok().stdout.replace('\\', "");
+        let help = help(command);
+        for flag in help.split([' ', '=', '[']).filter(|word| word.starts_with("--") && word.len() > 3) {
+            assert!(page.contains(flag.trim_end_matches([',', '.', ';', ')', '`'])), "{command}: no {flag}");
+        }
+        assert!(page.contains("Example"), "{command}");
+    }
 }
 
 #[test]

@@ -755,6 +755,75 @@ fn pytorch_model_bin() {
     check(cases, 110);
 }
 
+/// A GGUF file of the quickstart's model, made once.
+static GGUF: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().unwrap();
+    let more = "--train.max_steps 1 --eval.max_new_tokens 1";
+    crate::util::finetune(dir.path(), &crate::util::tiny(), more).ok();
+    crate::util::litgpt(dir.path(), ["merge_lora", "out/final", "--out_dir", "m", "--format", "gguf"]).ok();
+    fs::read(dir.path().join("m/model-f16.gguf")).unwrap()
+});
+
+#[test]
+fn gguf_files() {
+    let whole = &*GGUF;
+    let place = |key: &[u8]| whole.windows(key.len()).position(|w| w == key).unwrap() + key.len();
+    let file = |name: String, bytes: Vec<u8>, says: &[&str]| {
+        let says: Vec<&str> = says.iter().copied().chain(["x.gguf"]).collect();
+        Case::new(name, "generate x.gguf --max_new_tokens 2 --prompt x", &says).with("x.gguf", bytes)
+    };
+    let mut cases = Vec::new();
+    let header = place(b"tokenizer.ggml.merges");
+    let lengths = (0..24).chain((1..12).map(|i| header * i / 12)).chain([whole.len() / 2, whole.len() - 9]);
+    cases.extend(lengths.map(|len| file(format!("cut at {len}"), whole[..len].to_vec(), &[])));
+    let changed = |name: &str, at: usize, bytes: &[u8], says: &[&str]| {
+        let mut copy = whole.clone();
+        copy[at..at + bytes.len()].copy_from_slice(bytes);
+        file(name.to_owned(), copy, says)
+    };
+    let huge = u64::MAX.to_le_bytes();
+    cases.push(changed("magic", 0, b"GGML", &["not a GGUF file"]));
+    cases.push(changed("version", 4, &[9], &["version"]));
+    cases.push(changed("tensors without end", 8, &huge, &[]));
+    cases.push(changed("settings without end", 16, &huge, &[]));
+    cases.push(changed("a text without end", 24, &huge, &[]));
+    // Behind a key: four bytes of type, then the value.
+    for (key, value, says) in [
+        ("llama.block_count", [0u8; 4], "llama.block_count"),
+        ("llama.block_count", [0xff; 4], "llama.block_count"),
+        ("llama.embedding_length", [0xff; 4], "embedding_length"),
+        ("llama.attention.head_count", [0; 4], "head_count"),
+        ("llama.attention.head_count", [7, 0, 0, 0], ""),
+        ("llama.attention.head_count_kv", [5, 0, 0, 0], ""),
+        ("llama.feed_forward_length", [0xff; 4], ""),
+        ("llama.context_length", [0; 4], "context_length"),
+        ("llama.attention.layer_norm_rms_epsilon", [0, 0, 0xc0, 0x7f], "epsilon"),
+        ("tokenizer.ggml.bos_token_id", [0xff; 4], "bos_token_id"),
+        ("tokenizer.ggml.eos_token_id", [0xff, 0xff, 0, 0], "eos_token_id"),
+    ] {
+        cases.push(changed(&format!("{key} {value:?}"), place(key.as_bytes()) + 4, &value, &[says]));
+        cases.push(changed(&format!("type of {key}"), place(key.as_bytes()), &[77, 0, 0, 0], &[key]));
+    }
+    // Behind a list's key: its type, that of its elements, their number.
+    for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"] {
+        cases.push(changed(&format!("endless {key}"), place(key.as_bytes()) + 8, &huge, &[key]));
+        cases.push(changed(&format!("lists in {key}"), place(key.as_bytes()) + 4, &[9, 0, 0, 0], &[key]));
+    }
+    // Behind a tensor's name: its dimensions, their sizes, type and place.
+    let tensor = place(b"blk.0.ffn_down.weight");
+    cases.push(changed("dimensions", tensor, &[200, 0, 0, 0], &["blk.0.ffn_down.weight"]));
+    cases.push(changed("no dimension", tensor, &[0; 4], &["blk.0.ffn_down.weight"]));
+    cases.push(changed("huge dimension", tensor + 4, &huge, &["blk.0.ffn_down.weight"]));
+    cases.push(changed("shape", tensor + 4, &[32, 0, 0, 0], &["blk.0.ffn_down.weight"]));
+    cases.push(changed("type", tensor + 20, &[99, 0, 0, 0], &["type 99"]));
+    cases.push(changed("place", tensor + 24, &huge, &["blk.0.ffn_down.weight"]));
+    cases.push(changed("crooked place", tensor + 24, &[1], &["blk.0.ffn_down.weight"]));
+    cases.push(changed("name", tensor - 5, b"other", &["blk.0.ffn_down"]));
+    let weights = whole.len() - 64;
+    cases.push(changed("NaN", weights, &[0, 0, 0xc0, 0x7f].repeat(8), &["not finite"]));
+    check(cases, 60);
+}
+
 #[test]
 fn adapters() {
     let whole = text(&TRAINED, "adapter_config.json");

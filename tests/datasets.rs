@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex};
 use ring::digest;
 use serde_json::json;
 
-use crate::util::{Ran, litgpt_in, page, root, serve, status, tiny};
+use litgpt::data::DATASETS;
+use litgpt::train::settings::DATA_MODULES;
+
+use crate::util::{Ran, litgpt, litgpt_in, page, root, serve, status, tiny};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -142,6 +145,35 @@ fn known_datasets_come_from_their_repositories() {
     for folder in ["deita/data", "alpaca2k", "flan", "lima"] {
         assert!(dir.path().join("data").join(folder).is_dir(), "{folder}");
     }
+}
+
+#[test]
+fn names_never_lead_out_of_the_folder() {
+    let hub = Hub::new(vec![
+        ("org/up", "x/../../train.jsonl", b"{}".to_vec()),
+        ("org/drive", "C:x/train.jsonl", b"{}".to_vec()),
+        ("org/stream", "data/a:b/train.jsonl", b"{}".to_vec()),
+    ]);
+    let dir = tempfile::tempdir().unwrap();
+    let online = [("HF_ENDPOINT", hub.address.as_str())];
+    for data in ["org/up", "org/drive", "org/stream"] {
+        step(dir.path(), &online, &format!("--data {data}")).refused(1, &["outside its folder", "check HF_ENDPOINT"]);
+    }
+    assert!(hub.asked.lock().unwrap().iter().all(|path| path.starts_with("/api/")));
+}
+
+/// The registry, the settings and the help know the same datasets.
+#[test]
+fn datasets_are_the_same_everywhere() {
+    let known: Vec<_> = DATASETS.iter().map(|kind| kind.name).collect();
+    let mut settings: Vec<_> = DATA_MODULES.iter().map(|module| module.name).collect();
+    settings.sort_unstable();
+    assert_eq!(known, settings);
+    let dir = tempfile::tempdir().unwrap();
+    let help = litgpt(dir.path(), ["finetune", "lora", "--help"]).ok().stdout;
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let list = known.iter().filter(|name| **name != "Hub").copied().collect::<Vec<_>>().join(", ");
+    assert!(help.contains(&format!("Data module: {list};")), "{list}");
 }
 
 #[test]

@@ -30,13 +30,14 @@ const ADAPTER_FILES: [&str; 12] = [
     "training_state.json",
     "training_state.safetensors",
 ];
-const COLUMNS: [&str; 13] = [
+const COLUMNS: [&str; 14] = [
     "epoch",
     "grad_norm",
     "iter",
     "iter_time",
     "learning_rate",
     "loss",
+    "memory",
     "skipped",
     "step",
     "tokens",

@@ -7,12 +7,14 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
-use litgpt::checkpoint::Checkpoint;
+use litgpt::checkpoint::convert::Export;
+use litgpt::checkpoint::write::Staging;
+use litgpt::checkpoint::{Checkpoint, Dtype};
 use litgpt::model::Gpt;
 use litgpt::ops::weight::Store;
 use litgpt::tokenizer::Tokenizer;
 
-use crate::util::{copy_tiny, finetune, floats, litgpt, tensors, tiny};
+use crate::util::{copy_tiny, finetune, floats, greedy, litgpt, tensors, tiny};
 
 /// Heads of queries and of keys of the quickstart's model, and channels of a head.
 const HEADS: [usize; 2] = [6, 2];
@@ -143,16 +145,99 @@ fn another_program_computes_the_same_logits() {
     gpt.prepare(ids.len());
     let want = gpt.next_logits(&ids, &mut gpt.cache()).to_vec();
     let scale = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    for (elements, share) in [("f16", 0.002), ("q8_0", 0.02)] {
-        gguf(dir.path(), elements);
-        let (content, mut file) = open(dir.path(), elements);
-        let mut theirs = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-        let input = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let got: Vec<f32> = theirs.forward(&input, 0).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        let off = want.iter().zip(&got).fold(0.0f32, |m, (w, g)| m.max((w - g).abs()));
-        println!("{elements}: {off} of {scale}");
-        assert!(off <= share * scale, "{elements}: logits up to {scale} differ by {off}");
+    gguf(dir.path(), "f16");
+    let (content, mut file) = open(dir.path(), "f16");
+    let mut theirs = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
+    let input = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let got: Vec<f32> = theirs.forward(&input, 0).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let off = want.iter().zip(&got).fold(0.0f32, |m, (w, g)| m.max((w - g).abs()));
+    assert!(off <= 0.002 * scale, "logits up to {scale} differ by {off}");
+}
+
+/// Logits behind a prompt, of the checkpoint at `path`.
+fn logits(path: &Path) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| ()).unwrap();
+    let ids = Tokenizer::of(path, &|name| checkpoint.companion(name)).unwrap();
+    let ids = ids.encode_prompt("Describe a fox that lives in the forest.").unwrap();
+    gpt.prepare(ids.len());
+    gpt.next_logits(&ids, &mut gpt.cache()).to_vec()
+}
+
+#[test]
+fn logits_of_a_file_are_those_of_the_folder() {
+    let dir = merged();
+    litgpt(dir.path(), ["merge_lora", "out/final", "--out_dir", "half", "--precision", "16-true"]).ok();
+    gguf(dir.path(), "f16");
+    assert!(logits(&dir.path().join("f16")) == logits(&dir.path().join("half")), "f16 is exact");
+    gguf(dir.path(), "q8_0");
+    let (want, got) = (logits(&dir.path().join("merged")), logits(&dir.path().join("q8_0/model-q8_0.gguf")));
+    let scale = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let off = want.iter().zip(&got).fold(0.0f32, |m, (w, g)| m.max((w - g).abs()));
+    assert!(off > 0.0 && off <= 0.01 * scale, "logits up to {scale} differ by {off}");
+}
+
+/// Folder to file in f16 and back to a folder.
+#[test]
+fn a_round_trip_gives_the_same_tensors_and_tokens() {
+    let dir = merged();
+    litgpt(dir.path(), ["merge_lora", "out/final", "--out_dir", "half", "--precision", "16-true"]).ok();
+    gguf(dir.path(), "f16");
+    let checkpoint = Checkpoint::open(&dir.path().join("f16/model-f16.gguf")).unwrap();
+    let staging = Staging::new(&dir.path().join("back")).unwrap();
+    let export = Export { checkpoint: &checkpoint, adapters: None, dtype: Some(Dtype::F16) };
+    export.hugging_face(&staging, &mut |_| ()).unwrap();
+    staging.commit().unwrap();
+    let read = |name: &str| tensors(&dir.path().join(name).join("model.safetensors"));
+    assert!(read("back") == read("half"), "every tensor has its name, shape and bits");
+    let config = |name: &str| Checkpoint::open(&dir.path().join(name)).unwrap().config;
+    assert_eq!(config("back"), config("half"));
+    let tokenizers = ["back", "half"].map(|name| Tokenizer::load(&dir.path().join(name)).unwrap());
+    assert_eq!(tokenizers[0].eos_ids(), tokenizers[1].eos_ids());
+    for text in TEXTS {
+        let [back, half] = tokenizers.each_ref().map(|t| t.encode_prompt(text).unwrap());
+        assert_eq!(back, half, "{text}");
+        assert_eq!(tokenizers[0].decode(&back).unwrap(), tokenizers[1].decode(&half).unwrap());
     }
+}
+
+const TEXTS: [&str; 10] = [
+    "",
+    "The quick brown fox, 12345 times; don't stop!",
+    "  two  blanks\tand\n\nlines \r\n",
+    "Größe, naïve, e\u{301}tude, ﬁnal",
+    "Быстрая лиса",
+    "敏捷的狐狸、すばやい狐 빠른 여우",
+    "سريع الثعلب שועל हिन्दी ไทย",
+    "🦊👩‍👩‍👧 ½ ² ∑",
+    "</s>mid <s> text<s>",
+    "fn main() { let x = 0xff; }",
+];
+
+#[test]
+fn a_file_is_trained_on_merged_and_refused_when_broken() {
+    let dir = merged();
+    gguf(dir.path(), "q8_0");
+    let file = dir.path().join("q8_0/model-q8_0.gguf");
+    let again = dir.path().join("again");
+    fs::create_dir(&again).unwrap();
+    finetune(&again, &file, "").ok();
+    litgpt(&again, ["merge_lora", "out/final", "--out_dir", "whole"]).ok();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        assert!(again.join("whole").join(name).is_file(), "{name}");
+    }
+    let prompt = "Describe a fox.";
+    assert_eq!(greedy(&again, "whole", prompt), greedy(&again, "out/final", prompt));
+    let bytes = fs::read(&file).unwrap();
+    for (len, part) in [(3, "not a GGUF file"), (100, "beyond the end"), (bytes.len() - 9, "beyond the end")] {
+        fs::write(again.join("cut.gguf"), &bytes[..len]).unwrap();
+        litgpt(&again, ["generate", "--checkpoint_dir", "cut.gguf", "--prompt", "x"]).refused(1, &["cut.gguf", part]);
+    }
+    let at = bytes.windows(5).position(|w| w == b"llama").unwrap();
+    let other = [&bytes[..at], b"gemma", &bytes[at + 5..]].concat();
+    fs::write(again.join("other.gguf"), other).unwrap();
+    litgpt(&again, ["generate", "--checkpoint_dir", "other.gguf", "--prompt", "x"])
+        .refused(1, &["`general.architecture` gemma", "qwen3"]);
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod golden_litgpt;
 mod kernels;
 mod layering;
 mod pains;
+mod quantized;
 mod recipes;
 mod report;
 mod resume;

@@ -154,7 +154,23 @@ fn tensorboard_gets_what_the_metrics_have() {
 #[test]
 fn other_loggers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    finetune(dir.path(), &tiny(), "--logger_name wandb").refused(2, &["logger_name", "csv, tensorboard", "wandb"]);
+    let says = ["logger_name", "csv, tensorboard, none", "got `wandb`", "wandb sync"];
+    finetune(dir.path(), &tiny(), "--logger_name wandb").refused(2, &says);
+    finetune(dir.path(), &tiny(), "--logger_name mlflow").refused(2, &["logger_name", "mlflow"]);
+}
+
+#[test]
+fn without_a_logger_there_is_the_adapter_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let run =
+        |more: &str| finetune(dir.path(), &tiny(), &format!("--train.save_interval 2 --train.max_steps 4 {more}")).ok();
+    run("--logger_name none");
+    assert_eq!(names(&out), [".lock", "best", "final", "latest", "step-000002", "step-000004"]);
+    // A logger that comes later begins where it came.
+    run("--resume out/step-000002");
+    assert_eq!(column(&out, "step")[0], 3.0);
+    assert!(out.join("report.html").is_file());
 }
 
 /// Names of a page's elements; each is closed in its turn, and nothing comes from elsewhere.
@@ -191,17 +207,20 @@ fn the_page_has_curves_settings_and_answers() {
     let addresses = page.matches("http").count();
     assert_eq!(addresses, page.matches("http://www.w3.org/2000/svg").count(), "only the name of SVG");
     let count = |name: &str| elements.iter().filter(|element| *element == name).count();
-    assert_eq!((count("svg"), count("polyline"), count("table")), (2, 3, 2), "two charts, three curves");
+    assert_eq!((count("svg"), count("polyline"), count("table")), (4, 5, 1), "four charts, five curves");
     let points: Vec<usize> =
         page.split("points=\"").skip(1).map(|p| p.split('"').next().unwrap().split(' ').count()).collect();
-    assert_eq!(points, [4, column(&out, "val_loss").len(), 4]);
+    assert_eq!(points, [4, column(&out, "val_loss").len(), 4, 4, 4]);
     for (name, value) in [("loss", column(&out, "loss")), ("val_loss", column(&out, "val_loss"))] {
         let last = value.last().unwrap();
         assert!(page.contains(&format!("{name}, last {last:.4}")), "{name} {last}");
     }
     let row = |key: &str, value: &str| page.contains(&format!("<tr><th>{key}</th><td>{value}</td></tr>"));
-    assert!(row("lora_r", "3") && row("train.max_steps", "4") && row("Optimizer steps", "4") && row("End", "finished"));
-    assert!(row("Last validation loss", &format!("{:.4}", column(&out, "val_loss").last().unwrap())));
+    assert!(row("lora_r", "3") && row("train.max_steps", "4"));
+    let figure = |key: &str, value: &str| page.contains(&format!("<dt>{key}</dt><dd>{value}</dd>"));
+    assert!(figure("Optimizer steps", "4") && figure("End", "finished"));
+    assert!(figure("Last validation loss", &format!("{:.4}", column(&out, "val_loss").last().unwrap())));
+    assert!(page.contains("@media(prefers-color-scheme:dark)"));
     assert!(page.contains("<h3>After step 4</h3>\n<pre>") && !page.contains("access_token"));
     // A resumed run's page shows the steps before it, too.
     fs::remove_file(out.join("report.html")).unwrap();

@@ -174,12 +174,13 @@ pub fn result(out: &Path) -> [Vec<u8>; 2] {
         .map(|name| fs::read(out.join("final").join(name)).unwrap())
 }
 
-/// The rows of a metrics file without the columns that hold durations.
+/// The rows of a metrics file without the columns that hold durations and memory.
 pub fn losses(out: &Path) -> Vec<BTreeMap<String, String>> {
     let mut rows = metrics(out);
     for row in &mut rows {
         row.remove("iter_time");
         row.remove("tokens_per_s");
+        row.remove("memory");
     }
     rows
 }

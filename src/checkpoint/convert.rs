@@ -4,19 +4,17 @@
 
 use super::litgpt::{self, Qkv};
 use super::merge::check_finite;
-use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::write::{SHARD, Staging, TensorInfo, sharded};
 use super::{Checkpoint, Dtype, Layout, pickle};
 use crate::error::{Error, Result};
 use crate::model::families::{HfConfig, Piece, Slot, slots};
 use crate::model::{Gpt, Source};
 use crate::ops::weight::Data;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
-/// Bytes of tensors in a safetensors file, after which the next one begins.
-const SHARD: usize = 5_000_000_000;
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -32,10 +30,17 @@ pub struct Export<'a> {
 }
 
 /// A tensor of the result.
-struct Target {
-    info: TensorInfo,
+pub(super) struct Target {
+    pub(super) info: TensorInfo,
     width: usize,
     parts: Vec<Part>,
+}
+
+impl Target {
+    /// Whether it is the matrix of a block's projections.
+    pub(super) fn is_projection(&self) -> bool {
+        self.info.shape.len() == 2 && self.parts.iter().all(|part| part.name.starts_with("model.layers."))
+    }
 }
 
 /// A tensor of ours, or some rows of it, within a [`Target`].
@@ -69,7 +74,7 @@ impl Export<'_> {
 
     fn dtype_of(&self, name: &str) -> Result<Dtype> {
         let piece = self.checkpoint.locate(self.source(name)).swap_remove(0);
-        Ok(self.dtype.unwrap_or(self.checkpoint.raw(&piece.tensor)?.dtype))
+        Ok(self.dtype.unwrap_or(self.checkpoint.dtype(&piece.tensor)?))
     }
 
     /// Our tensors of the result: the model's, and the head if adapters untie it.
@@ -83,7 +88,7 @@ impl Export<'_> {
     }
 
     /// The tensors of a folder of `layout`.
-    fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
+    pub(super) fn targets(&self, layout: Layout) -> Result<Vec<Target>> {
         let mut targets: Vec<Target> = Vec::new();
         for slot in self.slots() {
             let (rows, width) = if slot.vector { (slot.cols, 1) } else { (slot.rows, slot.cols) };
@@ -112,7 +117,7 @@ impl Export<'_> {
         Ok(targets)
     }
 
-    fn content(&self, target: &Target) -> Result<Vec<u8>> {
+    pub(super) fn content(&self, target: &Target) -> Result<Vec<u8>> {
         let row = target.width * target.info.dtype.size();
         let mut out = vec![0; target.info.bytes()];
         for part in &target.parts {
@@ -137,8 +142,8 @@ impl Export<'_> {
         let source = self.source(name);
         let merge = name.strip_suffix(".weight").and_then(|module| self.adapted(module));
         let pieces = self.checkpoint.locate(source);
-        if merge.is_none() && self.checkpoint.raw(&pieces[0].tensor)?.dtype == dtype {
-            return self.bytes(&pieces, dtype);
+        if merge.is_none() && self.checkpoint.dtype(&pieces[0].tensor)? == dtype {
+            return self.bytes(&pieces);
         }
         let mut data = Data::F32(Vec::new());
         self.checkpoint.append(source, 1, width.max(1), &mut data)?;
@@ -151,17 +156,16 @@ impl Export<'_> {
     }
 
     /// The bytes of `pieces`, below one another.
-    fn bytes(&self, pieces: &[Piece], dtype: Dtype) -> Result<Cow<'_, [u8]>> {
+    fn bytes(&self, pieces: &[Piece]) -> Result<Cow<'_, [u8]>> {
         if let [Piece { tensor, rows: None }] = pieces {
             return Ok(self.checkpoint.raw(tensor)?.bytes);
         }
         let mut out = Vec::new();
         for piece in pieces {
             let raw = self.checkpoint.raw(&piece.tensor)?;
-            let row = raw.shape.get(1).copied().unwrap_or(1) * dtype.size();
             match &piece.rows {
                 None => out.extend_from_slice(&raw.bytes),
-                Some(rows) => rows.iter().for_each(|r| out.extend_from_slice(&raw.bytes[r.start * row..r.end * row])),
+                Some(rows) => out.extend_from_slice(&raw.rows(rows)),
             }
         }
         Ok(out.into())
@@ -181,34 +185,11 @@ impl Export<'_> {
     /// When a file cannot be read or written.
     pub fn hugging_face(&self, staging: &Staging, progress: &mut dyn FnMut(&str)) -> Result<()> {
         let targets = self.targets(Layout::HuggingFace)?;
-        let mut shards: Vec<Vec<&Target>> = vec![Vec::new()];
-        let mut bytes = 0;
-        for target in &targets {
-            if bytes > 0 && bytes + target.info.bytes() > SHARD {
-                shards.push(Vec::new());
-                bytes = 0;
-            }
-            bytes += target.info.bytes();
-            shards.last_mut().expect("it starts with one").push(target);
-        }
-        let mut map = Map::new();
-        for (i, shard) in shards.iter().enumerate() {
-            let file = match shards.len() {
-                1 => "model.safetensors".to_owned(),
-                n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-            };
-            let infos: Vec<TensorInfo> = shard.iter().map(|t| t.info.clone()).collect();
-            map.extend(infos.iter().map(|info| (info.name.clone(), json!(file))));
-            safetensors(&staging.dir().join(&file), &infos, |index| {
-                progress(&infos[index].name);
-                self.content(shard[index])
-            })?;
-        }
-        if shards.len() > 1 {
-            let total: usize = targets.iter().map(|t| t.info.bytes()).sum();
-            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-            staging.write("model.safetensors.index.json", format!("{index:#}").as_bytes())?;
-        }
+        let entries: Vec<_> = targets.iter().map(|target| target.info.entry()).collect();
+        sharded(staging, SHARD, &entries, |index| {
+            progress(&entries[index].name);
+            self.content(&targets[index])
+        })?;
         self.companions(staging)
     }
 
@@ -252,9 +233,17 @@ impl Export<'_> {
 
     /// Copies tokenizer and generation files, and config.json with what became different.
     fn companions(&self, staging: &Staging) -> Result<()> {
-        staging.copy(&self.checkpoint.dir, COMPANIONS)?;
+        self.companions_with(staging, &[])
+    }
+
+    /// The same with `more` keys in config.json.
+    pub(super) fn companions_with(&self, staging: &Staging, more: &[(&str, Value)]) -> Result<()> {
+        self.checkpoint.companions(staging)?;
         let (checkpoint, hf) = (self.checkpoint, &self.checkpoint.hf);
         let mut keys = hf.keys().clone();
+        // Weights in few bits are written in whole, unless `more` says otherwise.
+        keys.remove("quantization_config");
+        keys.extend(more.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
         let stated = (checkpoint.family.config)(&HfConfig::of(hf.path(), keys.clone()))?;
         if stated.tie_embeddings != self.tied() {
             keys.insert("tie_word_embeddings".to_owned(), Value::Bool(self.tied()));
@@ -263,13 +252,8 @@ impl Export<'_> {
             keys.insert("vocab_size".to_owned(), json!(checkpoint.config.vocab_size));
         }
         if let Some(dtype) = self.dtype {
-            let name = match dtype {
-                Dtype::F32 => "float32",
-                Dtype::Bf16 => "bfloat16",
-                Dtype::F16 => "float16",
-            };
             let key = if keys.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            keys.insert(key.to_owned(), json!(name));
+            keys.insert(key.to_owned(), json!(dtype.long_name()));
         }
         if !checkpoint.dir.join("config.json").is_file() || keys != *hf.keys() {
             staging.write("config.json", format!("{:#}", Value::Object(keys)).as_bytes())?;
@@ -287,7 +271,8 @@ pub fn litgpt_name(checkpoint: &Checkpoint, dir: &Path) -> String {
         return name;
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    let name = absolute.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let last = if absolute.is_file() { absolute.file_stem() } else { absolute.file_name() };
+    let name = last.unwrap_or_default().to_string_lossy().into_owned();
     let config = &checkpoint.config;
     if config.norm_unit_offset {
         let name = name.replace("codegemma", "CodeGemma").replace("gemma", "Gemma");

@@ -25,7 +25,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use ring::digest;
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, edit_distance};
 
 const ENDPOINT: &str = "https://huggingface.co";
 const MODELS: &str = include_str!("../../data/models.tsv");
@@ -735,24 +735,10 @@ fn repo_refusal(hub: &Hub, answer: &Answer, repo: &Repo, repo_id: &str) -> Error
 fn nearest_model(repo_id: &str) -> Option<&'static str> {
     let wanted = repo_id.to_lowercase();
     let name_of = |id: &str| id.rsplit('/').next().unwrap_or_default().to_lowercase();
-    let distance = |id: &str| if name_of(id) == name_of(&wanted) { 1 } else { edits(&id.to_lowercase(), &wanted) };
+    let distance =
+        |id: &str| if name_of(id) == name_of(&wanted) { 1 } else { edit_distance(&id.to_lowercase(), &wanted) };
     let (name, distance) = models().map(|(id, _)| (id, distance(id))).min_by_key(|&(_, distance)| distance)?;
     (distance <= (wanted.len() / 6).max(2)).then_some(name)
-}
-
-/// Levenshtein's distance.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let change = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// What the Hub says about a repository at a revision.

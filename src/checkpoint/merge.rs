@@ -5,7 +5,7 @@
 //! adapted or not. The folder then computes what the unmerged adapter does, but for the rounding to the base's dtype.
 
 use super::convert::Export;
-use super::write::{COMPANIONS, Staging, TensorInfo, safetensors};
+use super::write::{Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
@@ -26,7 +26,7 @@ pub fn merge(
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let safetensors_only = checkpoint.files().keys().all(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    if checkpoint.layout != Layout::HuggingFace || !safetensors_only {
+    if checkpoint.layout != Layout::HuggingFace || !safetensors_only || checkpoint.quantizer().is_some() {
         return Export { checkpoint, adapters: Some(gpt), dtype }.hugging_face(staging, progress);
     }
     let changes = adapter::changes(checkpoint, gpt);
@@ -62,7 +62,7 @@ pub fn merge(
             Ok(to.encode(&weight))
         })?;
     }
-    staging.copy(&checkpoint.dir, COMPANIONS)?;
+    checkpoint.companions(staging)?;
     staging.copy(&checkpoint.dir, &["model.safetensors.index.json"])?;
     if let Some(dtype) = dtype {
         record_dtype(staging, dtype)?;
@@ -97,14 +97,9 @@ fn edit(staging: &Staging, name: &str, change: impl FnOnce(&mut Value)) -> Resul
 
 /// config.json of a model in another dtype than its base; transformers 5 calls the key `dtype`.
 fn record_dtype(staging: &Staging, dtype: Dtype) -> Result<()> {
-    let name = match dtype {
-        Dtype::F32 => "float32",
-        Dtype::Bf16 => "bfloat16",
-        Dtype::F16 => "float16",
-    };
     edit(staging, "config.json", |json| {
         let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
-        json[key] = Value::from(name);
+        json[key] = Value::from(dtype.long_name());
     })
 }
 

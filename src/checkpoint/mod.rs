@@ -1,10 +1,11 @@
-//! Checkpoint folders, read in place: Hugging Face's (config.json, tokenizer files, safetensors or pytorch_model.bin,
-//! with or without an index) and LitGPT's (lit_model.pth; names and settings in `litgpt`). Adapters are in `adapter`,
-//! merging in `merge`, GGUF in `gguf`, turning one kind of folder into the other in `convert`, writing in `write`, names
-//! that stand for a folder in `pointer`, the Hub in `hub`.
+//! Checkpoints, read in place: Hugging Face's folders (config.json, tokenizer files, safetensors or pytorch_model.bin,
+//! with or without an index, in few bits as bitsandbytes keeps them: `bnb`), LitGPT's (lit_model.pth; names and settings
+//! in `litgpt`) and GGUF files (in `gguf`). Adapters are in `adapter`, merging in `merge`, turning one kind of checkpoint
+//! into the other in `convert`, writing in `write`, names that stand for a folder in `pointer`, the Hub in `hub`.
 
 pub mod adapter;
 mod archive;
+pub mod bnb;
 pub mod convert;
 pub mod gguf;
 pub mod hub;
@@ -16,11 +17,12 @@ mod safe;
 pub mod state;
 pub mod write;
 
-pub use safe::{Dtype, Raw};
+pub use safe::{Dtype, Elements, Raw};
 
 use crate::error::{Error, Result};
 use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
 use crate::model::{Config, Source};
+use crate::ops::quantized::{Codes, Quantizer};
 use crate::ops::rope::Scaling;
 use crate::ops::weight::Data;
 use half::slice::HalfFloatSliceExt;
@@ -28,8 +30,10 @@ use half::{bf16, f16};
 use litgpt::Qkv;
 use rayon::prelude::*;
 use safe::Shards;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use write::{COMPANIONS, Staging};
 
 const AGAIN: &str = "download the checkpoint again; what is complete is kept";
 
@@ -40,12 +44,17 @@ pub enum Layout {
     HuggingFace,
     /// As LitGPT has all families.
     Litgpt(Qkv),
+    /// As llama.cpp has all families.
+    Gguf {
+        /// Whether rows of queries and keys stand in pairs, as its `llama` has them.
+        interleaved: bool,
+    },
 }
 
-/// An open checkpoint folder.
+/// An open checkpoint.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// The folder.
+    /// The folder, or the GGUF file.
     pub dir: PathBuf,
     /// Its architecture.
     pub config: Config,
@@ -56,6 +65,8 @@ pub struct Checkpoint {
     /// Its config.json, or what it would be.
     pub hf: HfConfig,
     shards: Shards,
+    /// Contents of the files that a GGUF file stands for, by name.
+    embedded: BTreeMap<&'static str, String>,
 }
 
 /// Tensors of a file that say nothing about the weights.
@@ -66,12 +77,15 @@ fn ignorable(name: &str, config: &Config) -> bool {
 }
 
 impl Checkpoint {
-    /// Opens the folder at `dir` and checks every tensor's presence and shape.
+    /// Opens the folder or GGUF file at `dir` and checks every tensor's presence and shape.
     ///
     /// # Errors
     /// When a file is missing or broken, the architecture is unknown, or tensors are missing, unknown or of another
     /// shape; all of them are listed.
     pub fn open(dir: &Path) -> Result<Self> {
+        if let Some(file) = gguf_file(dir)? {
+            return Self::open_gguf(&file);
+        }
         if !dir.is_dir() {
             let hint = "`litgpt download REPO` fetches a model; `--checkpoint_dir` takes its folder".to_owned();
             return Err(Error::Missing { what: "checkpoint folder".to_owned(), path: dir.to_owned(), hint });
@@ -79,13 +93,37 @@ impl Checkpoint {
         if litgpt_only(dir) { Self::open_litgpt(dir) } else { Self::open_hf(dir) }
     }
 
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let (shards, metadata) = Shards::gguf(path)?;
+        let keys = gguf::describe(&metadata, &shards)?;
+        let text = format!("{:#}", serde_json::Value::Object(keys.clone()));
+        let hf = HfConfig::of(path, keys);
+        let family = by_config(&hf)?;
+        let config = (family.config)(&hf)?;
+        let mut embedded = gguf::files(&metadata, config.vocab_size, config.block_size)?;
+        embedded.insert("config.json", text);
+        let layout = Layout::Gguf { interleaved: hf.model_type()? == "llama" };
+        let checkpoint = Self { dir: path.to_owned(), config, family, layout, hf, shards, embedded };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
     fn open_hf(dir: &Path) -> Result<Self> {
         let hf = HfConfig::read(&dir.join("config.json"))?;
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
+        bnb::check_method(hf.get("quantization_config"), hf.path())?;
         let shards = Shards::open(dir)?;
-        let checkpoint = Self { dir: dir.to_owned(), config, family, layout: Layout::HuggingFace, hf, shards };
+        let checkpoint = Self {
+            dir: dir.to_owned(),
+            config,
+            family,
+            layout: Layout::HuggingFace,
+            hf,
+            shards,
+            embedded: BTreeMap::new(),
+        };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -109,7 +147,7 @@ impl Checkpoint {
         config.tie_embeddings = shards.get(head).is_err() || shards.equal(embedding, head);
         let old = shards.names().any(|n| n.contains(".attn.attn."));
         let layout = Layout::Litgpt(if old { Qkv::Interleaved } else { Qkv::Below });
-        let checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards };
+        let checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards, embedded: BTreeMap::new() };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -126,6 +164,7 @@ impl Checkpoint {
         match layout {
             Layout::HuggingFace => (self.family.locate)(&self.config, name),
             Layout::Litgpt(qkv) => litgpt::locate(&self.config, qkv, name),
+            Layout::Gguf { interleaved } => gguf::locate(&self.config, interleaved, name),
         }
     }
 
@@ -137,8 +176,8 @@ impl Checkpoint {
             let (mut elements, before) = (0, problems.len());
             for piece in &pieces {
                 used.insert(piece.tensor.clone());
-                match self.shards.get(&piece.tensor) {
-                    Ok(raw) => match self.piece_elements(piece, &raw, &slot) {
+                match self.shards.info(&piece.tensor) {
+                    Ok((_, shape)) => match self.piece_elements(piece, shape, &slot) {
                         Ok(n) => elements += n,
                         Err(problem) => problems.push(problem),
                     },
@@ -149,11 +188,14 @@ impl Checkpoint {
                 let shape =
                     if slot.vector { format!("({})", slot.cols) } else { format!("({}, {})", slot.rows, slot.cols) };
                 let names: Vec<&str> = pieces.iter().map(|p| p.tensor.as_str()).collect();
-                problems.push(format!("tensor `{}` does not give {shape}, as config.json wants", names.join("`, `")));
+                let (names, by) = (names.join("`, `"), self.described());
+                problems.push(format!("tensor `{names}` does not give {shape}, as {by} wants"));
             }
         }
-        for name in self.shards.names().filter(|n| !used.contains(*n) && !ignorable(n, &self.config)) {
-            problems.push(format!("tensor `{name}` has no place in the architecture of config.json"));
+        let frequencies = |name: &str| matches!(self.layout, Layout::Gguf { .. }) && name == gguf::FREQUENCIES;
+        let unknown = |name: &&str| !used.contains(*name) && !ignorable(name, &self.config) && !frequencies(name);
+        for name in self.shards.names().filter(unknown) {
+            problems.push(format!("tensor `{name}` has no place in the architecture of {}", self.described()));
         }
         self.report(problems)
     }
@@ -168,22 +210,31 @@ impl Checkpoint {
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
-        let what = format!("`{}` does not hold what its config.json describes", self.dir.display());
+        let what = format!("`{}` does not hold what its {} describes", self.dir.display(), self.described());
         Err(Error::Mismatch { what, problems, hint: AGAIN.to_owned() })
     }
 
-    /// Elements that a piece gives, if its tensor has the shape for it.
-    fn piece_elements(&self, piece: &Piece, raw: &Raw<'_>, slot: &Slot) -> std::result::Result<usize, String> {
+    /// What says the architecture.
+    fn described(&self) -> &'static str {
+        if matches!(self.layout, Layout::Gguf { .. }) { "metadata" } else { "config.json" }
+    }
+
+    /// Elements that a piece gives, if its tensor has the `shape` for it.
+    fn piece_elements(&self, piece: &Piece, shape: &[usize], slot: &Slot) -> std::result::Result<usize, String> {
         let wrong =
-            || format!("tensor `{}` has the shape {:?}, which config.json does not give", piece.tensor, raw.shape);
+            || format!("tensor `{}` has the shape {shape:?}, which {} does not give", piece.tensor, self.described());
         let dims = if slot.vector { 1 } else { 2 };
-        if raw.shape.len() != dims || (!slot.vector && raw.shape[1] != slot.cols) {
+        if shape.len() != dims || (!slot.vector && shape[1] != slot.cols) {
             return Err(wrong());
         }
         let width = if slot.vector { 1 } else { slot.cols };
+        // No other tensor of ours has the other rows there.
+        if matches!(self.layout, Layout::Gguf { .. }) && shape[0] * width != slot.rows * slot.cols {
+            return Err(wrong());
+        }
         match &piece.rows {
-            None => Ok(raw.shape[0] * width),
-            Some(rows) if rows.iter().all(|r| r.end <= raw.shape[0]) => Ok(rows.iter().map(|r| r.len() * width).sum()),
+            None => Ok(shape[0] * width),
+            Some(rows) if rows.iter().all(|r| r.end <= shape[0]) => Ok(rows.iter().map(|r| r.len() * width).sum()),
             Some(_) => Err(wrong()),
         }
     }
@@ -194,6 +245,54 @@ impl Checkpoint {
     /// When there is none.
     pub fn raw(&self, name: &str) -> Result<Raw<'_>> {
         self.shards.get(name)
+    }
+
+    /// Dtype of the tensor `name` of the files.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.shards.info(name)?.0)
+    }
+
+    /// How its matrices are quantized, where the files have them in few bits of bitsandbytes.
+    #[must_use]
+    pub fn quantizer(&self) -> Option<Quantizer> {
+        self.shards.quantizer()
+    }
+
+    /// Content of the file `name` that belongs to the model whatever its weights are, if it has one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn companion(&self, name: &str) -> Result<Option<String>> {
+        if matches!(self.layout, Layout::Gguf { .. }) {
+            return Ok(self.embedded.get(name).cloned());
+        }
+        let path = self.dir.join(name);
+        match std::fs::read_to_string(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            text => text.map(Some).map_err(Error::io("read", &path)),
+        }
+    }
+
+    /// All those files.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn companion_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let mut files = write::read(&self.dir, COMPANIONS)?;
+        files.extend(self.embedded.iter().map(|(name, content)| (*name, content.as_bytes().to_vec())));
+        Ok(files)
+    }
+
+    /// Puts all those files into `staging`.
+    ///
+    /// # Errors
+    /// When one cannot be read or written.
+    pub fn companions(&self, staging: &Staging) -> Result<()> {
+        staging.copy(&self.dir, COMPANIONS)?;
+        self.embedded.iter().try_for_each(|(name, content)| staging.write(name, content.as_bytes()))
     }
 
     /// The files that hold the tensors, with the names of each in the order of their data.
@@ -257,6 +356,30 @@ fn check_numbers(config: &Config, hf: &HfConfig) -> Result<()> {
     if problems.is_empty() { Ok(()) } else { Err(Error::invalid(hf.path(), problems.join("; "), hint)) }
 }
 
+/// The GGUF file that `path` means: itself, or the one that is its only weights.
+///
+/// # Errors
+/// When there are several.
+pub fn gguf_file(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.is_dir() || Shards::present(path) || path.join(litgpt::WEIGHTS).is_file() {
+        return Ok(path.is_file().then(|| path.to_owned()));
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(Error::io("read", path))? {
+        let file = entry.map_err(Error::io("read", path))?.path();
+        files.extend(Some(file).filter(|file| file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))));
+    }
+    files.sort();
+    match files.as_slice() {
+        [] => Ok(None),
+        [file] => Ok(Some(file.clone())),
+        [first, ..] => {
+            let message = format!("`{}` holds {} GGUF files", path.display(), files.len());
+            Err(Error::refused(message, format!("name one of them, as --checkpoint_dir {}", first.display())))
+        }
+    }
+}
+
 /// Whether a folder's only weights are LitGPT's.
 #[must_use]
 pub fn litgpt_only(dir: &Path) -> bool {
@@ -264,18 +387,27 @@ pub fn litgpt_only(dir: &Path) -> bool {
 }
 
 impl Source for Checkpoint {
+    fn codes(&self, name: &str) -> Result<Option<Codes>> {
+        let pieces = self.locate(name);
+        let [Piece { tensor, rows }] = pieces.as_slice() else { return Ok(None) };
+        let codes = self.shards.codes(tensor)?;
+        self.shards.release(tensor);
+        Ok(match (codes, rows) {
+            (Some(codes), Some(rows)) => codes.select(rows),
+            (codes, _) => codes,
+        })
+    }
+
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
         debug_assert!(rows * cols > 0);
         for piece in self.locate(name) {
             let raw = self.raw(&piece.tensor)?;
-            let width = if raw.shape.len() == 2 { raw.shape[1] } else { 1 };
-            let whole = 0..raw.bytes.len() / (width * raw.dtype.size());
-            let row_bytes = width * raw.dtype.size();
-            for r in piece.rows.as_deref().unwrap_or(std::slice::from_ref(&whole)) {
-                let bytes = &raw.bytes[r.start * row_bytes..r.end * row_bytes];
-                self.shards.require_finite(&piece.tensor, raw.dtype, bytes)?;
-                convert(raw.dtype, bytes, data);
-            }
+            let bytes = match &piece.rows {
+                None => Cow::Borrowed(&*raw.bytes),
+                Some(ranges) => raw.rows(ranges),
+            };
+            self.shards.require_finite(&piece.tensor, raw.dtype, &bytes)?;
+            convert(raw.dtype, &bytes, data);
             // The model has its own copy now; the file's would count twice.
             self.shards.release(&piece.tensor);
         }

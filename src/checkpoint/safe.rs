@@ -1,8 +1,12 @@
-//! The files of a folder that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here,
-//! files of `torch.save` in `pickle`.
+//! The files that hold tensors, memory-mapped: names, dtypes, shapes, bytes. Safetensors are read here, files of
+//! `torch.save` in `pickle`, GGUF files in `gguf`.
 
+use super::bnb::{self, Bits};
+use super::gguf::{self, Metadata};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
+use crate::ops::quantized::{Codes, Quantizer};
+use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -38,6 +42,16 @@ impl Dtype {
             Self::F32 => "F32",
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
+        }
+    }
+
+    /// The name in a config.json.
+    #[must_use]
+    pub fn long_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
         }
     }
 
@@ -82,7 +96,29 @@ impl Dtype {
     }
 }
 
-/// A tensor as a file holds it.
+/// How a file keeps the elements of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elements {
+    /// One by one.
+    Plain(Dtype),
+    /// In ggml's blocks of few bits.
+    Blocks(GgmlDType),
+    /// In few bits with the scales in tensors of their own, as bitsandbytes keeps them; given out so.
+    Bits(Dtype),
+}
+
+impl Elements {
+    /// The dtype in which they are given out.
+    #[must_use]
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Plain(dtype) | Self::Bits(dtype) => dtype,
+            Self::Blocks(_) => Dtype::F32,
+        }
+    }
+}
+
+/// A tensor as a file holds it; blocks are decoded.
 #[derive(Debug, Clone)]
 pub struct Raw<'a> {
     /// Dtype.
@@ -94,6 +130,17 @@ pub struct Raw<'a> {
 }
 
 impl Raw<'_> {
+    /// The elements of these rows.
+    #[must_use]
+    pub fn rows(&self, ranges: &[Range<usize>]) -> Cow<'_, [u8]> {
+        let row = self.shape.get(1).copied().unwrap_or(1) * self.dtype.size();
+        let bytes = |range: &Range<usize>| &self.bytes[range.start * row..range.end * row];
+        match ranges {
+            [range] => Cow::Borrowed(bytes(range)),
+            ranges => ranges.iter().flat_map(|range| bytes(range).iter().copied()).collect(),
+        }
+    }
+
     /// The elements in f32.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
@@ -104,18 +151,32 @@ impl Raw<'_> {
 }
 
 #[derive(Debug)]
-struct Entry {
+pub(super) struct Entry {
     file: usize,
-    dtype: Dtype,
+    elements: Elements,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
 
-/// Memory-mapped files and where each tensor stands in them.
+/// File, and bytes within it.
+pub(super) type Place = (usize, Range<usize>);
+
+/// A tensor of whole numbers, which is part of a weight in few bits.
 #[derive(Debug)]
+pub(super) struct Numbers {
+    pub(super) dtype: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) place: Place,
+}
+
+/// Memory-mapped files and where each tensor stands in them.
+#[derive(Debug, Default)]
 pub struct Shards {
     files: Vec<(PathBuf, Mmap)>,
-    entries: HashMap<String, Entry>,
+    pub(super) entries: HashMap<String, Entry>,
+    /// Those that [`bnb::assemble`] has not put together yet; none afterwards.
+    pub(super) whole_numbers: HashMap<String, Numbers>,
+    bits: HashMap<String, Bits>,
 }
 
 #[allow(unsafe_code)]
@@ -141,7 +202,7 @@ impl Shards {
                 return Self::of(indexed(dir, &index)?);
             }
         }
-        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin and LitGPT's lit_model.pth are read".to_owned();
+        let hint = "`litgpt download REPO` fetches a model; model.safetensors, pytorch_model.bin, LitGPT's lit_model.pth and one .gguf file are read".to_owned();
         Err(Error::Missing { what: "weights".to_owned(), path: dir.join("model.safetensors"), hint })
     }
 
@@ -158,11 +219,27 @@ impl Shards {
     /// # Errors
     /// When one is missing or broken.
     pub fn of(paths: Vec<PathBuf>) -> Result<Self> {
-        let mut shards = Self { files: Vec::new(), entries: HashMap::new() };
+        let mut shards = Self::default();
         for path in paths {
             shards.add(path)?;
         }
+        bnb::assemble(&mut shards)?;
         Ok(shards)
+    }
+
+    /// Maps a GGUF file, and reads its settings.
+    ///
+    /// # Errors
+    /// When it is missing or broken.
+    pub fn gguf(path: &Path) -> Result<(Self, Metadata)> {
+        let mmap = map(path)?;
+        let (metadata, tensors) = gguf::header(path, &mmap)?;
+        let entries = tensors.into_iter().map(|t| {
+            let entry = Entry { file: 0, elements: t.elements, shape: t.shape, bytes: t.bytes };
+            (t.name, entry)
+        });
+        let files = vec![(path.to_owned(), mmap)];
+        Ok((Self { entries: entries.collect(), files, ..Self::default() }, metadata))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -180,8 +257,14 @@ impl Shards {
                 "F32" => Dtype::F32,
                 "BF16" => Dtype::Bf16,
                 "F16" => Dtype::F16,
-                // Masks and index buffers of old exports: no weights.
-                _ if name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids") => continue,
+                _ if ignored(&name) => continue,
+                "U8" | "I8" => {
+                    let numbers = Numbers { dtype, shape, place: (self.files.len(), bytes) };
+                    if self.whole_numbers.insert(name.clone(), numbers).is_none() {
+                        continue;
+                    }
+                    return Err(Self::twice(&path, &name));
+                }
                 other => {
                     let what = format!("dtype {other} of tensor `{name}` (`{}`)", path.display());
                     return Err(Error::unsupported(
@@ -190,24 +273,24 @@ impl Shards {
                     ));
                 }
             };
-            let entry = Entry { file: self.files.len(), dtype, shape, bytes };
+            let entry = Entry { file: self.files.len(), elements: Elements::Plain(dtype), shape, bytes };
             if self.entries.insert(name.clone(), entry).is_some() {
-                return Err(Error::invalid(
-                    &path,
-                    format!("tensor `{name}` is in another file of the folder too"),
-                    AGAIN,
-                ));
+                return Err(Self::twice(&path, &name));
             }
         }
         self.files.push((path, mmap));
         Ok(())
     }
 
+    fn twice(path: &Path, name: &str) -> Error {
+        Error::invalid(path, format!("tensor `{name}` is in another file of the folder too"), AGAIN)
+    }
+
     /// Whether both names are of the same bytes, or of equal ones.
     #[must_use]
     pub fn equal(&self, a: &str, b: &str) -> bool {
         match (self.entries.get(a), self.entries.get(b)) {
-            (Some(a), Some(b)) if a.dtype == b.dtype && a.shape == b.shape => {
+            (Some(a), Some(b)) if a.elements == b.elements && a.shape == b.shape => {
                 let bytes = |e: &Entry| &self.files[e.file].1[e.bytes.clone()];
                 a.file == b.file && a.bytes == b.bytes || bytes(a) == bytes(b)
             }
@@ -215,18 +298,80 @@ impl Shards {
         }
     }
 
+    /// Where the bytes of the tensor of whole numbers `name` are, which is none of the tensors any more.
+    pub(super) fn take_numbers(&mut self, name: &str) -> Result<Place> {
+        self.whole_numbers.remove(name).map(|numbers| numbers.place).ok_or_else(|| self.missing(name))
+    }
+
+    /// Where the elements of the f32 tensor `name` are, which is none of the tensors any more.
+    pub(super) fn take_floats(&mut self, name: &str) -> Result<Place> {
+        let entry = self.entries.remove(name).filter(|entry| entry.elements == Elements::Plain(Dtype::F32));
+        entry.map(|entry| (entry.file, entry.bytes)).ok_or_else(|| self.missing(name))
+    }
+
+    /// Makes `bits` the tensor `name`, whose elements are given out as `dtype`.
+    pub(super) fn insert_bits(&mut self, name: &str, dtype: Dtype, bits: Bits) {
+        let (shape, (file, bytes)) = bits.shape_and_codes();
+        self.entries.insert(name.to_owned(), Entry { file, elements: Elements::Bits(dtype), shape, bytes });
+        self.bits.insert(name.to_owned(), bits);
+    }
+
+    pub(super) fn bytes(&self, (file, range): &Place) -> &[u8] {
+        &self.files[*file].1[range.clone()]
+    }
+
+    pub(super) fn path(&self, place: &Place) -> &Path {
+        &self.files[place.0].0
+    }
+
+    /// How the tensors are quantized, where some are: one of them tells.
+    #[must_use]
+    pub fn quantizer(&self) -> Option<Quantizer> {
+        self.bits.values().next().map(Bits::quantizer)
+    }
+
+    /// The tensor `name` in few bits, if it is kept so.
+    ///
+    /// # Errors
+    /// When its scales are no numbers.
+    pub fn codes(&self, name: &str) -> Result<Option<Codes>> {
+        self.bits.get(name).map(|bits| bits.codes(self, name)).transpose()
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
+        Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| self.missing(name))
+    }
+
+    /// Dtype and shape of the tensor `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.entry(name).map(|entry| (entry.elements.dtype(), entry.shape.as_slice()))
+    }
+
     /// The tensor `name`.
     ///
     /// # Errors
     /// When there is none.
     pub fn get(&self, name: &str) -> Result<Raw<'_>> {
-        let missing = || {
-            let path = self.files.first().map_or_else(PathBuf::new, |f| f.0.clone());
-            Error::invalid(&path, format!("no tensor `{name}`"), AGAIN)
+        let entry = self.entry(name)?;
+        let (path, file) = &self.files[entry.file];
+        let bytes = &file[entry.bytes.clone()];
+        let dtype = entry.elements.dtype();
+        let bytes = match entry.elements {
+            Elements::Plain(_) => Cow::Borrowed(bytes),
+            Elements::Bits(_) => self.bits[name].decode(self, name, dtype)?.into(),
+            Elements::Blocks(kind) => gguf::decode(kind, bytes)
+                .map_err(|e| Error::invalid(path, format!("tensor `{name}` cannot be decoded: {e}"), AGAIN))?
+                .into(),
         };
-        let entry = self.entries.get(name).ok_or_else(missing)?;
-        let bytes = Cow::Borrowed(&self.files[entry.file].1[entry.bytes.clone()]);
-        Ok(Raw { dtype: entry.dtype, shape: entry.shape.clone(), bytes })
+        Ok(Raw { dtype, shape: entry.shape.clone(), bytes })
     }
 
     /// Refuses `bytes` of the tensor `name` that hold NaN or infinity: every text through them would be nonsense.
@@ -281,6 +426,11 @@ impl Shards {
             })
             .collect()
     }
+}
+
+/// Masks and index buffers of old exports: no weights.
+fn ignored(name: &str) -> bool {
+    name.ends_with("_bias") || name.ends_with(".bias") || name.ends_with("position_ids")
 }
 
 /// A tensor of a file: name, dtype, shape, where its bytes are.

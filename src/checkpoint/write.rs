@@ -4,7 +4,7 @@ use super::Dtype;
 use crate::error::{Error, Result};
 use serde_json::{Map, json};
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// Begin of the name of what is being filled or removed.
@@ -163,28 +163,59 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    pub(super) fn entry(&self) -> Entry {
+        let (dtype, size) = (self.dtype.name(), self.dtype.size());
+        Entry { name: self.name.clone(), dtype, shape: self.shape.clone(), size, bytes: self.bytes() }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.size()
     }
+}
+
+/// A tensor of a safetensors file, of any dtype that the format knows.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Name.
+    pub name: String,
+    /// The format's name of the dtype.
+    pub dtype: &'static str,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Bytes of an element.
+    pub size: usize,
+    /// Bytes in all.
+    pub bytes: usize,
 }
 
 /// Writes a safetensors file whose tensors' bytes `content` gives one after the other.
 ///
 /// # Errors
 /// When `content` fails or the disk is full.
-pub fn safetensors(
-    path: &Path,
-    tensors: &[TensorInfo],
-    mut content: impl FnMut(usize) -> Result<Vec<u8>>,
-) -> Result<()> {
+pub fn safetensors(path: &Path, tensors: &[TensorInfo], content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
+    let entries: Vec<Entry> = tensors.iter().map(TensorInfo::entry).collect();
+    file(path, &entries, content)
+}
+
+/// Where each tensor's bytes begin: the largest elements first, so that all are aligned, and otherwise as they come.
+fn offsets(entries: &[Entry]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..entries.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(entries[i].size));
+    let (mut offsets, mut at) = (vec![0; entries.len()], 0);
+    for i in order {
+        offsets[i] = at;
+        at += entries[i].bytes;
+    }
+    offsets
+}
+
+fn file(path: &Path, entries: &[Entry], mut content: impl FnMut(usize) -> Result<Vec<u8>>) -> Result<()> {
+    let offsets = offsets(entries);
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
-    let mut at = 0;
-    for tensor in tensors {
-        let offsets = [at, at + tensor.bytes()];
-        at = offsets[1];
-        let entry = json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": offsets});
-        header.insert(tensor.name.clone(), entry);
+    for (entry, at) in entries.iter().zip(&offsets) {
+        let json = json!({"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [at, at + entry.bytes]});
+        header.insert(entry.name.clone(), json);
     }
     let mut header = serde_json::Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
@@ -193,12 +224,56 @@ pub fn safetensors(
     let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("write", path));
     write(&(header.len() as u64).to_le_bytes())?;
     write(&header)?;
-    for (index, tensor) in tensors.iter().enumerate() {
+    let (data, mut at) = (8 + header.len(), 0);
+    for (index, (entry, offset)) in entries.iter().zip(offsets).enumerate() {
         let bytes = content(index)?;
-        debug_assert_eq!(bytes.len(), tensor.bytes());
-        write(&bytes)?;
+        debug_assert_eq!(bytes.len(), entry.bytes);
+        if at != offset {
+            out.seek(SeekFrom::Start((data + offset) as u64)).map_err(Error::io("write", path))?;
+        }
+        out.write_all(&bytes).map_err(Error::io("write", path))?;
+        at = offset + bytes.len();
     }
     out.flush().map_err(Error::io("write", path))
+}
+
+/// Bytes of tensors in a safetensors file, after which the next one begins: what transformers takes.
+pub const SHARD: usize = 5_000_000_000;
+
+/// Fills `staging` with `model.safetensors`, or above `limit` bytes with several files and their index.
+///
+/// # Errors
+/// When `content` fails or the disk is full.
+pub fn sharded(
+    staging: &Staging,
+    limit: usize,
+    entries: &[Entry],
+    mut content: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let (mut starts, mut bytes) = (vec![0], 0);
+    for (i, entry) in entries.iter().enumerate() {
+        if bytes > 0 && bytes + entry.bytes > limit {
+            starts.push(i);
+            bytes = 0;
+        }
+        bytes += entry.bytes;
+    }
+    let ends = starts.iter().skip(1).copied().chain([entries.len()]);
+    let mut map = Map::new();
+    for (number, (start, end)) in starts.iter().zip(ends).enumerate() {
+        let name = match starts.len() {
+            1 => "model.safetensors".to_owned(),
+            n => format!("model-{:05}-of-{n:05}.safetensors", number + 1),
+        };
+        map.extend(entries[*start..end].iter().map(|entry| (entry.name.clone(), json!(name))));
+        file(&staging.dir().join(&name), &entries[*start..end], |index| content(start + index))?;
+    }
+    if starts.len() > 1 {
+        let total: usize = entries.iter().map(|entry| entry.bytes).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        staging.write("model.safetensors.index.json", format!("{index:#}").as_bytes())?;
+    }
+    Ok(())
 }
 
 /// Tokenizer and generation files that belong to a model whatever its weights are.
@@ -218,6 +293,7 @@ pub const COMPANIONS: &[&str] = &[
 
 #[cfg(test)]
 mod tests {
+    use super::super::safe::Shards;
     use super::*;
 
     #[test]
@@ -235,6 +311,37 @@ mod tests {
         drop(staging);
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "two");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn tensors_are_the_same_in_one_file_and_in_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let shapes: [(&'static str, usize, usize); 5] =
+            [("F16", 2, 3), ("BF16", 2, 40), ("F32", 4, 40), ("F32", 4, 1), ("BF16", 2, 7)];
+        let entry = |(i, (dtype, size, n)): (usize, (&'static str, usize, usize))| Entry {
+            name: format!("t{i}"),
+            dtype,
+            shape: vec![n],
+            size,
+            bytes: n * size,
+        };
+        let entries: Vec<Entry> = shapes.into_iter().enumerate().map(entry).collect();
+        for (folder, limit, files) in [("one", 1 << 20, 1), ("many", 100, 3)] {
+            let staging = Staging::new(&dir.path().join(folder)).unwrap();
+            sharded(&staging, limit, &entries, |i| Ok(vec![i as u8 + 1; entries[i].bytes])).unwrap();
+            staging.commit().unwrap();
+            let shards = Shards::open(&dir.path().join(folder)).unwrap();
+            assert_eq!(shards.files().len(), files, "{folder}");
+            for (i, entry) in entries.iter().enumerate() {
+                let raw = shards.get(&entry.name).unwrap();
+                assert_eq!((raw.dtype.name(), &raw.shape), (entry.dtype, &entry.shape), "{folder}");
+                assert_eq!(raw.bytes, vec![i as u8 + 1; entry.bytes], "{folder}");
+            }
+        }
+        let index = fs::read_to_string(dir.path().join("many/model.safetensors.index.json")).unwrap();
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        assert_eq!(index["metadata"]["total_size"], 6 + 80 + 160 + 4 + 14);
+        assert_eq!(index["weight_map"]["t2"], "model-00002-of-00003.safetensors");
     }
 
     #[test]

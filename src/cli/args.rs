@@ -13,6 +13,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum, value_parser};
 use serde_json::Value;
 
+use super::usage;
 use crate::checkpoint::pointer;
 use crate::error::{Error, Result};
 use crate::train::settings::{Accelerator, FinetuneSettings, Precision, quantizer};
@@ -165,11 +166,11 @@ pub const FLAGS: &[Flag] = &[
         "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true, on a GPU bf16-true]"),
     row("quantize", Text, MODEL,
         "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
-    row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda"),
+    row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda [default: auto]"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),
     row("seed", Whole, MODEL, "Seed of the adapters' start values, dropout and sample text"),
-    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv), or tensorboard (event files in OUT_DIR/logs/tensorboard as well)"),
+    row("logger_name", Text, MODEL, "Where metrics go: csv (OUT_DIR/metrics.csv, report.html), tensorboard (event files in OUT_DIR/logs/tensorboard as well), or none"),
     row("access_token", Text, MODEL, "Hugging Face token, if the model has to be downloaded")
         .also(&["access_token", "data.access_token"]),
     row("add_bos", Text, MODEL, "Start samples with the BOS token: auto (as the tokenizer's files say), on, off"),
@@ -224,7 +225,7 @@ pub const FLAGS: &[Flag] = &[
     row("train.max_tokens", Whole, TRAINING, "Stop after this many tokens"),
     row("train.global_batch_size", Whole, TRAINING, "Samples in one step"),
     row("train.micro_batch_size", Whole, TRAINING, "Samples that go through the model at once"),
-    row("train.max_seq_length", Whole, TRAINING, "Cut samples to this many tokens")
+    row("train.max_seq_length", Whole, TRAINING, "Cut samples to this many tokens [default: the model's context]")
         .also(&["train.max_seq_length", "data.max_seq_length"]),
     row("train.activation_checkpointing", Text, TRAINING,
         "Save memory by computing activations twice: auto, on, off")
@@ -234,7 +235,7 @@ pub const FLAGS: &[Flag] = &[
         "The same as a share of the run; replaces --train.lr_warmup_steps"),
     row("train.lr_schedule", Text, TRAINING, "cosine, linear, constant, or litgpt (LitGPT's own: begins and ends at 0)"),
     row("train.min_lr", Number, TRAINING, "Where the cosine ends, at most the learning rate (LitGPT: ends at 0)"),
-    row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm"),
+    row("train.max_norm", Number, TRAINING, "Clip the gradient to this norm [default: no clipping]"),
     row("train.save_interval", Whole, TRAINING, "Steps between two saved adapters; null: only at the end"),
     row("train.save_total_limit", Whole, TRAINING,
         "Step folders that are kept, the best and the latest among them [default: all]"),
@@ -291,7 +292,7 @@ Examples:
   litgpt finetune_lora meta-llama/Llama-3.2-1B --precision bf16-true --lr 1e-4 --train.max_steps 200
   litgpt finetune_lora --config lora.yaml --lora_r 4     (flags beat files, wherever they stand)
 
-Differences from LitGPT, on purpose: the loss of a step is the mean over its target tokens, the last partial window is
+Differences from LitGPT, on purpose: the loss of a step is the mean over its target tokens, the last partial window is \
 stepped, warm-up starts above 0, gradient clipping works, the learning rate is 2e-4 where LitGPT takes 1e-3.";
 
 /// Arguments of `litgpt finetune_lora`. What was not given is not in here; `recipe::resolve` adds files and defaults.
@@ -347,7 +348,9 @@ impl FromArgMatches for FinetuneArgs {
         if let Some(model) = matches.get_one::<Value>("model") {
             match given.iter().find(|(key, _)| *key == "checkpoint_dir") {
                 Some((_, flag)) if flag != model => {
-                    let message = format!("two models are given: {model} and --checkpoint_dir {flag}\n");
+                    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                    let (model, flag) = (text(model), text(flag));
+                    let message = format!("two models are given: `{model}` and `--checkpoint_dir {flag}`\n");
                     return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message));
                 }
                 Some(_) => {}
@@ -387,8 +390,8 @@ impl ModelArg {
     }
 }
 
-/// LitGPT's shorthand: where `path` is no folder but `checkpoints/path` is, the latter is meant. A pointer (`best`) is
-/// the folder that it names.
+/// LitGPT's shorthand: where there is no `path` but `checkpoints/path`, the latter is meant. A pointer (`best`) is the
+/// folder that it names.
 #[must_use]
 pub fn checkpoint_dir(path: &Path) -> PathBuf {
     checkpoint_dir_in(Path::new(""), &pointer::resolve(path))
@@ -396,7 +399,7 @@ pub fn checkpoint_dir(path: &Path) -> PathBuf {
 
 fn checkpoint_dir_in(root: &Path, path: &Path) -> PathBuf {
     let under = Path::new("checkpoints").join(path);
-    match path.is_relative() && !root.join(path).is_dir() && root.join(&under).is_dir() {
+    match path.is_relative() && !root.join(path).exists() && root.join(&under).exists() {
         true => under,
         false => path.to_owned(),
     }
@@ -578,7 +581,12 @@ pub enum GgufType {
 
 /// Arguments of `litgpt merge_lora`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt merge_lora out/phi-2/final --out_dir merged")]
+#[command(
+    rename_all = "snake_case",
+    after_help = "Examples:
+  litgpt merge_lora out/phi-2/final --out_dir merged
+  litgpt merge_lora out/phi-2/final --format gguf --gguf_type q8_0"
+)]
 pub struct MergeArgs {
     /// The adapter.
     #[command(flatten)]
@@ -592,11 +600,11 @@ pub struct MergeArgs {
     /// 32-true, bf16-true or 16-true [default: the training's; the base model's if that was quantized]
     #[arg(long, value_name = "NAME")]
     pub precision: Option<Precision>,
-    /// What is written
-    #[arg(long, value_enum, default_value_t)]
+    /// What is written: hf, a Hugging Face folder; gguf, one file for llama.cpp; litgpt, LitGPT's lit_model.pth
+    #[arg(long, value_enum, default_value_t, hide_possible_values = true)]
     pub format: MergeFormat,
-    /// Elements of a GGUF file's matrices [default: f16]
-    #[arg(long = "gguf_type", value_enum, value_name = "NAME")]
+    /// Elements of a GGUF file's matrices: f16, q8_0 (8.5 bit) or q4_0 (4.5 bit) [default: f16]
+    #[arg(long = "gguf_type", value_enum, value_name = "NAME", hide_possible_values = true)]
     pub gguf_type: Option<GgufType>,
 }
 
@@ -672,7 +680,7 @@ impl DownloadArgs {
 
 /// Arguments of `litgpt convert_to_litgpt`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt convert_to_litgpt checkpoints/microsoft/phi-2")]
 pub struct ConvertToArgs {
     /// The Hugging Face folder.
     #[command(flatten)]
@@ -691,9 +699,9 @@ pub struct ConvertToArgs {
 
 /// Arguments of `litgpt convert_from_litgpt`.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", after_help = "Example:\n  litgpt convert_from_litgpt out/phi-2/final phi-2-hf")]
 pub struct ConvertFromArgs {
-    /// CHECKPOINT_DIR and OUTPUT_DIR
+    /// Folder with LitGPT's files, and the folder to write
     #[arg(value_names = ["CHECKPOINT_DIR", "OUTPUT_DIR"], num_args = 0..=2)]
     pub folders: Vec<PathBuf>,
     /// The first folder as a flag
@@ -723,6 +731,26 @@ impl ConvertFromArgs {
     }
 }
 
+/// Arguments of `litgpt quantize`.
+#[derive(Args, Clone, Debug)]
+#[command(
+    rename_all = "snake_case",
+    after_help = "Examples:
+  litgpt quantize checkpoints/meta-llama/Llama-3.2-1B
+  litgpt quantize --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --quantize int8 --out_dir small"
+)]
+pub struct QuantizeArgs {
+    /// The model.
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// nf4, nf4-dq, fp4, fp4-dq or int8
+    #[arg(long, value_name = "NAME", default_value = "nf4", value_parser = quantizer, overrides_with = "quantize")]
+    pub quantize: String,
+    /// Folder to write [default: beside the model, with the quantizer's name behind its own]
+    #[arg(long, value_name = "DIR", overrides_with = "out_dir")]
+    pub out_dir: Option<PathBuf>,
+}
+
 /// Arguments of `litgpt validate`.
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case", after_help = "Example:\n  litgpt validate checkpoints/microsoft/phi-2")]
@@ -742,21 +770,41 @@ pub struct ValidateArgs {
     pub training: bool,
 }
 
+/// Arguments of `litgpt completions`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  litgpt completions bash > ~/.local/share/bash-completion/completions/litgpt
+  litgpt completions zsh > ~/.zfunc/_litgpt
+  litgpt completions fish > ~/.config/fish/completions/litgpt.fish")]
+pub struct CompletionsArgs {
+    /// Shell that reads the script
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// Arguments of `litgpt man`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  litgpt man > litgpt.1
+  litgpt man finetune_lora | man -l -")]
+pub struct ManArgs {
+    /// Command whose page is printed [default: litgpt itself]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+}
+
 /// Parses the arguments of one command: rewrites historic spellings and lets clap read the rest. `argv` starts with the
 /// program's name, as the shell gives it. For tests and tools; `main` parses all commands at once.
 ///
 /// # Errors
-/// A wrong command line, with clap's tip as the hint.
+/// A wrong command line; `--help` and `--version`, which are no arguments.
 pub fn parse<A: Args>(argv: &[String]) -> Result<A> {
     let argv = super::compat::rewrite(argv.iter().map(OsString::from).collect())?;
     let command = A::augment_args(Command::new("litgpt").disable_version_flag(true));
-    let read = command.try_get_matches_from(argv.into_iter().skip(1)).and_then(|found| A::from_arg_matches(&found));
+    let read = command.try_get_matches_from(argv.iter().skip(1)).and_then(|found| A::from_arg_matches(&found));
+    let name = argv.get(1).and_then(|word| word.to_str());
     read.map_err(|error| {
-        let text = error.to_string();
-        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let message = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        let hint = lines.find_map(|line| line.strip_prefix("tip: ")).unwrap_or("see --help");
-        Error::usage(message, hint)
+        usage::error(&error, name).unwrap_or_else(|| Error::usage(error.to_string(), "ask for one run, not for help"))
     })
 }
 
@@ -778,6 +826,7 @@ mod tests {
         command::<DownloadArgs>().debug_assert();
         command::<ConvertToArgs>().debug_assert();
         command::<ConvertFromArgs>().debug_assert();
+        command::<QuantizeArgs>().debug_assert();
         command::<ValidateArgs>().debug_assert();
     }
 

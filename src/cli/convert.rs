@@ -24,6 +24,10 @@ pub fn to_litgpt(args: &ConvertToArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let dtype = args.dtype.as_deref().map(dtype).transpose()?;
     let checkpoint = Checkpoint::open(&dir)?;
+    if matches!(checkpoint.layout, Layout::Gguf { .. }) {
+        let what = format!("convert_to_litgpt of a GGUF file (`{}`)", checkpoint.dir.display());
+        return Err(Error::unsupported(what, "finetune it; merge_lora --format litgpt writes the result").into());
+    }
     let export = Export { checkpoint: &checkpoint, adapters: None, dtype };
     let name = args.model_name.clone().unwrap_or_else(|| litgpt_name(&checkpoint, &dir));
     let config = export.litgpt_config(&name)?;

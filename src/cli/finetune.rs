@@ -2,12 +2,14 @@
 
 use super::args::FinetuneArgs;
 use super::folders::{self, BEST, Folders};
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, quantizer, weights};
+use super::load::{
+    Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, own_tokenizer, quantizer, weights,
+};
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::{Ui, peak_memory};
 use super::{download, recipe};
-use crate::checkpoint::write::{self, COMPANIONS, Staging};
+use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, adapter, state};
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
@@ -32,12 +34,12 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if let Some(what) = &args.print_config {
         return ui.result(&recipe::print_config(&settings, what)?);
     }
-    let quantizer = quantizer(settings.quantize.as_deref())?;
     settings.checkpoint_dir = fetched(&settings.checkpoint_dir, settings.access_token.clone(), ui)?;
     let out_dir = settings.out_dir.clone();
     check_out_dir(&out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
-    let tokenizer = Tokenizer::load(&settings.checkpoint_dir)?.with_bos(add_bos(settings.add_bos));
+    let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
+    let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
     let dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
@@ -65,7 +67,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         millions(gpt.parameters.cols()),
         millions(gpt.config.parameters()),
         gpt.weight_bytes() as f64 / 1e9,
-        settings.quantize.as_ref().map_or_else(String::new, |name| format!(", those of the blocks in {name}"))
+        quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
     ));
     let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
     let made_of = MadeOf::of(&job, &base_hash)?;
@@ -86,8 +88,9 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let start = start.map_err(|e: Error| e)?;
     let signals = Signals::listen()?;
     let metrics = match from.as_ref().filter(|from| from.name_in(&out_dir).is_some()) {
-        Some(from) => Metrics::resume(&out_dir, from.state.metrics_bytes)?,
-        None => Metrics::create(&out_dir)?,
+        _ if settings.logger_name == "none" => None,
+        Some(from) => Some(Metrics::resume(&out_dir, from.state.metrics_bytes)?),
+        None => Some(Metrics::create(&out_dir)?),
     };
     let tensorboard = match settings.logger_name.as_str() {
         "tensorboard" => {
@@ -97,6 +100,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     };
     let mut outside = Run {
         ui,
+        compute: &compute,
         metrics,
         folders,
         tensorboard,
@@ -104,7 +108,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         settings: &settings,
         checkpoint: &checkpoint,
         base: checkpoint.dir.canonicalize().map_err(Error::io("read", &checkpoint.dir))?,
-        companions: write::read(&checkpoint.dir, COMPANIONS)?,
+        companions: checkpoint.companion_files()?,
         tokenizer: &tokenizer,
         dataset: &dataset,
         encoder,
@@ -114,7 +118,9 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     };
     let summary = fit(&mut job, &mut outside, start)?;
     // The adapter is saved: a page that cannot be written must not make the run fail.
-    if let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary) {
+    if outside.metrics.is_some()
+        && let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)
+    {
         outside.ui.note(&format!("no report.html: {error}"));
     }
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
@@ -330,7 +336,8 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
 /// What the loop calls outside.
 struct Run<'a> {
     ui: &'a mut Ui,
-    metrics: Metrics,
+    compute: &'a Compute,
+    metrics: Option<Metrics>,
     folders: Folders,
     tensorboard: Option<TensorBoard>,
     page: Page,
@@ -350,7 +357,10 @@ struct Run<'a> {
 
 impl Report for Run<'_> {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
-        self.metrics.event(event)?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.memory = self.compute.held_memory();
+            metrics.event(event)?;
+        }
         if let Some(board) = &mut self.tensorboard {
             board.event(event)?;
         }
@@ -378,7 +388,7 @@ impl Outside for Run<'_> {
         staging.write(PROMPT_STYLE, prompt_style_yaml(&self.dataset.style).as_bytes())?;
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
         staging.write_all(&self.companions)?;
-        resume::save(&staging, gpt, snapshot, self.metrics.bytes()?, &self.made_of)?;
+        resume::save(&staging, gpt, snapshot, self.metrics.as_ref().map_or(Ok(0), Metrics::bytes)?, &self.made_of)?;
         state::seal(&staging)?;
         self.folders.before(name, &snapshot.progress)?;
         staging.commit()?;

@@ -105,6 +105,14 @@ impl Compute {
         }
     }
 
+    /// Bytes that are taken there now: of a GPU all, on the processor this program's; where the system tells.
+    pub fn held_memory(&self) -> Option<u64> {
+        match &self.device {
+            Some(device) => device.memory().ok().map(|(free, all)| (all - free) as u64),
+            None => super::ui::memory(),
+        }
+    }
+
     /// How the weights are kept. A GPU multiplies in 16 bit in the mixed precisions too, so it keeps them so; adapters
     /// and optimizer are f32 in all of them.
     pub fn store(&self) -> Store {
@@ -116,13 +124,22 @@ impl Compute {
     }
 }
 
-/// The quantizer of that name.
+/// The quantizer of that name, or the one that the checkpoint's files are in.
 ///
 /// # Errors
-/// A name that a newer version wrote.
-pub fn quantizer(name: Option<&str>) -> Result<Option<Quantizer>> {
+/// A name that a newer version wrote, or another than that of the files.
+pub fn quantizer(name: Option<&str>, checkpoint: &Checkpoint) -> Result<Option<Quantizer>> {
     let unknown = |name: &str| Error::unsupported(format!("quantizer `{name}`"), "use a newer version");
-    name.map(|name| Quantizer::named(name).ok_or_else(|| unknown(name))).transpose()
+    let asked = name.map(|name| Quantizer::named(name).ok_or_else(|| unknown(name))).transpose()?;
+    let stored = checkpoint.quantizer();
+    if let (Some(asked), Some(stored)) = (asked, stored)
+        && asked != stored
+    {
+        let message = format!("--quantize {}: the weights of `{}` are", asked.name(), checkpoint.dir.display());
+        let message = format!("{message} in {} already", stored.name());
+        return Err(Error::refused(message, "leave the flag out, or take the checkpoint that is not quantized"));
+    }
+    Ok(asked.or(stored))
 }
 
 /// A policy for BOS as settings spell it.
@@ -160,7 +177,7 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
 pub fn fetched(given: &Path, token: Option<String>, ui: &mut Ui) -> Result<PathBuf> {
     let dir = super::args::checkpoint_dir(given);
     let name = given.to_string_lossy();
-    if dir.is_dir() || !hub::is_repo_id(&name) {
+    if dir.exists() || name.ends_with(".gguf") || !hub::is_repo_id(&name) {
         return Ok(dir);
     }
     ui.note(&format!("no folder `{name}`: downloading it from the Hub"));
@@ -196,7 +213,7 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     let above = absolute.ancestors().flat_map(|dir| [dir.join(&named), dir.join("checkpoints").join(&named)]);
     let candidates = [named.clone(), PathBuf::from("checkpoints").join(&named)].into_iter().chain(above);
-    let usable = |c: &PathBuf| c.is_dir() && c.canonicalize().is_ok_and(|c| c != absolute);
+    let usable = |c: &PathBuf| c.exists() && c.canonicalize().is_ok_and(|c| c != absolute);
     candidates.into_iter().find(usable).ok_or_else(|| Error::Missing {
         what: format!("base model of the adapter `{}`", dir.display()),
         path: named,
@@ -235,7 +252,7 @@ pub fn model(
     let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
     let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
-    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()))?, ui)?;
+    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()), &checkpoint)?, ui)?;
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }
@@ -252,10 +269,18 @@ pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
         Some(_) => AddBos::Never,
         None => AddBos::Auto,
     };
-    let dir = if dir.join("tokenizer.json").is_file() { dir } else { &checkpoint.dir };
-    let tokenizer = Tokenizer::load(dir)?.with_bos(policy);
+    let own = adapter::has_adapter(dir) && dir.join("tokenizer.json").is_file();
+    let tokenizer = if own { Tokenizer::load(dir)? } else { own_tokenizer(checkpoint)? };
     check_vocabulary(&tokenizer, checkpoint)?;
-    Ok(tokenizer)
+    Ok(tokenizer.with_bos(policy))
+}
+
+/// The tokenizer of a checkpoint.
+///
+/// # Errors
+/// When it is missing or broken.
+pub fn own_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    Tokenizer::of(&checkpoint.dir, &|name| checkpoint.companion(name))
 }
 
 /// Refuses a tokenizer whose ids the model has no embedding for.

@@ -2,7 +2,7 @@
 
 use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, quantizer, tokenizer, weights};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, prompt_style, quantizer, tokenizer, weights};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::Ui;
 use crate::checkpoint::convert::{Export, litgpt_name};
@@ -28,7 +28,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&base)?;
     check_base(&dir, &checkpoint)?;
     let manifest = Manifest::read(&dir)?;
-    let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()))?;
+    let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()), &checkpoint)?;
     // The adapter's shapes are read through a model; bf16 keeps that model small. Of its weights only those that were
     // quantized are written, which decode to f32.
     let mut gpt = weights(&checkpoint, &Compute::PROCESSOR, quantizer, ui)?;
@@ -94,12 +94,18 @@ fn file_name(elements: GgufType) -> &'static str {
 /// Writes the merged model, with the tokenizer of the adapter `dir`, as one file into `staging`.
 fn write_gguf(dir: &Path, export: &Export<'_>, elements: GgufType, staging: &Staging, ui: &mut Ui) -> Result<()> {
     let tokenizer = tokenizer(dir, export.checkpoint)?;
+    // The adapter answers in the style of its training: what runs the file is told that one, not the base's.
+    let trained = if dir.join(PROMPT_STYLE).is_file() { prompt_style(dir, None, &tokenizer)?.jinja() } else { None };
+    let path = tokenizer.dir().join("tokenizer.json");
+    let embedded = export.checkpoint.companion("tokenizer.json")?.filter(|_| !path.is_file());
+    let json = embedded.map_or_else(|| std::fs::read_to_string(&path).map_err(Error::io("read", &path)), Ok)?;
     let words = Words {
-        path: &tokenizer.dir().join("tokenizer.json"),
+        json: &json,
+        path: &path,
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_id(),
         add_bos: tokenizer.adds_bos(),
-        chat_template: tokenizer.chat_template(),
+        chat_template: trained.as_deref().or(tokenizer.chat_template()),
     };
     let kind = match elements {
         GgufType::F16 => Kind::F16,

@@ -10,14 +10,17 @@ mod folders;
 mod generate;
 mod load;
 mod merge_lora;
+mod quantize;
 pub mod recipe;
 mod resume;
+mod shell;
 mod signals;
 mod ui;
+mod usage;
 mod validate;
 
 use crate::error::Error;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use ui::Ui;
@@ -52,8 +55,14 @@ enum Command {
     ConvertToLitgpt(args::ConvertToArgs),
     /// Write a Hugging Face folder from LitGPT's files (safetensors, where LitGPT wrote model.pth)
     ConvertFromLitgpt(args::ConvertFromArgs),
+    /// Write a copy of a model with its weights in few bits, which transformers reads too
+    Quantize(args::QuantizeArgs),
     /// Check a model's or an adapter's folder, and say what it can be used for
     Validate(args::ValidateArgs),
+    /// Print a script that lets a shell complete commands and flags
+    Completions(args::CompletionsArgs),
+    /// Print a manual page
+    Man(args::ManArgs),
 }
 
 /// Runs the command line `argv`, program name first, and says how it went.
@@ -64,9 +73,16 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Ok(argv) => argv,
         Err(error) => return ui.fail(&error.into()),
     };
-    let cli = match Cli::try_parse_from(argv) {
+    let cli = match Cli::try_parse_from(&argv) {
         Ok(cli) => cli,
-        Err(error) => return ui.clap(&error),
+        Err(error) => {
+            let command =
+                argv.get(1).and_then(|word| Cli::command().find_subcommand(word).map(|c| c.get_name().to_owned()));
+            return match usage::error(&error, command.as_deref()) {
+                Some(error) => ui.fail(&error.into()),
+                None => ui.clap(&error),
+            };
+        }
     };
     let result = match cli.command {
         Command::Download(args) => download::run(&args, &mut ui),
@@ -76,7 +92,10 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
         Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
         Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),
+        Command::Quantize(args) => quantize::run(&args, &mut ui),
         Command::Validate(args) => validate::run(&args, &mut ui),
+        Command::Completions(args) => shell::completions(&args, Cli::command(), &ui),
+        Command::Man(args) => shell::man(&args, Cli::command(), &ui),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

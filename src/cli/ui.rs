@@ -53,12 +53,13 @@ impl Ui {
             return;
         }
         let template = if bytes {
-            "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left"
+            "{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left"
         } else {
-            "{msg} {bar:30} {pos}/{len} {per_sec}, {eta} left"
+            // What matters first: the end is cut off in a narrow window.
+            "{prefix} {bar:16} {pos}/{len}, {eta} left{msg}"
         };
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        self.bar = Some(ProgressBar::new(total).with_style(style).with_message(what.to_owned()));
+        self.bar = Some(ProgressBar::new(total).with_style(style).with_prefix(what.to_owned()));
     }
 
     /// Sets the bar's position.
@@ -100,7 +101,7 @@ impl Ui {
         ExitCode::from(exit_code(error))
     }
 
-    /// Prints what clap has to say: help and version as results, mistakes as errors.
+    /// Prints what clap has to say that is no mistake: help, version, and the commands where none is given.
     pub fn clap(&mut self, error: &clap::Error) -> ExitCode {
         let _ = error.print();
         if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
@@ -148,7 +149,7 @@ impl Report for Ui {
                 self.position(*iter as u64);
                 let rate = *tokens as f64 / seconds;
                 if let Some(bar) = &self.bar {
-                    bar.set_message(format!("epoch {epoch} step {step} loss {loss:.3} {rate:.0} tokens/s"));
+                    bar.set_message(format!(" | epoch {epoch} step {step} loss {loss:.3} {rate:.0} tokens/s"));
                 } else {
                     let iters = self.iters;
                     self.note(&format!(
@@ -200,7 +201,17 @@ pub fn available_memory() -> Option<usize> {
 
 /// Most memory that this process ever held, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// Memory that this process holds, in bytes, where the system tells.
+pub fn memory() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// A number of bytes that the system tells about this process.
+fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|l| l.starts_with(name))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

@@ -267,33 +267,6 @@ fn split_hint(n: usize) -> String {
     format!("use --data.val_split_fraction {least} or more, below 1, or a folder with train.json and val.json")
 }
 
-/// The candidate most like `name`, if any is like it.
-fn closest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let name = name.to_lowercase();
-    let limit = (name.chars().count() / 3).max(1);
-    candidates
-        .map(|candidate| (edit_distance(&name, &candidate.to_lowercase()), candidate))
-        .filter(|(distance, _)| !name.is_empty() && *distance <= limit)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
-}
-
-/// Levenshtein distance in characters.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &y) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -624,13 +597,5 @@ mod tests {
         let named = DataConfig { file_name: Some("other.json".into()), ..config };
         assert_eq!(load(&named, &tokenizer(), &web).unwrap().sources, [dir.path().join("other.json")]);
         assert_eq!(load(&module("Alpaca", dir.path()), &tokenizer(), &Web(None)).unwrap().train.len(), 77);
-    }
-
-    #[test]
-    fn edit_distances() {
-        assert_eq!(edit_distance("", "abc"), 3);
-        assert_eq!(edit_distance("kitten", "sitting"), 3);
-        assert_eq!(closest("phi4", ["phi-4", "phi-4-mini"].into_iter()), Some("phi-4"));
-        assert_eq!(closest("", ["a"].into_iter()), None);
     }
 }

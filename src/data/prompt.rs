@@ -6,8 +6,8 @@
 use std::sync::{Arc, LazyLock};
 
 use super::chat::{ChatTemplate, Message};
-use super::{closest, system_prompts as system};
-use crate::error::{Error, Result};
+use super::system_prompts as system;
+use crate::error::{Error, Result, closest};
 use crate::tokenizer::Tokenizer;
 use regex::Regex;
 
@@ -414,6 +414,16 @@ impl PromptStyle {
         Ok(ids)
     }
 
+    /// A chat template that writes conversations as [`PromptStyle::turns`] does, for programs that know templates only;
+    /// `None` if the style is one itself.
+    #[must_use]
+    pub fn jinja(&self) -> Option<String> {
+        match &self.0 {
+            Kind::Fixed(style) => Some(style.jinja()),
+            Kind::Chat(_) => None,
+        }
+    }
+
     /// Texts, besides the tokenizer's stop tokens, at which an answer ends.
     #[must_use]
     pub fn stop_texts(&self) -> &[&str] {
@@ -425,6 +435,28 @@ impl PromptStyle {
 }
 
 impl Style {
+    fn jinja(&self) -> String {
+        // A text of JSON is one of Jinja.
+        let quoted = |text: &str| serde_json::Value::from(text).to_string();
+        let [start, sys] = [self.start, self.default_system].map(quoted);
+        let [before, after] = <[&str; 2]>::from(self.user).map(quoted);
+        let system = self.system.map_or_else(String::new, |around| {
+            let [before, after] = <[&str; 2]>::from(around).map(quoted);
+            format!("{{%- if ns.sys -%}}{{{{- {before} + ns.sys + {after} -}}}}{{%- endif -%}}")
+        });
+        let lines = [
+            format!("{{%- set ns = namespace(sys={sys}, first=true) -%}}"),
+            "{%- for message in messages -%}".to_owned(),
+            "{%- if message['role'] == 'system' -%}{%- set ns.sys = message['content'] -%}".to_owned(),
+            "{%- elif message['role'] == 'user' -%}".to_owned(),
+            format!("{{%- if ns.first -%}}{{{{- {start} -}}}}{system}{{%- set ns.first = false -%}}{{%- endif -%}}"),
+            format!("{{{{- {before} + message['content'] + {after} -}}}}"),
+            "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}".to_owned(),
+            "{%- endfor -%}".to_owned(),
+        ];
+        lines.concat()
+    }
+
     fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> String {
         let input = self.input.as_ref().zip(input.filter(|text| !text.is_empty()));
         let default = input.map_or(self.default_system, |(with, _)| with.default_system);
@@ -469,6 +501,25 @@ fn find(name: &str) -> Option<&'static Style> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
+    /// What llama.cpp and others write by the template is what was trained on.
+    #[test]
+    fn every_style_is_a_template_too() {
+        let say = |role: &str, content: &str| Message::new(role, content);
+        let talk =
+            [say("system", "Be \"brief\"."), say("user", "Hi {{ x }}"), say("assistant", "Ho"), say("user", "Bye\n")];
+        for name in names() {
+            let style = PromptStyle::by_name(name).unwrap();
+            let template = ChatTemplate::new(Path::new("t"), &style.jinja().unwrap(), "<s>", "</s>").unwrap();
+            for messages in [&talk[..], &talk[1..], &talk[1..2]] {
+                let turns = style.turns(messages).unwrap();
+                let end = |answer: Option<&str>| answer.map(|text| format!("{text}</s>")).unwrap_or_default();
+                let want: String = turns.into_iter().map(|(prompt, answer)| prompt + &end(answer)).collect();
+                assert_eq!(template.render(messages, true).unwrap(), want, "{name}");
+            }
+        }
+    }
 
     #[test]
     fn every_name_finds_its_own_style() {

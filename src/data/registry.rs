@@ -1,7 +1,6 @@
 //! The datasets that are known by name: where their files are, what their rows look like, in which style they are told.
 
-use super::closest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest};
 
 /// One dataset of the registry.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 use super::registry::{DatasetKind, FLAN_ENDING, FLAN_SUBSETS, Files, RemoteFile, Validation};
-use super::{DEFAULT_VAL_SPLIT_FRACTION, DataConfig, Fetch, closest};
-use crate::error::{Error, Result};
+use super::{DEFAULT_VAL_SPLIT_FRACTION, DataConfig, Fetch};
+use crate::error::{Error, Result, closest};
 
 /// The files of a dataset.
 pub(super) enum Parts {

@@ -27,6 +27,14 @@ pub trait Source {
     /// When it is missing, broken or of another shape.
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()>;
 
+    /// The matrix `name` in few bits, where it is kept so and can be taken as it is.
+    ///
+    /// # Errors
+    /// When it is broken.
+    fn codes(&self, _name: &str) -> Result<Option<Codes>> {
+        Ok(None)
+    }
+
     /// The tensor `name` of `len` elements in f32.
     ///
     /// # Errors
@@ -141,6 +149,9 @@ impl Loader<'_> {
 
     /// The weight of a block's projection.
     fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
+        if let Some(stored) = self.stored(parts, cols)? {
+            return Ok(self.placed(stored));
+        }
         let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
         // Each by itself: its scales' mean and nested blocks are those that bitsandbytes finds.
         let parts = parts.iter().map(|(name, rows)| {
@@ -155,6 +166,13 @@ impl Loader<'_> {
         };
         let parts = parts.map(|part| part.map(|(values, rows)| Part::quantize(device, quantizer, &values, rows, cols)));
         Ok(Weight::resident(Resident::quantized(device, self.dtype(), cols, parts.collect::<Result<_>>()?)))
+    }
+
+    /// The weight of a block's projection, where the source has all of it in few bits.
+    fn stored(&self, parts: &[(String, usize)], cols: usize) -> Result<Option<Weight>> {
+        let codes = parts.iter().map(|(name, _)| self.source.codes(&format!("{name}.weight")));
+        let codes = codes.collect::<Result<Vec<Option<Codes>>>>()?.into_iter().collect::<Option<Vec<Codes>>>();
+        Ok(codes.map(|codes| Weight::quantized(cols, codes, self.store)))
     }
 
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {

@@ -33,6 +33,7 @@ use block::Block;
 use linear::{Gradients, Linear};
 use lora::{LoraConfig, initialize};
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Elements of a chunk of logits: 24 MB.
@@ -80,6 +81,10 @@ impl Tokens {
     #[must_use]
     pub fn n_targets(&self) -> usize {
         self.targets.iter().flatten().count()
+    }
+
+    fn longest(&self) -> usize {
+        self.segments.iter().map(Range::len).max().unwrap_or(0)
     }
 
     fn positions(&self) -> Constant<u32> {
@@ -176,6 +181,12 @@ impl Gpt {
     #[must_use]
     pub fn prepared(&self) -> usize {
         if self.config.rotary_dim == 0 { self.config.block_size } else { self.rope[0].positions() }
+    }
+
+    /// Without its tables a model would not turn queries and keys at all, and answer nonsense.
+    fn require_prepared(&self, positions: usize) {
+        let enough = self.config.rotary_dim == 0 || positions <= self.prepared();
+        assert!(enough, "{positions} positions: prepare() was called for {}", self.prepared());
     }
 
     /// All projections, block by block, the head last.
@@ -275,6 +286,7 @@ impl Gpt {
     /// When `prepare` was not called for samples of this length, or an id is outside the vocabulary.
     #[must_use]
     pub fn pass(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> Loss {
+        self.require_prepared(tokens.longest());
         let (positions, spans) = (tokens.positions(), Spans::whole(&tokens.segments));
         let parameters = self.parameters_of_products();
         let seed = training.as_ref().map(|t| t.seed);
@@ -357,6 +369,7 @@ impl Gpt {
 
     /// Hidden states of new tokens, which join the cache; before the final norm.
     fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+        self.require_prepared(cache.len + ids.len());
         let positions: Constant<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
         let (parameters, spans) = (self.parameters_of_products(), Spans::default());
         let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed: None, rope: &self.rope };
@@ -380,6 +393,9 @@ impl Gpt {
     ///
     /// # Shapes
     /// `ids`: (T), at least one; returns (1, vocab_size), on the host.
+    ///
+    /// # Panics
+    /// When `prepare` was not called for that many tokens with those of the cache, or an id is outside the vocabulary.
     #[must_use]
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
         let x = self.decode_hidden(ids, cache);

@@ -5,7 +5,7 @@
 //! `x ≈ q · absmax / 127` (the weights of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339). Inputs are not quantized,
 //! so outliers among them do no harm.
 
-use super::nf4::{Kind4, Quantized};
+use super::nf4::{Absmax, Kind4, QUANT_BLOCK, Quantized};
 use std::ops::Range;
 
 /// The largest code of 8 bits.
@@ -37,6 +37,20 @@ impl Quantizer {
             "int8" | "int8-training" => Self::Int8,
             _ => return None,
         })
+    }
+}
+
+impl Quantizer {
+    /// Its name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Four { kind: Kind4::Nf4, double: false } => "nf4",
+            Self::Four { kind: Kind4::Nf4, double: true } => "nf4-dq",
+            Self::Four { kind: Kind4::Fp4, double: false } => "fp4",
+            Self::Four { kind: Kind4::Fp4, double: true } => "fp4-dq",
+            Self::Int8 => "int8",
+        }
     }
 }
 
@@ -94,6 +108,38 @@ impl Codes {
         }
     }
 
+    /// The matrix of these rows; `None` where a scale is of rows that are chosen and of others.
+    #[must_use]
+    pub fn select(&self, ranges: &[Range<usize>]) -> Option<Self> {
+        fn gather<T: Copy>(all: &[T], ranges: &[Range<usize>], of_row: impl Fn(usize) -> usize) -> Vec<T> {
+            ranges.iter().flat_map(|r| &all[of_row(r.start)..of_row(r.end)]).copied().collect()
+        }
+        match self {
+            Self::Int8 { codes, absmax, cols } => Some(Self::Int8 {
+                codes: gather(codes, ranges, |row| row * cols),
+                absmax: gather(absmax, ranges, |row| row),
+                cols: *cols,
+            }),
+            Self::Four(four) => {
+                let whole = |row: usize| row == four.rows || (row * four.cols).is_multiple_of(QUANT_BLOCK);
+                // A short block may end the matrix only.
+                let ends = ranges.iter().rev().skip(1).all(|r| (r.end * four.cols).is_multiple_of(QUANT_BLOCK));
+                if !ends || !ranges.iter().all(|r| whole(r.start) && whole(r.end)) {
+                    return None;
+                }
+                let block = |row: usize| (row * four.cols).div_ceil(QUANT_BLOCK);
+                let scales: Vec<f32> = (0..four.absmax.len()).map(|i| four.absmax.get(i)).collect();
+                Some(Self::Four(Quantized {
+                    kind: four.kind,
+                    packed: gather(&four.packed, ranges, |row| (row * four.cols).div_ceil(2)),
+                    absmax: Absmax::Plain(gather(&scales, ranges, block)),
+                    rows: ranges.iter().map(Range::len).sum(),
+                    cols: four.cols,
+                }))
+            }
+        }
+    }
+
     /// Some rows in f32.
     ///
     /// # Panics
@@ -127,6 +173,22 @@ impl Codes {
 mod tests {
     use super::*;
     use crate::ops::testing::random;
+
+    #[test]
+    fn selected_rows_are_those_rows() {
+        let (rows, cols) = (12, 32);
+        let values = random(rows * cols, 1);
+        for name in ["nf4", "nf4-dq", "fp4", "int8"] {
+            let codes = Codes::new(Quantizer::named(name).unwrap(), &values, rows, cols);
+            let mut all = vec![0.0; rows * cols];
+            codes.decode_rows(0..rows, &mut all);
+            let ranges = [8..12, 2..6];
+            let mut some = vec![0.0; 8 * cols];
+            codes.select(&ranges).unwrap().decode_rows(0..8, &mut some);
+            assert_eq!(some, ranges.map(|r| all[r.start * cols..r.end * cols].to_vec()).concat());
+            assert_eq!(codes.select(&[1..3, 4..6]).is_some(), name == "int8", "blocks of 64 are two rows");
+        }
+    }
 
     #[test]
     fn eight_bits_are_within_half_a_step_of_each_rows_scale() {

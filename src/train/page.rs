@@ -10,15 +10,35 @@ use std::path::Path;
 /// File of the page.
 pub const FILE: &str = "report.html";
 /// Width of a chart and height of its plot, in pixels.
-const SIZE: (f64, f64) = (760.0, 240.0);
+const SIZE: (f64, f64) = (760.0, 220.0);
 /// Room for the numbers at the left and below.
-const MARGIN: (f64, f64) = (70.0, 30.0);
+const MARGIN: (f64, f64) = (64.0, 26.0);
 /// Most points of a curve.
 const POINTS: usize = 1000;
-/// Looks.
-const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:800px;margin:2em auto;padding:0 1em;color:#222}\
-    table{border-collapse:collapse}td,th{padding:2px 14px 2px 0;text-align:left;border-bottom:1px solid #ddd}\
-    pre{background:#f4f4f4;padding:8px;white-space:pre-wrap}svg text{font-size:12px;fill:#555}";
+/// Looks, by day and by night.
+const STYLE: &str = "\
+:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--text:#1d2330;--soft:#667085;--line:#e3e6eb;\
+--a:#1f6feb;--b:#d9480f;--c:#2b8a3e;--d:#8250df;--e:#0b7285}
+@media(prefers-color-scheme:dark){:root{--page:#0f1318;--card:#181d25;--text:#e4e8ee;--soft:#93a0b1;--line:#2c343f;\
+--a:#6cb2ff;--b:#ff9f5a;--c:#63d67f;--d:#c4a3ff;--e:#5fd3e6}}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;max-width:860px;margin:0 auto;\
+padding:28px 16px 48px;background:var(--page);color:var(--text)}
+h1{font-size:24px;margin:0}h2{font-size:16px;margin:0 0 10px}h3{font-size:13px;margin:14px 0 4px;color:var(--soft)}
+h1+p{margin:2px 0 18px;color:var(--soft)}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;margin:0 0 16px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px 18px;margin:0}
+dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:20px;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%;font-size:14px}
+td,th{padding:4px 14px 4px 0;text-align:left;border-top:1px solid var(--line);font-weight:400;overflow-wrap:anywhere}
+th{color:var(--soft);width:45%}
+pre{background:var(--page);border-radius:6px;padding:8px 10px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere;\
+font-size:13px}
+summary{cursor:pointer;font-weight:600}details table{margin-top:10px}
+svg{display:block}svg text{font-size:12px;fill:var(--soft)}
+.grid{stroke:var(--line)}polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
+.a{--k:var(--a)}.b{--k:var(--b)}.c{--k:var(--c)}.d{--k:var(--d)}.e{--k:var(--e)}
+polyline{stroke:var(--k)}circle{fill:var(--k)}svg text.key{fill:var(--k)}";
 
 /// What the page says besides `metrics.csv`: the model's answers, in their order.
 #[derive(Debug, Default)]
@@ -26,10 +46,10 @@ pub struct Page {
     examples: Vec<(usize, String)>,
 }
 
-/// A curve: name, colour, points by step.
+/// A curve: name, class of its colour, points by step.
 struct Curve {
     name: &'static str,
-    colour: &'static str,
+    colour: char,
     points: Vec<(f64, f64)>,
 }
 
@@ -51,13 +71,23 @@ impl Page {
         let metrics = out_dir.join("metrics.csv");
         let text = std::fs::read_to_string(&metrics).map_err(Error::io("read", &metrics))?;
         let curve = |name, colour| Curve { name, colour, points: column(&text, name) };
+        let name = escaped(&out_dir.display().to_string());
+        let model = settings.get("checkpoint_dir").and_then(Value::as_str).unwrap_or_default();
+        let charts = [
+            chart("Loss, nats a token", &[curve("loss", 'a'), curve("val_loss", 'b')]),
+            chart("Learning rate", &[curve("learning_rate", 'c')]),
+            chart("Tokens a second", &[curve("tokens_per_s", 'd')]),
+            chart("Memory, GB", &[in_gigabytes(curve("memory", 'e'))]),
+        ];
         let page = format!(
-            "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>Run in {0}</title>\
-             <style>{STYLE}</style></head>\n<body><h1>Run in {0}</h1>\n{1}{2}{3}{4}{5}</body></html>\n",
-            escaped(&out_dir.display().to_string()),
+            "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/>\
+             <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"/><title>Run in {name}</title>\
+             <style>{STYLE}</style></head>\n<body><h1>Run in {name}</h1>\n<p>litgpt {}, {}</p>\n\
+             {}{}{}{}</body></html>\n",
+            env!("CARGO_PKG_VERSION"),
+            escaped(model),
             self::summary(summary),
-            chart("Loss (nats a token)", &[curve("loss", "#1668b3"), curve("val_loss", "#c8510f")]),
-            chart("Learning rate", &[curve("learning_rate", "#2a7f3f")]),
+            charts.concat(),
             self.examples(),
             self::settings(settings),
         );
@@ -72,7 +102,11 @@ impl Page {
         for (step, text) in &self.examples {
             _ = write!(out, "<h3>After step {step}</h3>\n<pre>{}</pre>\n", escaped(text.trim()));
         }
-        if out.is_empty() { out } else { format!("<h2>Answers to a validation sample</h2>\n{out}") }
+        if out.is_empty() {
+            out
+        } else {
+            format!("<section><h2>Answers to a validation sample</h2>\n{out}</section>\n")
+        }
     }
 }
 
@@ -101,13 +135,19 @@ fn summary(summary: &Summary) -> String {
         ("Last validation loss", loss(summary.val_loss)),
         ("Best validation loss", loss(summary.at.best)),
     ];
-    table("Summary", rows.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+    let cells: String =
+        rows.iter().map(|(key, value)| format!("<div><dt>{key}</dt><dd>{value}</dd></div>\n")).collect();
+    format!("<section><dl>{cells}</dl></section>\n")
 }
 
 fn settings(settings: &Value) -> String {
     let mut rows = Vec::new();
     flatten("", settings, &mut rows);
-    table("Settings", rows)
+    let mut out = String::from("<section><details open=\"open\"><summary>Settings</summary><table>");
+    for (key, value) in rows {
+        _ = writeln!(out, "<tr><th>{}</th><td>{}</td></tr>", escaped(&key), escaped(&value));
+    }
+    out + "</table></details></section>\n"
 }
 
 /// Leaves of a tree by their dotted keys.
@@ -119,20 +159,19 @@ fn flatten(name: &str, value: &Value, rows: &mut Vec<(String, String)>) {
                 flatten(&name, value, rows);
             }
         }
+        // What was left open says nothing about the run.
+        Value::Null => {}
         Value::String(text) => rows.push((name.to_owned(), text.clone())),
         other => rows.push((name.to_owned(), other.to_string())),
     }
 }
 
-fn table(title: &str, rows: Vec<(String, String)>) -> String {
-    let mut out = format!("<h2>{title}</h2>\n<table>");
-    for (key, value) in rows {
-        _ = writeln!(out, "<tr><th>{}</th><td>{}</td></tr>", escaped(&key), escaped(&value));
-    }
-    out + "</table>\n"
+/// A curve of bytes in GB.
+fn in_gigabytes(curve: Curve) -> Curve {
+    Curve { points: curve.points.into_iter().map(|(step, bytes)| (step, bytes / 1e9)).collect(), ..curve }
 }
 
-/// Curves over the steps, with numbers at the ends of the axes.
+/// Curves over the steps, with numbers at the axes.
 fn chart(title: &str, curves: &[Curve]) -> String {
     let all: Vec<(f64, f64)> = curves.iter().flat_map(|curve| curve.points.clone()).collect();
     let Some(first) = all.first() else { return String::new() };
@@ -143,57 +182,45 @@ fn chart(title: &str, curves: &[Curve]) -> String {
     };
     let ((left, right), (low, high)) = (range(|p| p.0), range(|p| p.1));
     let ((width, height), (x0, below)) = (SIZE, MARGIN);
-    let x = |step: f64| x0 + (step - left) / (right - left) * (width - x0 - 10.0);
-    let y = |value: f64| 10.0 + (high - value) / (high - low) * (height - 10.0);
+    let x = |step: f64| x0 + (step - left) / (right - left) * (width - x0 - 8.0);
+    let y = |value: f64| 24.0 + (high - value) / (high - low) * (height - 24.0);
     let mut out = format!(
-        "<h2>{title}</h2>\n<svg viewBox=\"0 0 {width} {}\" width=\"100%\" xmlns=\"http://www.w3.org/2000/svg\">\
-         <rect x=\"{x0}\" y=\"10\" width=\"{}\" height=\"{}\" fill=\"none\" stroke=\"#ccc\"/>\n",
-        height + below,
-        width - x0 - 10.0,
-        height - 10.0
+        "<section><h2>{title}</h2>\n<svg viewBox=\"0 0 {width} {}\" width=\"100%\" xmlns=\"http://www.w3.org/2000/svg\">\n",
+        height + below
     );
-    for value in [high, (high + low) / 2.0, low] {
-        _ = writeln!(
-            out,
-            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-            x0 - 6.0,
-            y(value) + 4.0,
-            short(value)
-        );
+    for quarter in 0..=4 {
+        let value = low + (high - low) * f64::from(quarter) / 4.0;
+        let (end, at) = (width - 8.0, y(value));
+        _ = writeln!(out, "<line class=\"grid\" x1=\"{x0}\" x2=\"{end}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>");
+        let place = format!("x=\"{}\" y=\"{:.1}\" text-anchor=\"end\"", x0 - 8.0, at + 4.0);
+        _ = writeln!(out, "<text {place}>{}</text>", short(value));
     }
     for (step, anchor) in [(left, "start"), (right, "end")] {
-        let step =
-            format!("<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\">step {step}</text>", x(step), height + 18.0);
-        _ = writeln!(out, "{step}");
+        let place = format!("x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\"", x(step), height + 20.0);
+        _ = writeln!(out, "<text {place}>step {step}</text>");
     }
     for (i, curve) in curves.iter().enumerate().filter(|(_, curve)| !curve.points.is_empty()) {
         let points: Vec<String> = curve.points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect();
-        let last = curve.points.last().map_or(0.0, |point| point.1);
+        let last = curve.points.last().copied().unwrap_or_default();
         let (name, colour) = (curve.name, curve.colour);
-        _ = writeln!(
-            out,
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>",
-            points.join(" ")
-        );
-        _ = writeln!(
-            out,
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\" fill=\"{colour}\"/>",
-            x(curve.points[0].0),
-            y(curve.points[0].1)
-        );
-        let place = format!("x=\"{}\" y=\"{}\"", width - 20.0, 28 + 16 * i);
-        _ = writeln!(
-            out,
-            "<text {place} text-anchor=\"end\" style=\"fill:{colour}\">{name}, last {}</text>",
-            short(last)
-        );
+        _ = writeln!(out, "<polyline class=\"{colour}\" points=\"{}\"/>", points.join(" "));
+        _ = writeln!(out, "<circle class=\"{colour}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"/>", x(last.0), y(last.1));
+        // Beside each other above the plot, where no curve is.
+        let place = format!("x=\"{}\" y=\"12\" text-anchor=\"end\"", width - 8.0 - 190.0 * i as f64);
+        _ = writeln!(out, "<text class=\"key {colour}\" {place}>{name}, last {}</text>", short(last.1));
     }
-    out + "</svg>\n"
+    out + "</svg></section>\n"
 }
 
-/// Four significant digits.
+/// A number with as many digits as say something.
 fn short(number: f64) -> String {
-    if number == 0.0 || (1e-2..1e5).contains(&number.abs()) { format!("{number:.4}") } else { format!("{number:.3e}") }
+    match number.abs() {
+        0.0 => "0".to_owned(),
+        size if size >= 1e6 => format!("{number:.3e}"),
+        size if size >= 100.0 => format!("{number:.0}"),
+        size if size >= 1e-2 => format!("{number:.4}"),
+        _ => format!("{number:.3e}"),
+    }
 }
 
 /// Text as HTML, without what no page may hold.

@@ -137,10 +137,11 @@ pub trait Report {
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    /// Bytes that are held now, where the system tells.
+    pub memory: Option<u64>,
 }
 
-const COLUMNS: &str =
-    "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s,skipped";
+const COLUMNS: &str = "epoch,iter,step,loss,val_loss,val_ppl,learning_rate,grad_norm,tokens,total_tokens,iter_time,tokens_per_s,skipped,memory";
 
 impl Metrics {
     /// Starts the file in `dir`, which is made if need be.
@@ -152,7 +153,7 @@ impl Metrics {
         let path = dir.join("metrics.csv");
         let mut file = File::create(&path).map_err(Error::io("create", &path))?;
         writeln!(file, "{COLUMNS}").map_err(Error::io("write", &path))?;
-        Ok(Self { path, file })
+        Ok(Self { path, file, memory: None })
     }
 
     /// Goes on with the file in `dir` where it had `bytes` bytes; what came later is cut off.
@@ -161,13 +162,14 @@ impl Metrics {
     /// When it cannot be read or written.
     pub fn resume(dir: &Path, bytes: u64) -> Result<Self, Error> {
         let path = dir.join("metrics.csv");
-        if !path.is_file() {
+        // A run with no logger left it without a header.
+        if !path.is_file() || bytes == 0 {
             return Self::create(dir);
         }
         let file = File::options().append(true).open(&path).map_err(Error::io("write", &path))?;
         let length = file.metadata().map_err(Error::io("read", &path))?.len();
         file.set_len(length.min(bytes)).map_err(Error::io("write", &path))?;
-        Ok(Self { path, file })
+        Ok(Self { path, file, memory: None })
     }
 
     /// Length of the file.
@@ -186,12 +188,13 @@ impl Report for Metrics {
                 let Figures { epoch, iter, step, loss, grad_norm, learning_rate, .. } = figures;
                 let Figures { tokens, total_tokens, seconds, skipped, .. } = figures;
                 let rate = *tokens as f64 / seconds;
+                let memory = self.memory.map_or_else(String::new, |bytes| bytes.to_string());
                 format!(
-                    "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{rate},{skipped}"
+                    "{epoch},{iter},{step},{loss},,,{learning_rate},{grad_norm},{tokens},{total_tokens},{seconds},{rate},{skipped},{memory}"
                 )
             }
             Event::Validation { step, iter, loss, seconds, .. } => {
-                format!(",{iter},{step},,{loss},{},,,,,{seconds},,", loss.exp())
+                format!(",{iter},{step},,{loss},{},,,,,{seconds},,,", loss.exp())
             }
             _ => return Ok(()),
         };
@@ -233,13 +236,14 @@ mod tests {
                 seconds: 0.1,
             })
             .unwrap();
+        metrics.memory = Some(7);
         let broken = Figures { loss: f64::NAN, grad_norm: f64::INFINITY, skipped: 1, ..figures() };
         metrics.event(&Event::Skipped { figures: broken, problem: String::new() }).unwrap();
         let text = std::fs::read_to_string(dir.path().join("metrics.csv")).unwrap();
         let counts: Vec<usize> = text.lines().map(|l| l.split(',').count()).collect();
-        assert_eq!(counts, [13, 13, 13, 13]);
-        assert!(text.lines().nth(1).unwrap().ends_with(",200,0"));
-        assert!(text.lines().nth(3).unwrap().contains(",NaN,,,0.0001,inf,") && text.ends_with(",1\n"), "{text}");
+        assert_eq!(counts, [14, 14, 14, 14]);
+        assert!(text.lines().nth(1).unwrap().ends_with(",200,0,"));
+        assert!(text.lines().nth(3).unwrap().contains(",NaN,,,0.0001,inf,") && text.ends_with(",1,7\n"), "{text}");
     }
 
     #[test]

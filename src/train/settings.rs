@@ -12,7 +12,7 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest};
 
 /// Number format of weights and activations; adapters and optimizer state are f32 in all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -692,7 +692,7 @@ impl Default for FinetuneSettings {
 }
 
 /// Values of `logger_name`.
-const LOGGERS: [&str; 2] = ["csv", "tensorboard"];
+const LOGGERS: [&str; 3] = ["csv", "tensorboard", "none"];
 
 impl FinetuneSettings {
     /// Checks every rule between and within the settings.
@@ -712,7 +712,11 @@ impl FinetuneSettings {
             format!("`num_nodes` must be 1, this program trains on one machine, got {}", self.num_nodes)
         });
         check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {
-            format!("`logger_name` must be one of {}, got `{}`", LOGGERS.join(", "), self.logger_name)
+            let tip = closest(&self.logger_name, LOGGERS.into_iter()).map(|near| format!(", did you mean `{near}`?"));
+            let names = LOGGERS.join(", ");
+            let wandb = "; `wandb sync OUT_DIR/logs/tensorboard` takes over what tensorboard gets";
+            let tip = if self.logger_name == "wandb" { wandb.to_owned() } else { tip.unwrap_or_default() };
+            format!("`logger_name` must be one of {names}, got `{}`{tip}", self.logger_name)
         });
         let hint = "`litgpt finetune_lora --help` explains every setting";
         match problems.len() {

@@ -1,5 +1,9 @@
-//! Element types of GGUF tensors, and f32 rows in them. `Q8_0` and `Q4_0` keep blocks of 32 elements with one f16 scale.
+//! Element types of GGUF tensors: f32 rows to and from them. `Q8_0` and `Q4_0`, which are written, keep blocks of 32
+//! elements with one f16 scale; candle decodes those and all others that are read.
 
+use crate::checkpoint::{Dtype, Elements};
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, ggml_file::qtensor_from_ggml};
 use half::f16;
 use rayon::prelude::*;
 
@@ -64,6 +68,75 @@ impl Kind {
     }
 }
 
+/// How the elements of a tensor are kept whose type ggml knows as `id`.
+///
+/// # Errors
+/// The name of a type that is not read.
+pub fn elements(id: u32) -> Result<Elements, String> {
+    const OTHERS: &[(u32, &str)] = &[
+        (16, "IQ2_XXS"),
+        (17, "IQ2_XS"),
+        (18, "IQ3_XXS"),
+        (19, "IQ1_S"),
+        (20, "IQ4_NL"),
+        (21, "IQ3_S"),
+        (22, "IQ2_S"),
+        (23, "IQ4_XS"),
+        (28, "F64"),
+        (29, "IQ1_M"),
+        (34, "TQ1_0"),
+        (35, "TQ2_0"),
+        (39, "MXFP4"),
+    ];
+    Ok(match id {
+        0 => Elements::Plain(Dtype::F32),
+        1 => Elements::Plain(Dtype::F16),
+        30 => Elements::Plain(Dtype::Bf16),
+        2 => Elements::Blocks(GgmlDType::Q4_0),
+        3 => Elements::Blocks(GgmlDType::Q4_1),
+        6 => Elements::Blocks(GgmlDType::Q5_0),
+        7 => Elements::Blocks(GgmlDType::Q5_1),
+        8 => Elements::Blocks(GgmlDType::Q8_0),
+        10 => Elements::Blocks(GgmlDType::Q2K),
+        11 => Elements::Blocks(GgmlDType::Q3K),
+        12 => Elements::Blocks(GgmlDType::Q4K),
+        13 => Elements::Blocks(GgmlDType::Q5K),
+        14 => Elements::Blocks(GgmlDType::Q6K),
+        _ => {
+            let name = OTHERS.iter().find(|other| other.0 == id).map(|other| other.1.to_owned());
+            return Err(name.unwrap_or_else(|| id.to_string()));
+        }
+    })
+}
+
+/// Elements of a block, and its bytes.
+#[must_use]
+pub fn block(elements: Elements) -> (usize, usize) {
+    match elements {
+        Elements::Plain(dtype) | Elements::Bits(dtype) => (1, dtype.size()),
+        Elements::Blocks(kind) => (kind.block_size(), kind.type_size()),
+    }
+}
+
+/// Whole blocks as little-endian f32.
+///
+/// # Errors
+/// candle's.
+pub fn decode(kind: GgmlDType, bytes: &[u8]) -> candle_core::Result<Vec<u8>> {
+    const BLOCKS: usize = 1 << 10;
+    let (elements, size) = (kind.block_size(), kind.type_size());
+    let mut out = vec![0; bytes.len() / size * elements * 4];
+    let chunks = out.par_chunks_mut(BLOCKS * elements * 4).zip(bytes.par_chunks(BLOCKS * size));
+    chunks.try_for_each(|(out, bytes)| -> candle_core::Result<()> {
+        let len = bytes.len() / size * elements;
+        let decoded = qtensor_from_ggml(kind, bytes, vec![len], &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        let values = decoded.to_vec1::<f32>()?;
+        out.chunks_exact_mut(4).zip(values).for_each(|(o, v)| o.copy_from_slice(&v.to_le_bytes()));
+        Ok(())
+    })?;
+    Ok(out)
+}
+
 /// Calls `f` with `bytes` of `out` for each `elements` of `values`.
 fn pairs(out: &mut [u8], values: &[f32], bytes: usize, elements: usize, f: impl Fn(&mut [u8], &[f32])) {
     out.chunks_exact_mut(bytes).zip(values.chunks_exact(elements)).for_each(|(o, v)| f(o, v));
@@ -96,8 +169,8 @@ fn q4_0(out: &mut [u8], values: &[f32]) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use candle_core::Device;
-    use candle_core::quantized::{GgmlDType, QTensor, ggml_file::qtensor_from_ggml};
+    use candle_core::Tensor;
+    use candle_core::quantized::QTensor;
 
     fn values() -> Vec<f32> {
         (0..4 * BLOCK).map(|i| ((i * 37 % 101) as f32 - 50.0) * if i < 64 { 0.01 } else { 3.0 }).collect()
@@ -133,5 +206,26 @@ mod tests {
             let back: Vec<f32> = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
             assert!(back.iter().all(|v| *v == 0.0), "{kind:?}: {back:?}");
         }
+    }
+
+    /// Encoded by candle, many chunks of blocks, decoded in parallel: as candle decodes all of it at once.
+    #[test]
+    fn every_type_that_is_read_is_decoded() {
+        let values: Vec<f32> = (0..(1 << 18) + 512).map(|i| ((i * 7919 % 1009) as f32 - 500.0) / 300.0).collect();
+        let tensor = Tensor::new(values.as_slice(), &Device::Cpu).unwrap();
+        let mut read = 0;
+        for id in 0..40 {
+            let Ok(Elements::Blocks(kind)) = elements(id) else { continue };
+            let encoded = QTensor::quantize(&tensor, kind).unwrap();
+            let want: Vec<f32> = encoded.dequantize(&Device::Cpu).unwrap().to_vec1().unwrap();
+            let mut got = vec![0.0; values.len()];
+            Dtype::F32.decode(&decode(kind, &encoded.data().unwrap()).unwrap(), &mut got);
+            assert!(got == want, "{kind:?}");
+            // 2 bits of a range of 3.4 are steps of 1.1.
+            let off = got.iter().zip(&values).fold(0.0f32, |m, (g, v)| m.max((g - v).abs()));
+            assert!(off > 0.0 && off < 1.2, "{kind:?}: {off}");
+            read += 1;
+        }
+        assert_eq!(read, 10);
     }
 }

@@ -1,15 +1,23 @@
-//! Writing a checkpoint, with or without adapters merged into it, as one GGUF file that llama.cpp runs: architecture and
-//! tensors' names here, element types in `blocks`, the vocabulary in `tokenizer`, the container in `write`.
+//! GGUF files, in which llama.cpp has a whole model: names and places of tensors, and the architecture that is written,
+//! here; element types in `blocks`. A checkpoint, with or without adapters merged into it, is written by `tokenizer` (the
+//! vocabulary) and `write` (the container), and read by `read` (the container), `config` (config.json) and `vocabulary`
+//! (tokenizer.json).
 //!
 //! llama.cpp's `llama` rotates neighbouring channels of a head where Hugging Face's rotates those half a head apart; the
 //! rows of its queries and keys stand in the order for that.
 
 mod blocks;
+mod config;
+mod read;
 mod tokenizer;
+mod vocabulary;
 mod write;
 
-pub use blocks::Kind;
+pub use blocks::{Kind, decode};
+pub use config::{FREQUENCIES, describe};
+pub use read::{Metadata, header};
 pub use tokenizer::Words;
+pub use vocabulary::files;
 
 use super::Dtype;
 use super::convert::Export;
@@ -18,7 +26,7 @@ use super::write::Staging;
 use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::model::config::{Mlp, QkNorm};
-use crate::model::families::Slot;
+use crate::model::families::{Piece, Slot};
 use crate::ops::glu::Activation;
 use crate::ops::rope::{Scaling, inverse_frequencies};
 use blocks::BLOCK;
@@ -198,12 +206,30 @@ fn tensors(export: &Export<'_>, architecture: &str, kind: Kind) -> Vec<Tensor> {
         let shape = if slot.vector { vec![slot.cols] } else { vec![slot.rows, slot.cols] };
         let name = name(&slot.name);
         let info = Info { kind: kind_of(&slot, &name, kind), name, shape };
-        let heads = [("q_proj", config.n_head), ("k_proj", config.n_query_groups)];
-        let heads = heads.into_iter().find(|(part, _)| architecture == "llama" && slot.name.contains(part));
-        tensors.push(Tensor { info, content: Content::Ours { slot, heads: heads.map(|h| h.1) } });
+        let heads = heads(config, &slot.name).filter(|_| architecture == "llama");
+        tensors.push(Tensor { info, content: Content::Ours { slot, heads } });
     }
     debug_assert!(matches!(config.qk_norm, QkNorm::None | QkNorm::Head));
     tensors
+}
+
+/// Number of heads that our tensor `name` has rows for, if it is queries or keys.
+fn heads(config: &Config, name: &str) -> Option<usize> {
+    let heads = [("q_proj", config.n_head), ("k_proj", config.n_query_groups)];
+    heads.into_iter().find(|(part, _)| name.contains(part)).map(|(_, heads)| heads)
+}
+
+/// Where our tensor `name` stands in a file, in which rows of queries and keys may be `interleaved`.
+#[must_use]
+pub fn locate(config: &Config, interleaved: bool, ours: &str) -> Vec<Piece> {
+    let Some(heads) = heads(config, ours).filter(|_| interleaved) else { return Piece::whole(name(ours)) };
+    let half = config.head_size / 2;
+    let row = |head: usize, channel: usize| {
+        let place = if channel < half { 2 * channel } else { 2 * (channel - half) + 1 };
+        head * config.head_size + place
+    };
+    let rows = (0..heads).flat_map(|head| (0..config.head_size).map(move |channel| row(head, channel)));
+    Piece::rows(name(ours), rows.map(|row| row..row + 1).collect())
 }
 
 /// Vectors are f32. Rows that are no whole blocks are f16. Embedding and head suffer most from 4 bits and get 8.
@@ -253,6 +279,7 @@ fn interleave(bytes: &[u8], heads: usize, rows: usize) -> Vec<u8> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -260,7 +287,15 @@ mod tests {
     fn rows_of_a_head_interleave() {
         // Two heads of four rows, two bytes each.
         let bytes: Vec<u8> = (0..16).collect();
-        assert_eq!(interleave(&bytes, 2, 8), [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]);
+        let interleaved = interleave(&bytes, 2, 8);
+        assert_eq!(interleaved, [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]);
+        let config = Config::llama(99, 1, 8, 2, 96);
+        let piece = locate(&config, true, "model.layers.0.self_attn.k_proj.weight").swap_remove(0);
+        assert_eq!(piece.tensor, "blk.0.attn_k.weight");
+        let back: Vec<u8> =
+            piece.rows.unwrap().into_iter().flat_map(|r| interleaved[2 * r.start..2 * r.end].to_vec()).collect();
+        assert_eq!(back, bytes);
+        assert_eq!(locate(&config, false, "model.layers.0.self_attn.k_proj.bias"), Piece::whole("blk.0.attn_k.bias"));
     }
 
     #[test]

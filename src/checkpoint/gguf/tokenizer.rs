@@ -14,6 +14,8 @@ const HINT: &str = "merge as hf and use that folder";
 #[derive(Debug, Clone, Copy)]
 pub struct Words<'a> {
     /// tokenizer.json.
+    pub json: &'a str,
+    /// Where that stands, for messages.
     pub path: &'a Path,
     /// The token that begins a text.
     pub bos: Option<u32>,
@@ -26,7 +28,7 @@ pub struct Words<'a> {
 }
 
 /// Patterns by which a text is cut, as tokenizer.json has them, and llama.cpp's names for them.
-const PATTERNS: &[(&str, &str)] = &[
+pub const PATTERNS: &[(&str, &str)] = &[
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "llama-bpe",
@@ -41,13 +43,18 @@ const PATTERNS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Types of tokens.
-const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-const BYTE: i32 = 6;
+/// Type of a token that merges give.
+pub const NORMAL: i32 = 1;
+/// Type of the token for what has none.
+pub const UNKNOWN: i32 = 2;
+/// Type of special tokens.
+pub const CONTROL: i32 = 3;
+/// Type of added tokens that are text.
+pub const USER_DEFINED: i32 = 4;
+/// Type of what fills the vocabulary up to the model's rows.
+pub const UNUSED: i32 = 5;
+/// Type of a token for one byte.
+pub const BYTE: i32 = 6;
 
 impl Words<'_> {
     /// All settings of the tokenizer of a model with `rows` embeddings, whose padding token is `pad`.
@@ -55,8 +62,7 @@ impl Words<'_> {
     /// # Errors
     /// When the file is broken or of a kind that llama.cpp does not know.
     pub fn settings(&self, rows: usize, pad: Option<usize>) -> Result<Settings> {
-        let text = std::fs::read_to_string(self.path).map_err(Error::io("read", self.path))?;
-        let json: Json = serde_json::from_str(&text).map_err(|e| self.broken(&format!("not JSON: {e}")))?;
+        let json: Json = serde_json::from_str(self.json).map_err(|e| self.broken(&format!("not JSON: {e}")))?;
         if json["model"]["type"].as_str().is_some_and(|kind| kind != "BPE") {
             return Err(self.unknown(&format!("the {} tokenizer", json["model"]["type"])));
         }
@@ -220,10 +226,9 @@ mod tests {
     }
 
     fn settings(json: &Json, rows: usize) -> Result<HashMap<String, Value>> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("tokenizer.json");
-        std::fs::write(&path, json.to_string()).unwrap();
-        let words = Words { path: &path, bos: Some(0), eos: None, add_bos: true, chat_template: Some("{{ x }}") };
+        let (json, path) = (json.to_string(), Path::new("tokenizer.json"));
+        let template = Some("{{ x }}");
+        let words = Words { json: &json, path, bos: Some(0), eos: None, add_bos: true, chat_template: template };
         Ok(words.settings(rows, Some(rows))?.into_iter().collect())
     }
 

@@ -13,6 +13,7 @@ mod phi;
 mod pythia;
 mod qwen;
 mod stablelm;
+mod starcoder2;
 
 pub use hf::HfConfig;
 
@@ -57,6 +58,7 @@ pub const FAMILIES: &[Family] = &[
     olmo::OLMO2,
     olmo::OLMO3,
     granite::GRANITE,
+    starcoder2::STARCODER2,
 ];
 
 /// Rows of a tensor in a file that are, in this order, a tensor of ours or a part of it.

@@ -1,0 +1,382 @@
+//! Weights in few bits as bitsandbytes keeps them and transformers saves them: of `NAME.weight` the codes under its own
+//! name, and beside it `.absmax`, `.quant_map` and `.quant_state.bitsandbytes__nf4` (a JSON object), with double
+//! quantization `.nested_absmax` and `.nested_quant_map`; of 8 bits `NAME.SCB`. Which of a model's matrices are kept so
+//! is told by the files; config.json has a `quantization_config` for transformers' sake.
+//! (bitsandbytes/functional.py `QuantState.as_dict`, nn/modules.py `Linear8bitLt._save_to_state_dict`.)
+
+use super::convert::Export;
+use super::safe::{Place, Shards};
+use super::write::{Entry, SHARD, Staging, sharded};
+use super::{AGAIN, Dtype, Layout};
+use crate::error::{Error, Result};
+use crate::model::config::Mlp;
+use crate::ops::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, Quantized, nested_code};
+use crate::ops::quantized::{Codes, Quantizer};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Between a weight's name and the name of its 4-bit format.
+const STATE: &str = ".quant_state.bitsandbytes__";
+/// What stands beside a weight of 4 bits, besides its state.
+const BESIDE: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+/// Bytes that a state is filled up to with blanks: its length is written before its numbers are known.
+const STATE_BYTES: usize = 256;
+/// What a state's numbers may differ by from ours: code books are written in f32.
+const BOOK_TOLERANCE: f32 = 1e-6;
+const HINT: &str = "choose the checkpoint that is not quantized, and quantize it with --quantize";
+
+/// The JSON of a 4-bit weight.
+#[derive(Debug, Deserialize)]
+struct State {
+    blocksize: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f32>,
+}
+
+/// A weight in few bits: where its parts stand in the files.
+#[derive(Debug)]
+pub(super) struct Bits {
+    rows: usize,
+    cols: usize,
+    codes: Place,
+    absmax: Place,
+    scheme: Scheme,
+}
+
+#[derive(Debug)]
+enum Scheme {
+    Four { kind: Kind4, nested: Option<(Place, f32)> },
+    Eight,
+}
+
+impl Bits {
+    /// How it is quantized.
+    pub(super) fn quantizer(&self) -> Quantizer {
+        match &self.scheme {
+            Scheme::Four { kind, nested } => Quantizer::Four { kind: *kind, double: nested.is_some() },
+            Scheme::Eight => Quantizer::Int8,
+        }
+    }
+
+    /// Its shape, and where its codes are.
+    pub(super) fn shape_and_codes(&self) -> (Vec<usize>, Place) {
+        (vec![self.rows, self.cols], self.codes.clone())
+    }
+
+    /// Its codes and scales, copied from the files.
+    ///
+    /// # Errors
+    /// When a scale is not finite.
+    pub(super) fn codes(&self, shards: &Shards, name: &str) -> Result<Codes> {
+        let floats = |place: &Place| {
+            let bytes = shards.bytes(place);
+            let mut values = vec![0.0; bytes.len() / 4];
+            Dtype::F32.decode(bytes, &mut values);
+            if values.iter().all(|v| v.is_finite()) {
+                return Ok(values);
+            }
+            let problem = format!("tensor `{name}` has scales that are not finite numbers");
+            Err(Error::invalid(shards.path(place), problem, AGAIN))
+        };
+        let bytes = shards.bytes(&self.codes);
+        Ok(match &self.scheme {
+            Scheme::Eight => Codes::Int8 {
+                codes: bytes.iter().map(|b| b.cast_signed()).collect(),
+                absmax: floats(&self.absmax)?,
+                cols: self.cols,
+            },
+            Scheme::Four { kind, nested } => {
+                let absmax = match nested {
+                    None => Absmax::Plain(floats(&self.absmax)?),
+                    Some((nested, offset)) => Absmax::Double {
+                        codes: shards.bytes(&self.absmax).to_vec(),
+                        nested_absmax: floats(nested)?,
+                        offset: *offset,
+                    },
+                };
+                let four = Quantized::from_parts(*kind, bytes.to_vec(), absmax, self.rows, self.cols);
+                let problem = |e: candle_core::Error| format!("tensor `{name}` does not fit together: {e}");
+                Codes::Four(four.map_err(|e| Error::invalid(shards.path(&self.codes), problem(e), AGAIN))?)
+            }
+        })
+    }
+
+    /// All its elements, as `dtype` has them.
+    ///
+    /// # Errors
+    /// When a scale is not finite.
+    pub(super) fn decode(&self, shards: &Shards, name: &str, dtype: Dtype) -> Result<Vec<u8>> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        self.codes(shards, name)?.decode_rows(0..self.rows, &mut values);
+        Ok(dtype.encode(&values))
+    }
+}
+
+/// Finds the weights in few bits among the tensors of `shards`, each of which becomes one tensor of its own shape.
+///
+/// # Errors
+/// When parts of one are missing or do not fit together, or it is in a form that is not read.
+pub(super) fn assemble(shards: &mut Shards) -> Result<()> {
+    let names: Vec<String> = shards.whole_numbers.keys().cloned().collect();
+    for name in &names {
+        if let Some((weight, kind)) = name.split_once(STATE) {
+            four(shards, weight, kind, name)?;
+        } else if let Some(module) = name.strip_suffix(".weight") {
+            let scales = format!("{module}.SCB");
+            if shards.entries.contains_key(&scales) && shards.whole_numbers.contains_key(name) {
+                eight(shards, name, &scales)?;
+                shards.whole_numbers.remove(&format!("{module}.weight_format"));
+            }
+        }
+    }
+    let Some((name, numbers)) = shards.whole_numbers.iter().min_by(|a, b| a.0.cmp(b.0)) else { return Ok(()) };
+    let what = format!("dtype {} of tensor `{name}` (`{}`)", numbers.dtype, shards.path(&numbers.place).display());
+    Err(Error::unsupported(what, "F32, BF16 and F16 weights are read; choose another checkpoint"))
+}
+
+/// The elements of a matrix, of which a file may say anything.
+fn elements(shape: &[usize]) -> Option<(usize, usize, usize)> {
+    let &[rows, cols] = shape else { return None };
+    Some((rows, cols, rows.checked_mul(cols).filter(|n| *n > 0)?))
+}
+
+fn four(shards: &mut Shards, name: &str, kind: &str, state_name: &str) -> Result<()> {
+    let state = shards.take_numbers(state_name)?;
+    let path = shards.path(&state).to_owned();
+    let broken = |problem: String| Error::invalid(&path, format!("tensor `{name}`: {problem}"), AGAIN);
+    let parsed: State =
+        serde_json::from_slice(shards.bytes(&state)).map_err(|e| broken(format!("`{state_name}` is no state: {e}")))?;
+    let unread = |what: String| Error::unsupported(format!("{what} of tensor `{name}` (`{}`)", path.display()), HINT);
+    let kind = match kind {
+        "nf4" => Kind4::Nf4,
+        "fp4" => Kind4::Fp4,
+        other => return Err(unread(format!("4-bit format `{other}`"))),
+    };
+    if parsed.blocksize != QUANT_BLOCK || parsed.nested_blocksize.is_some_and(|size| size != NESTED_BLOCK) {
+        return Err(unread(format!("blocks of {} and {:?} values", parsed.blocksize, parsed.nested_blocksize)));
+    }
+    let dtype = match parsed.dtype.as_str() {
+        "float32" => Dtype::F32,
+        "bfloat16" => Dtype::Bf16,
+        "float16" => Dtype::F16,
+        other => return Err(unread(format!("dtype {other}"))),
+    };
+    let sizes = elements(&parsed.shape).ok_or_else(|| broken(format!("shape {:?}", parsed.shape)))?;
+    let (rows, cols, n) = sizes;
+    let blocks = n.div_ceil(QUANT_BLOCK);
+    let [absmax_name, map, nested_name, nested_map] = BESIDE.map(|ending| format!("{name}{ending}"));
+    for (map, book) in [(map, kind.levels().as_slice()), (nested_map, nested_code().as_slice())] {
+        check_book(shards, &map, book)?;
+    }
+    let codes = shards.take_numbers(name)?;
+    let nested = parsed.nested_blocksize.map(|_| shards.take_floats(&nested_name)).transpose()?;
+    let absmax =
+        if nested.is_some() { shards.take_numbers(&absmax_name)? } else { shards.take_floats(&absmax_name)? };
+    let scale = if nested.is_some() { 1 } else { 4 };
+    let nested_fits = nested.as_ref().is_none_or(|p| p.1.len() == blocks.div_ceil(NESTED_BLOCK) * 4);
+    if codes.1.len() != n.div_ceil(2) || absmax.1.len() != blocks * scale || !nested_fits {
+        return Err(broken(format!("codes or scales are not those of the shape ({rows}, {cols})")));
+    }
+    let offset = parsed.nested_offset.filter(|offset| offset.is_finite());
+    let nested = match (nested, offset) {
+        (None, _) => None,
+        (Some(place), Some(offset)) => Some((place, offset)),
+        (Some(_), None) => return Err(broken("no `nested_offset` in its state".to_owned())),
+    };
+    let bits = Bits { rows, cols, codes, absmax, scheme: Scheme::Four { kind, nested } };
+    shards.insert_bits(name, dtype, bits);
+    Ok(())
+}
+
+/// Takes the code book `name` out, if it is there, and refuses one that is not `book`.
+fn check_book(shards: &mut Shards, name: &str, book: &[f32]) -> Result<()> {
+    if !shards.entries.contains_key(name) {
+        return Ok(());
+    }
+    let place = shards.take_floats(name)?;
+    let mut values = vec![0.0; shards.bytes(&place).len() / 4];
+    Dtype::F32.decode(shards.bytes(&place), &mut values);
+    let same = values.len() == book.len() && values.iter().zip(book).all(|(a, b)| (a - b).abs() <= BOOK_TOLERANCE);
+    let what = || format!("the code book `{name}` (`{}`)", shards.path(&place).display());
+    if same { Ok(()) } else { Err(Error::unsupported(what(), HINT)) }
+}
+
+fn eight(shards: &mut Shards, name: &str, scales: &str) -> Result<()> {
+    let shape = shards.whole_numbers[name].shape.clone();
+    let (codes, absmax) = (shards.take_numbers(name)?, shards.take_floats(scales)?);
+    let fits = elements(&shape).filter(|(rows, _, n)| codes.1.len() == *n && absmax.1.len() == rows * 4);
+    let Some((rows, cols, _)) = fits else {
+        let problem = format!("`{scales}` is not of the shape of `{name}`");
+        return Err(Error::invalid(shards.path(&codes), problem, AGAIN));
+    };
+    // What bitsandbytes computes in with them.
+    shards.insert_bits(name, Dtype::F16, Bits { rows, cols, codes, absmax, scheme: Scheme::Eight });
+    Ok(())
+}
+
+/// What a written tensor is made of.
+enum Content {
+    /// The target of that number, as it is.
+    Whole(usize),
+    /// The codes of the target of that number; what follows belongs to them.
+    Codes(usize),
+    Absmax,
+    Nested,
+    Bytes(Vec<u8>),
+    State {
+        dtype: Dtype,
+        shape: Vec<usize>,
+    },
+}
+
+/// Fills `staging` with the model of `export`, the matrices of its blocks quantized: a folder that transformers loads
+/// with bitsandbytes. One matrix at a time is in memory.
+///
+/// # Errors
+/// When the architecture has experts, or a file cannot be read or written.
+pub fn write(
+    export: &Export<'_>,
+    quantizer: Quantizer,
+    staging: &Staging,
+    progress: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let checkpoint = export.checkpoint;
+    if matches!(checkpoint.config.mlp, Mlp::Experts { .. }) {
+        let what = "a quantized copy of a model with experts, which bitsandbytes has no layers for";
+        return Err(Error::unsupported(what, "quantize it while loading, with --quantize"));
+    }
+    let targets = export.targets(Layout::HuggingFace)?;
+    let (mut entries, mut contents) = (Vec::new(), Vec::new());
+    let mut put = |name: String, dtype: &'static str, shape: Vec<usize>, size: usize, content: Content| {
+        entries.push(Entry { name, dtype, bytes: shape.iter().product::<usize>() * size, size, shape });
+        contents.push(content);
+    };
+    for (number, target) in targets.iter().enumerate() {
+        let info = &target.info;
+        if !target.is_projection() {
+            put(info.name.clone(), info.dtype.name(), info.shape.clone(), info.dtype.size(), Content::Whole(number));
+            continue;
+        }
+        let (name, shape, n) = (&info.name, info.shape.clone(), info.shape.iter().product::<usize>());
+        let Quantizer::Four { kind, double } = quantizer else {
+            put(name.clone(), "I8", shape.clone(), 1, Content::Codes(number));
+            let module = name.trim_end_matches(".weight");
+            put(format!("{module}.SCB"), "F32", vec![shape[0]], 4, Content::Absmax);
+            // 0: row by row.
+            put(format!("{module}.weight_format"), "U8", vec![], 1, Content::Bytes(vec![0]));
+            continue;
+        };
+        let blocks = n.div_ceil(QUANT_BLOCK);
+        let [absmax, map, nested, nested_map] = BESIDE.map(|ending| format!("{name}{ending}"));
+        put(name.clone(), "U8", vec![n.div_ceil(2), 1], 1, Content::Codes(number));
+        let (dtype, size) = if double { ("U8", 1) } else { ("F32", 4) };
+        put(absmax, dtype, vec![blocks], size, Content::Absmax);
+        put(map, "F32", vec![16], 4, Content::Bytes(Dtype::F32.encode(kind.levels())));
+        if double {
+            put(nested, "F32", vec![blocks.div_ceil(NESTED_BLOCK)], 4, Content::Nested);
+            put(nested_map, "F32", vec![256], 4, Content::Bytes(Dtype::F32.encode(nested_code())));
+        }
+        let state = format!("{name}{STATE}{}", kind.name());
+        put(state, "U8", vec![STATE_BYTES], 1, Content::State { dtype: info.dtype, shape });
+    }
+    let mut codes: Option<Codes> = None;
+    sharded(staging, SHARD, &entries, |index| {
+        Ok(match &contents[index] {
+            Content::Whole(number) => {
+                progress(&targets[*number].info.name);
+                export.content(&targets[*number])?
+            }
+            Content::Codes(number) => {
+                let target = &targets[*number];
+                progress(&target.info.name);
+                let mut values = vec![0.0; target.info.shape.iter().product()];
+                target.info.dtype.decode(&export.content(target)?, &mut values);
+                let quantized = Codes::new(quantizer, &values, target.info.shape[0], target.info.shape[1]);
+                code_bytes(codes.insert(quantized))
+            }
+            Content::Absmax => codes.as_ref().map(absmax_bytes).unwrap_or_default(),
+            Content::Nested => codes.as_ref().map(nested_bytes).unwrap_or_default(),
+            Content::Bytes(bytes) => bytes.clone(),
+            Content::State { dtype, shape } => codes.as_ref().map(|c| state(c, *dtype, shape)).unwrap_or_default(),
+        })
+    })?;
+    let head = checkpoint.locate_in(Layout::HuggingFace, "lm_head.weight").swap_remove(0).tensor;
+    let head = head.trim_end_matches(".weight").rsplit('.').next().unwrap_or_default().to_owned();
+    let dtype = targets.iter().find(|t| t.is_projection()).map_or(Dtype::F32, |t| t.info.dtype);
+    export.companions_with(staging, &[("quantization_config", description(quantizer, dtype, &head))])
+}
+
+fn code_bytes(codes: &Codes) -> Vec<u8> {
+    match codes {
+        Codes::Four(four) => four.packed.clone(),
+        Codes::Int8 { codes, .. } => codes.iter().map(|code| code.cast_unsigned()).collect(),
+    }
+}
+
+fn absmax_bytes(codes: &Codes) -> Vec<u8> {
+    match codes {
+        Codes::Four(Quantized { absmax: Absmax::Double { codes, .. }, .. }) => codes.clone(),
+        Codes::Four(Quantized { absmax: Absmax::Plain(absmax), .. }) | Codes::Int8 { absmax, .. } => {
+            Dtype::F32.encode(absmax)
+        }
+    }
+}
+
+fn nested_bytes(codes: &Codes) -> Vec<u8> {
+    match codes {
+        Codes::Four(Quantized { absmax: Absmax::Double { nested_absmax, .. }, .. }) => Dtype::F32.encode(nested_absmax),
+        _ => Vec::new(),
+    }
+}
+
+fn state(codes: &Codes, dtype: Dtype, shape: &[usize]) -> Vec<u8> {
+    let Codes::Four(four) = codes else { return Vec::new() };
+    let mut state = json!({
+        "quant_type": four.kind.name(), "blocksize": QUANT_BLOCK, "dtype": dtype.long_name(), "shape": shape,
+    });
+    if let Absmax::Double { offset, .. } = &four.absmax {
+        state["nested_blocksize"] = json!(NESTED_BLOCK);
+        state["nested_dtype"] = json!("float32");
+        state["nested_offset"] = json!(offset);
+    }
+    let mut bytes = state.to_string().into_bytes();
+    bytes.resize(STATE_BYTES.max(bytes.len()), b' ');
+    bytes
+}
+
+/// The `quantization_config` of config.json; `head`: the name of the module that stays whole.
+fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
+    let four = match quantizer {
+        Quantizer::Four { kind, double } => Some((kind, double)),
+        Quantizer::Int8 => None,
+    };
+    let (kind, double) = four.unwrap_or((Kind4::Fp4, false));
+    json!({
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": four.is_some(),
+        "_load_in_8bit": four.is_none(),
+        "load_in_4bit": four.is_some(),
+        "load_in_8bit": four.is_none(),
+        "bnb_4bit_compute_dtype": if dtype == Dtype::F32 { "float32" } else { dtype.long_name() },
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": kind.name(),
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": [head],
+        "llm_int8_threshold": 6.0,
+    })
+}
+
+/// Refuses a model quantized by what is not read.
+///
+/// # Errors
+/// When config.json names another method than bitsandbytes.
+pub(super) fn check_method(config: Option<&Value>, path: &Path) -> Result<()> {
+    let method = config.and_then(|config| config.get("quant_method")).and_then(Value::as_str);
+    let Some(other) = method.filter(|method| *method != "bitsandbytes") else { return Ok(()) };
+    Err(Error::unsupported(format!("weights quantized by `{other}` (`{}`, quantization_config)", path.display()), HINT))
+}

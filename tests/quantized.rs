@@ -1,0 +1,154 @@
+//! `litgpt quantize`: the copy computes what the model does that is quantized while loading, and is trained, merged and
+//! converted as others are. Files of bitsandbytes' own making are in `tests/data/bnb`.
+
+use std::fs;
+use std::path::Path;
+
+use litgpt::checkpoint::Checkpoint;
+use litgpt::model::Gpt;
+use litgpt::ops::quantized::Quantizer;
+use litgpt::ops::weight::Store;
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::util::{copy_tiny, finetune, floats, greedy, litgpt, root, tensors, tiny, write_tensors};
+
+const NAMES: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
+const IDS: [u32; 9] = [5, 17, 3, 99, 41, 8, 250, 7, 1];
+
+fn logits(dir: &Path, quantize: Option<&str>) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let quantizer = quantize.map(|name| Quantizer::named(name).unwrap());
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, quantizer, &mut |_| {}).unwrap();
+    gpt.prepare(IDS.len());
+    gpt.all_logits(&IDS, &mut gpt.cache()).to_vec()
+}
+
+fn quantized(cwd: &Path, name: &str) -> std::path::PathBuf {
+    let out = cwd.join(name);
+    litgpt(cwd, ["quantize", tiny().to_str().unwrap(), "--quantize", name, "--out_dir", name]).ok();
+    out
+}
+
+#[test]
+fn the_copy_is_what_quantizing_while_loading_gives() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = |dir: &Path| fs::metadata(dir.join("model.safetensors")).unwrap().len();
+    for name in NAMES {
+        let copy = quantized(dir.path(), name);
+        assert_eq!(Checkpoint::open(&copy).unwrap().quantizer(), Quantizer::named(name), "{name}");
+        assert_eq!(logits(&copy, None), logits(&tiny(), Some(name)), "{name}");
+        assert!(bytes(&copy) < bytes(&tiny()), "{name}");
+    }
+}
+
+#[test]
+fn the_copy_has_transformers_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = quantized(dir.path(), "nf4-dq");
+    let stored = tensors(&copy.join("model.safetensors"));
+    let whole = tensors(&tiny().join("model.safetensors"));
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let shape = &whole[name].1;
+    let n: usize = shape.iter().product();
+    assert_eq!(stored[name].1, [n.div_ceil(2), 1]);
+    assert_eq!((stored[name].0, stored[&format!("{name}.absmax")].0), (Dtype::U8, Dtype::U8));
+    assert_eq!(stored[&format!("{name}.nested_quant_map")].1, [256]);
+    let state = &stored[&format!("{name}.quant_state.bitsandbytes__nf4")].2;
+    let state: Value = serde_json::from_slice(state).unwrap();
+    assert_eq!(state["shape"], serde_json::json!(shape));
+    assert_eq!((&state["blocksize"], &state["nested_blocksize"]), (&64.into(), &256.into()));
+    for name in ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"] {
+        assert_eq!(stored[name], whole[name], "{name}");
+    }
+    let config: Value = serde_json::from_slice(&fs::read(copy.join("config.json")).unwrap()).unwrap();
+    let config = &config["quantization_config"];
+    assert_eq!((&config["quant_method"], &config["load_in_4bit"]), (&"bitsandbytes".into(), &true.into()));
+    assert_eq!(config["bnb_4bit_use_double_quant"], true);
+}
+
+#[test]
+fn a_copy_is_finetuned_and_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = quantized(dir.path(), "nf4");
+    finetune(dir.path(), &copy, "--lora_r 4").ok();
+    let unmerged = greedy(dir.path(), "out/final", "Name a colour.");
+    finetune(dir.path(), &tiny(), "--lora_r 4 --quantize nf4 --out_dir other").ok();
+    assert_eq!(
+        fs::read(dir.path().join("out/final/adapter_model.safetensors")).unwrap(),
+        fs::read(dir.path().join("other/final/adapter_model.safetensors")).unwrap(),
+        "the same as quantizing while loading"
+    );
+    litgpt(dir.path(), ["merge_lora", "out/final", "--precision", "32-true", "--out_dir", "merged"]).ok();
+    let config = fs::read_to_string(dir.path().join("merged/config.json")).unwrap();
+    assert!(!config.contains("quantization_config"), "{config}");
+    assert_eq!(greedy(dir.path(), "merged", "Name a colour."), unmerged);
+}
+
+#[test]
+fn what_bitsandbytes_wrote_is_read() {
+    for (folder, quantizer) in [("nf4-dq", "nf4-dq"), ("fp4", "fp4"), ("int8", "int8")] {
+        let dir = root().join("tests/data/bnb").join(folder);
+        assert_eq!(Checkpoint::open(&dir).unwrap().quantizer(), Quantizer::named(quantizer), "{folder}");
+        let got = logits(&dir, None);
+        let want = floats(&tensors(&dir.join("logits.safetensors"))["logits"]);
+        let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let off = got.iter().zip(&want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(off <= 1e-4 * largest, "{folder}: off by {off} of {largest}");
+    }
+}
+
+#[test]
+fn broken_copies_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = quantized(dir.path(), "nf4-dq");
+    let file = copy.join("model.safetensors");
+    let whole = tensors(&file);
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let state = format!("{name}.quant_state.bitsandbytes__nf4");
+    let with = |key: &str, value: Value| {
+        let mut state: Value = serde_json::from_slice(&whole[&state].2).unwrap();
+        state[key] = value;
+        state.to_string().into_bytes()
+    };
+    let states = [
+        (b"no state".to_vec(), "is no state"),
+        (with("shape", vec![1u64 << 40, 1 << 40].into()), "shape"),
+        (with("shape", vec![3, 5].into()), "codes or scales"),
+        (with("blocksize", 128.into()), "blocks of 128"),
+        (with("dtype", "complex64".into()), "complex64"),
+        (with("nested_offset", Value::Null), "nested_offset"),
+    ];
+    for (bytes, part) in states {
+        let mut broken = whole.clone();
+        broken.insert(state.clone(), (Dtype::U8, vec![bytes.len()], bytes));
+        write_tensors(&file, &broken);
+        litgpt(dir.path(), ["generate", "nf4-dq"]).refused(1, &[name, part]);
+    }
+    let nan = f32::NAN.to_le_bytes().repeat(whole[&format!("{name}.nested_absmax")].1[0]);
+    let parts: [(&str, Option<Vec<u8>>); 3] =
+        [(".absmax", None), (".nested_absmax", Some(nan)), (".nested_quant_map", Some(vec![0; 1024]))];
+    for (ending, bytes) in parts {
+        let mut broken = whole.clone();
+        let part = format!("{name}{ending}");
+        let old = broken.remove(&part).unwrap();
+        broken.extend(bytes.map(|bytes| (part, (old.0, old.1, bytes))));
+        write_tensors(&file, &broken);
+        litgpt(dir.path(), ["generate", "nf4-dq"]).refused(1, &[name]);
+    }
+}
+
+#[test]
+fn what_cannot_be_quantized_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    quantized(dir.path(), "nf4");
+    litgpt(dir.path(), ["quantize", "nf4", "--out_dir", "twice"]).refused(1, &["quantized already"]);
+    litgpt(dir.path(), ["generate", "nf4", "--quantize", "int8"]).refused(1, &["in nf4 already"]);
+    litgpt(dir.path(), ["quantize", tiny().to_str().unwrap(), "--out_dir", "nf4"]).refused(1, &["there already"]);
+    copy_tiny(&dir.path().join("gptq"));
+    let path = dir.path().join("gptq/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["quantization_config"] = serde_json::json!({"quant_method": "gptq", "bits": 4});
+    fs::write(&path, config.to_string()).unwrap();
+    litgpt(dir.path(), ["generate", "gptq"]).refused(1, &["gptq", "config.json"]);
+}
