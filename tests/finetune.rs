@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use litgpt::checkpoint::write::TensorInfo;
+use litgpt::checkpoint::{Dtype as Kept, pickle};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -82,6 +84,31 @@ fn write_json(path: &Path, rows: &[Value]) {
 
 fn write_lines(path: &Path, rows: &[Value]) {
     fs::write(path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+}
+
+/// PEFT wrote adapters with `torch.save` before it had safetensors.
+#[test]
+fn an_adapter_of_torch_save_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "").ok();
+    let prompt = "Describe a fox.";
+    let want = greedy(dir.path(), "out/final", prompt);
+    let file = dir.path().join("out/final/adapter_model.safetensors");
+    let stored: Vec<_> = tensors(&file).into_iter().collect();
+    let info = |(name, (_, shape, _)): &(String, Stored)| TensorInfo {
+        name: name.clone(),
+        dtype: Kept::F32,
+        shape: shape.clone(),
+    };
+    let infos: Vec<TensorInfo> = stored.iter().map(info).collect();
+    let old = dir.path().join("old");
+    fs::create_dir(&old).unwrap();
+    for name in ["adapter_config.json", "litgpt.json", "prompt_style.yaml"] {
+        fs::copy(dir.path().join("out/final").join(name), old.join(name)).unwrap();
+    }
+    pickle::save(&old.join("adapter_model.bin"), &infos, &[], |index| Ok(stored[index].1.2.clone())).unwrap();
+    assert_ne!(want, greedy(dir.path(), tiny().to_str().unwrap(), prompt), "the adapter does something");
+    assert_eq!(greedy(dir.path(), "old", prompt), want);
 }
 
 #[test]
