@@ -86,6 +86,26 @@ fn write_lines(path: &Path, rows: &[Value]) {
     fs::write(path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
 }
 
+/// "at most 1.2e-3 apart, of up to 9.8; the same token is the likeliest at 25 of 25 places"
+#[test]
+fn merging_says_how_far_the_answers_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "--lr 1e-2").ok();
+    let apart = |more: &str| {
+        let args = format!("merge_lora out/final --out_dir merged{} {more}", more.replace([' ', '-'], ""));
+        let ran = litgpt(dir.path(), args.split_whitespace()).ok();
+        let line = ran.stderr.lines().find(|line| line.contains("logits of a fixed text")).unwrap().to_owned();
+        let number = |before: &str| -> f32 {
+            let rest = line.split_once(before).unwrap().1.trim_start();
+            rest.split([' ', ';']).next().unwrap().parse().unwrap()
+        };
+        number("at most") / number("of up to")
+    };
+    let exact = apart("--precision 32-true");
+    let [half, four] = ["--precision bf16-true", "--format gguf --gguf_type q4_0"].map(apart);
+    assert!(exact < 1e-4 && exact < half && half < 0.05 && half < four, "{exact} {half} {four}");
+}
+
 /// PEFT wrote adapters with `torch.save` before it had safetensors.
 #[test]
 fn an_adapter_of_torch_save_is_read() {

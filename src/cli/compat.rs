@@ -46,6 +46,10 @@ const NOT_OFFERED: &[(&str, &str)] = &[
     ("finetune_adapter", "use `litgpt finetune_lora`, whose adapters other programs load, too"),
     ("finetune_adapter_v2", "use `litgpt finetune_lora`, whose adapters other programs load, too"),
     ("pretrain", "use Python's LitGPT to train from scratch; `litgpt finetune_lora` reads its checkpoints"),
+    (
+        "serve",
+        "`litgpt chat` talks in the terminal; `litgpt merge_lora` writes what `vllm serve` or llama.cpp's server take",
+    ),
     ("evaluate", "run `litgpt merge_lora`, then `lm_eval --model hf --model_args pretrained=MERGED_DIR`"),
     ("generate_full", "use `litgpt generate CHECKPOINT_DIR`, it reads finetuned checkpoints, too"),
     ("generate_adapter", "use `litgpt finetune_lora` and `litgpt generate`"),

@@ -4,7 +4,7 @@ use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
 use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, prompt_style, quantizer, tokenizer, weights};
 use super::recipe::HYPERPARAMETERS;
-use super::ui::Ui;
+use super::ui::{Ui, available_memory};
 use crate::checkpoint::convert::{Export, litgpt_name};
 use crate::checkpoint::gguf::{Gguf, Kind, Words};
 use crate::checkpoint::litgpt::{self, Qkv};
@@ -13,8 +13,43 @@ use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, Dtype, Layout, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::ops::matrix::Matrix;
 use crate::train::settings::Precision;
 use std::path::Path;
+
+/// What is read before and after merging, to see that the answers stay the same.
+const PROBE: &str = "The quick brown fox jumps over the lazy dog, 12 times 12 is 144, and water boils at 100 degrees.";
+
+/// 32 bit where there is room, so that what differs afterwards comes from the merging alone.
+fn compute(checkpoint: &Checkpoint) -> Compute {
+    let bytes = checkpoint.config.parameters() * 5;
+    let fits = available_memory().is_none_or(|free| bytes < free);
+    Compute { device: None, precision: if fits { Precision::F32True } else { Precision::Bf16True } }
+}
+
+fn logits(gpt: &mut Gpt, ids: &[u32]) -> Matrix {
+    gpt.prepare(ids.len());
+    gpt.all_logits(ids, &mut gpt.cache())
+}
+
+/// How far the logits of the merged model are from those of the unmerged one. LitGPT's may have more columns, of tokens
+/// that do not exist.
+fn difference(unmerged: &Matrix, merged: &Matrix) -> String {
+    let (mut apart, mut largest, mut same) = (0f32, 0f32, 0);
+    let rows = unmerged.chunks_exact(unmerged.cols()).zip(merged.chunks_exact(merged.cols()));
+    for (before, after) in rows {
+        let likeliest = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(id, _)| id);
+        let pairs = before.iter().zip(after);
+        apart = pairs.map(|(a, b)| (a - b).abs()).fold(apart, f32::max);
+        largest = before.iter().fold(largest, |largest, v| largest.max(v.abs()));
+        same += usize::from(likeliest(before) == likeliest(after));
+    }
+    format!(
+        "logits of a fixed text, merged and not: at most {apart:.1e} apart, of up to {largest:.1}; the same token is \
+         the likeliest at {same} of {} places",
+        unmerged.rows()
+    )
+}
 
 /// Runs the command.
 pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -29,10 +64,12 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     check_base(&dir, &checkpoint)?;
     let manifest = Manifest::read(&dir)?;
     let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()), &checkpoint)?;
-    // The adapter's shapes are read through a model; bf16 keeps that model small. Of its weights only those that were
-    // quantized are written, which decode to f32.
-    let mut gpt = weights(&checkpoint, &Compute::PROCESSOR, quantizer, ui)?;
+    // The adapter's shapes are read through a model, of whose weights only those that were quantized are written.
+    let compute = compute(&checkpoint);
+    let mut gpt = weights(&checkpoint, &compute, quantizer, ui)?;
     adapter::load(&dir, checkpoint.family, &mut gpt)?;
+    let ids = tokenizer(&dir, &checkpoint)?.encode_prompt(PROBE)?;
+    let unmerged = logits(&mut gpt, &ids);
     let staging = Staging::new(&out_dir)?;
     let dtype = match args.precision {
         Some(precision) => Some(dtype(precision)?),
@@ -41,16 +78,22 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype };
     if args.format == MergeFormat::Gguf {
         write_gguf(&dir, &export, gguf, &staging, ui)?;
-        staging.commit()?;
+    } else {
+        write(args.format, &export, &gpt, &staging, ui)?;
+        staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
+        if let Some(manifest) = manifest {
+            staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
+        }
+    }
+    // One model at a time.
+    drop(gpt);
+    let mut merged = weights(&Checkpoint::open(staging.dir())?, &compute, None, ui)?;
+    ui.note(&difference(&unmerged, &logits(&mut merged, &ids)));
+    staging.commit()?;
+    if args.format == MergeFormat::Gguf {
         ui.note(&format!("merged into {}", out_dir.join(file_name(gguf)).display()));
         return Ok(());
     }
-    write(args.format, &export, &gpt, &staging, ui)?;
-    staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
-    if let Some(manifest) = manifest {
-        staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
-    }
-    staging.commit()?;
     ui.note(&format!("merged into {}", out_dir.display()));
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
     Ok(())
