@@ -3,7 +3,7 @@
 //!
 //! 8 bits: each row is stored as its largest magnitude `absmax` and whole numbers `q = round(127 x / absmax)`, so that
 //! `x ≈ q · absmax / 127` (the weights of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339). Inputs are not quantized,
-//! so outliers among them do no harm.
+//! so outliers among them do no harm. Half way goes to the even number, as bitsandbytes has it.
 
 use super::nf4::{Absmax, Kind4, QUANT_BLOCK, Quantized};
 use std::ops::Range;
@@ -92,7 +92,7 @@ impl Codes {
                     let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
                     let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
                     absmax.push(largest);
-                    codes.extend(row.iter().map(|v| (v * inverse).round() as i8));
+                    codes.extend(row.iter().map(|v| (v * inverse).round_ties_even() as i8));
                 }
                 Self::Int8 { codes, absmax, cols }
             }
@@ -173,6 +173,14 @@ impl Codes {
 mod tests {
     use super::*;
     use crate::ops::testing::random;
+
+    #[test]
+    fn half_way_goes_to_the_even_number() {
+        let Codes::Int8 { codes, .. } = Codes::new(Quantizer::Int8, &[127.0, 0.5, 1.5, 2.5, -0.5, -3.5], 1, 6) else {
+            panic!("8 bits were asked for")
+        };
+        assert_eq!(codes, [127, 0, 2, 2, 0, -4]);
+    }
 
     #[test]
     fn selected_rows_are_those_rows() {
