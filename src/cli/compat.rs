@@ -244,7 +244,6 @@ mod tests {
             ("litgpt -c a.yaml --config=b.yaml finetune lora", "litgpt finetune_lora -c a.yaml --config=b.yaml"),
             ("litgpt --version", "litgpt --version"),
             ("litgpt", "litgpt"),
-            ("litgpt serve x", "litgpt serve x"),
         ] {
             assert_eq!(rewritten(old), new);
         }

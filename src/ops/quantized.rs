@@ -90,7 +90,8 @@ impl Codes {
                 let mut absmax = Vec::with_capacity(rows);
                 for row in values.chunks(cols.max(1)) {
                     let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-                    let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+                    // Rounded twice, as PyTorch divides a number by a tensor.
+                    let inverse = if largest > 0.0 { LARGEST * largest.recip() } else { 0.0 };
                     absmax.push(largest);
                     codes.extend(row.iter().map(|v| (v * inverse).round_ties_even() as i8));
                 }
