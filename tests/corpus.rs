@@ -520,7 +520,7 @@ fn weight_index() {
             cases.push(case(name, content, &["index.json"]));
         }
     }
-    let outside = "/tmp/a.safetensors";
+    let outside = "/elsewhere/a.safetensors";
     let long = format!("{}.safetensors", "n".repeat(100_000));
     for file in [
         "../model/a.safetensors",

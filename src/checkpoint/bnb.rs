@@ -360,7 +360,7 @@ fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
         "_load_in_8bit": four.is_none(),
         "load_in_4bit": four.is_some(),
         "load_in_8bit": four.is_none(),
-        "bnb_4bit_compute_dtype": if dtype == Dtype::F32 { "float32" } else { dtype.long_name() },
+        "bnb_4bit_compute_dtype": dtype.long_name(),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": kind.name(),
         "bnb_4bit_use_double_quant": double,
