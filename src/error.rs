@@ -3,7 +3,9 @@
 //! The message says what is wrong and where (file, line, field); the hint says what to type. `cli` prints them as two
 //! lines and picks the exit code. Failures inside tensor code are `candle_core::Error`, not these.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 /// A failure that a user can fix.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +166,25 @@ pub fn edit_distance(a: &str, b: &str) -> usize {
         before = std::mem::replace(&mut row, next);
     }
     row[b.len()]
+}
+
+/// What `read` gives, or `None` where it panics, which then says nothing: a library's panic over a file is the file's
+/// mistake.
+pub fn quietly<T>(read: impl FnOnce() -> T) -> Option<T> {
+    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                usual(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    QUIET.set(false);
+    result.ok()
 }
 
 #[cfg(test)]

@@ -4,16 +4,15 @@
 //! `special_tokens_map.json`, `generation_config.json`, `config.json`), never from its name. Prompt texts are made in
 //! `data/prompt.rs`; chat templates are handed out as text only.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quietly};
 
 /// Whether a prompt begins with the BOS token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -470,25 +469,6 @@ fn load_vocabulary(dir: &Path, text: &Text<'_>) -> Result<tokenizers::Tokenizer>
     let off = inner.with_truncation(None);
     off.map_err(|e| Error::invalid(&path, one_line(&e), ""))?;
     Ok(inner)
-}
-
-/// What `read` gives, or `None` where it panics, which then says nothing: a library's panic over a file is the file's
-/// mistake.
-fn quietly<T>(read: impl FnOnce() -> T) -> Option<T> {
-    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let usual = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            if !QUIET.get() {
-                usual(panic);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
-    QUIET.set(false);
-    result.ok()
 }
 
 fn no_vocabulary(dir: &Path, path: PathBuf) -> Error {

@@ -295,6 +295,9 @@ impl Merge {
         };
         let text = shown(value);
         match (flag.key, value) {
+            // A printed recipe says it so where no model was named.
+            ("checkpoint_dir", Value::Null) => Ok(None),
+            ("checkpoint_dir", Value::String(_)) if text.is_empty() => Ok(None),
             (_, Value::Array(_) | Value::Object(_)) => {
                 Err(format!("{}: expected a single value, got `{text}`", layer.shown(name)))
             }
@@ -665,6 +668,13 @@ mod tests {
             assert_eq!(from_file(Path::new(&path)).unwrap(), settings, "{what}");
         }
         assert!(print_config(&settings, "skip_nulls").is_err());
+    }
+
+    #[test]
+    fn a_recipe_printed_without_a_model_is_read() {
+        let printed = print_config(&resolved("litgpt finetune --data Alpaca --print_config").unwrap(), "").unwrap();
+        let (_folder, path) = recipe(&printed);
+        assert_eq!(resolved(&format!("litgpt finetune m --config {path}")).unwrap().checkpoint_dir, Path::new("m"));
     }
 
     #[test]

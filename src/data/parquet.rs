@@ -9,7 +9,9 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quietly};
+
+const AGAIN: &str = "download it again, or write it again with another program";
 
 /// All rows of a file, counted from 1.
 ///
@@ -17,17 +19,21 @@ use crate::error::{Error, Result};
 /// `Io` if it cannot be read, `Invalid` if it is no Parquet file or uses what is not read here.
 pub(super) fn rows(path: &Path) -> Result<Vec<(usize, Value)>> {
     let file = File::open(path).map_err(Error::io("read", path))?;
+    let invalid = |text: &str, hint: &str| Error::invalid(path, format!("cannot read Parquet: {text}"), hint);
     let broken = |e: parquet::errors::ParquetError| {
         let text = e.to_string().replace('\n', " ");
         let hint = match text.contains("feature") {
             true => "write it with snappy, zstd or no compression",
-            false => "download it again, or write it again with another program",
+            false => AGAIN,
         };
-        Error::invalid(path, format!("cannot read Parquet: {text}"), hint)
+        invalid(&text, hint)
     };
-    let reader = SerializedFileReader::new(file).map_err(broken)?;
-    let rows = reader.get_row_iter(None).map_err(broken)?;
-    (1..).zip(rows).map(|(number, row)| Ok((number, object(&row.map_err(broken)?)))).collect()
+    let read = || {
+        let reader = SerializedFileReader::new(file).map_err(broken)?;
+        let rows = reader.get_row_iter(None).map_err(broken)?;
+        (1..).zip(rows).map(|(number, row)| Ok((number, object(&row.map_err(broken)?)))).collect()
+    };
+    quietly(read).unwrap_or_else(|| Err(invalid("the library that reads it gives up on a part of it", AGAIN)))
 }
 
 fn object(row: &Row) -> Value {
