@@ -1073,6 +1073,10 @@ fn tokenizers() {
 #[test]
 fn chat_templates() {
     let deep = |part: &str, times: usize| part.repeat(times);
+    let looped = |value: &str, end: &str| {
+        let turn = format!("{{% for i in range(50000) %}}{{% set ns.a = {value} %}}{{% endfor %}}");
+        format!("{{% set ns = namespace(a=[1]) %}}{turn}{end}")
+    };
     let cases = [
         ("an open tag", "{% for m in messages %}".to_owned()),
         ("an unknown tag", "{% magic %}".to_owned()),
@@ -1127,6 +1131,17 @@ fn chat_templates() {
             "a long chain of elifs",
             format!("{{% if 1 %}}{}{{% endif %}}{{{{ magic() }}}}", deep("{% elif 1 %}", 50_000)),
         ),
+        ("a text that doubles", looped("ns.a ~ ns.a", "x")),
+        ("lists in each other", looped("[ns.a]", "{{ ns.a }}")),
+        ("lists in each other as JSON", looped("[ns.a]", "{{ ns.a | tojson }}")),
+        ("maps in each other", looped("{'a': ns.a}", "{{ ns.a }}")),
+        ("namespaces in each other", looped("namespace(a=ns.a)", "{{ ns.a }}")),
+        ("a list many times repeated", looped("ns.a * 1", "{{ ns.a }}{{ magic() }}")),
+        ("a list many times longer", looped("ns.a + [1]", "{{ ns.a | length }}{{ magic() }}")),
+        ("a namespace in itself", looped("ns", "{{ ns }}{{ ns.a | tojson }}{{ ns == ns.a }}{{ magic() }}")),
+        ("a namespace in a list in itself", looped("[ns]", "{{ ns }}")),
+        ("lists in each other by hand", format!("{}{{{{ x }}}}{{{{ magic() }}}}", deep("{%set x=[x]%}", 9_000))),
+        ("a list many times repeated by hand", format!("{{{{ [1]{} }}}}{{{{ magic() }}}}", deep("*1", 60_000))),
         ("nothing at all", String::new()),
         ("zeros", "{{ '\u{0}' }}{{ magic() }}".to_owned()),
     ];
@@ -1143,7 +1158,7 @@ fn chat_templates() {
     };
     all.push(template(b"\xff\xfe{\x00{\x00"));
     all.push(template(b"{{ 1 }").without("model/chat_template.jinja").with("model/chat_template.jinja/x", ""));
-    check(all, 42);
+    check(all, 53);
 }
 
 #[test]

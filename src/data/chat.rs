@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// The file that it was read from.
     path: PathBuf,
+    short: bool,
     bos_token: String,
     eos_token: String,
 }
@@ -55,10 +56,19 @@ const NAME: &str = "chat_template";
 /// Longest source: the longest published ones have some 30 KB.
 const LONGEST: usize = 128 << 10;
 /// Stack on which a source is compiled: the compiler calls itself for each operator of a chain, in less than this for
-/// each byte of the longest source.
+/// each byte of the longest source. A value that is one list in another for each statement of a source is printed by as
+/// many calls.
 const STACK: usize = 256 << 20;
-/// Instructions that one text may take; a turn of a dialogue takes about a hundred.
-const FUEL: u64 = 5_000_000;
+/// Longest source that cannot nest deeper than any thread's stack holds.
+const SHORT: usize = 4 << 10;
+/// Lists in lists that an attribute of a namespace may hold: a namespace outlives the turns of a loop, so that without
+/// a limit a value could get as deep as the loop is long, and hold itself.
+const DEEPEST: usize = 16;
+/// Items that it may hold.
+const MOST_ITEMS: usize = 100_000;
+/// Instructions that one text may take, of which a turn of a dialogue takes about a hundred; each 64 bytes that one makes
+/// count as another.
+const FUEL: u64 = 2_000_000;
 /// Longest text.
 const LONGEST_TEXT: usize = 64 << 20;
 /// Widest indentation of `tojson`.
@@ -84,9 +94,12 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
         environment.add_filter("tojson", to_json);
-        let environment = compiled(environment, without_generation_tags(source)).map_err(|e| broken(path, &e))?;
+        environment.add_function(PLAIN, |value: Value| plain(&value, DEEPEST, &mut { MOST_ITEMS }));
+        let text = plain_assignments(&without_generation_tags(source));
+        let compile = || environment.add_template_owned(NAME, text).map(|()| environment);
+        let environment = deep(compile).and_then(|compiled| compiled).map_err(|e| broken(path, &e))?;
         let (path, bos_token, eos_token) = (path.to_owned(), bos_token.to_owned(), eos_token.to_owned());
-        Ok(Self { environment, path, bos_token, eos_token })
+        Ok(Self { environment, path, short: source.len() <= SHORT, bos_token, eos_token })
     }
 
     /// The template of a checkpoint's tokenizer.
@@ -113,10 +126,11 @@ impl ChatTemplate {
         let value = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
         let (none, messages) = (Value::from(()), messages.iter().map(value).collect::<Vec<Value>>());
         let mut text = Limited(Vec::new());
-        let rendered = template.render_captured_to(
-            context! { messages, add_generation_prompt, bos_token, eos_token, tools => none.clone(), documents => none },
-            &mut text,
-        );
+        let known = context! {
+            messages, add_generation_prompt, bos_token, eos_token, tools => none.clone(), documents => none
+        };
+        let render = || template.render_captured_to(known, &mut text).map(drop);
+        let rendered = if self.short { render() } else { deep(render).and_then(|rendered| rendered) };
         rendered.map_err(|e| broken(&self.path, &e))?;
         Ok(String::from_utf8_lossy(&text.0).into_owned())
     }
@@ -178,15 +192,13 @@ impl std::io::Write for Limited {
     }
 }
 
-/// `environment` with `source` compiled, on a stack that the deepest source fits.
-fn compiled(
-    mut environment: Environment<'static>,
-    source: String,
-) -> std::result::Result<Environment<'static>, minijinja::Error> {
-    let compile = move || environment.add_template_owned(NAME, source).map(|()| environment);
-    let failed = || minijinja::Error::new(ErrorKind::InvalidOperation, "it cannot be compiled in this memory");
-    let thread = std::thread::Builder::new().stack_size(STACK).spawn(compile).map_err(|_| failed())?;
-    thread.join().unwrap_or_else(|_| Err(failed()))
+/// What `work` gives on a stack that the deepest source fits.
+fn deep<T: Send>(work: impl FnOnce() -> T + Send) -> std::result::Result<T, minijinja::Error> {
+    let failed = || minijinja::Error::new(ErrorKind::InvalidOperation, "it does not fit into this memory");
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map_err(|_| failed())?;
+        thread.join().map_err(|_| failed())
+    })
 }
 
 fn broken(path: &Path, e: &minijinja::Error) -> Error {
@@ -207,6 +219,64 @@ fn without_generation_tags(source: &str) -> String {
     let Some((begin, end)) = BEGIN.as_ref().zip(END.as_ref()) else { return source.to_owned() };
     let source = begin.replace_all(source, "{%$1 if true $2%}");
     end.replace_all(&source, "{%$1 endif $2%}").into_owned()
+}
+
+/// Name of the function through which values go into namespaces.
+const PLAIN: &str = "_plain";
+
+/// `{% set namespace.name = value %}` with the value made [`plain`].
+fn plain_assignments(source: &str) -> String {
+    static SET: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%[-+]?\s*set\s+([\w\s.,()]*)=").ok());
+    let dotted = SET.iter().flat_map(|set| set.captures_iter(source)).filter(|found| found[1].contains('.'));
+    let (mut text, mut at) = (String::with_capacity(source.len()), 0);
+    for begin in dotted.filter_map(|found| Some(found.get(0)?.end())) {
+        let Some(end) = end_of_tag(source, begin) else { break };
+        text.extend([&source[at..begin], " ", PLAIN, "((", &source[begin..end], ")) "]);
+        at = end;
+    }
+    text + &source[at..]
+}
+
+/// Where the tag ends in which byte `begin` stands, without the sign that trims blanks; texts in quotes are not looked
+/// into.
+fn end_of_tag(source: &str, begin: usize) -> Option<usize> {
+    let bytes = source.as_bytes();
+    let (mut quote, mut i) = (None, begin);
+    while i < bytes.len() {
+        match (quote, bytes[i]) {
+            (Some(_), b'\\') => i += 1,
+            (Some(open), byte) if byte == open => quote = None,
+            (None, byte @ (b'"' | b'\'')) => quote = Some(byte),
+            (None, b'%') if bytes.get(i + 1) == Some(&b'}') => {
+                return Some(if matches!(bytes[i - 1], b'-' | b'+') { i - 1 } else { i });
+            }
+            _ => {}
+        }
+        i += 1;
+    }
+    None
+}
+
+/// A copy of `value` with `depth` lists or maps in each other at most, and `room` items in all.
+fn plain(value: &Value, depth: usize, room: &mut usize) -> std::result::Result<Value, minijinja::Error> {
+    let kind = value.kind();
+    if !matches!(kind, ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+        return Ok(value.clone());
+    }
+    let refused = |what: String| minijinja::Error::new(ErrorKind::InvalidOperation, format!("a namespace with {what}"));
+    let Some(inner) = depth.checked_sub(1) else {
+        return Err(refused(format!("over {DEEPEST} lists in each other")));
+    };
+    let mut item = |value: &Value| {
+        *room = room.checked_sub(1).ok_or_else(|| refused(format!("over {MOST_ITEMS} items")))?;
+        plain(value, inner, room)
+    };
+    if kind == ValueKind::Map {
+        let pairs = value.try_iter()?.map(|key| Ok((key.clone(), item(&value.get_item(&key)?)?)));
+        let pairs = pairs.collect::<std::result::Result<Vec<(Value, Value)>, minijinja::Error>>()?;
+        return Ok(Value::from_pairs(pairs));
+    }
+    value.try_iter()?.map(|value| item(&value)).collect::<std::result::Result<Vec<Value>, _>>().map(Value::from)
 }
 
 /// `json.dumps(value, ensure_ascii=False)` as transformers has it: not escaped for HTML, blanks behind `,` and `:`.
@@ -370,6 +440,34 @@ mod tests {
             "ua"
         );
         assert_eq!(render("{{ messages[0].content.startswith('a') and tools is none }}"), "True");
+    }
+
+    #[test]
+    fn namespaces_hold_what_is_set() {
+        let render = |source: &str| {
+            ChatTemplate::new(Path::new("t.jinja"), source, "<s>", "</s>").unwrap().render(&talk(), false).unwrap()
+        };
+        let namespace = "{% set ns = namespace(text='', list=[], last=none) %}";
+        for (source, text) in [
+            ("{%- set ns.text = ns.text ~ '%}' + \"-%}\" -%} {{ ns.text }}", "%}-%}"),
+            (
+                "{% for m in messages %}{% set ns.list = ns.list + [m.role[0]] %}{% endfor %}{{ ns.list }}",
+                "['u', 'a', 'u', 'a']",
+            ),
+            (
+                "{%- set ns.last = messages[-1] %}{{ ns.last.content }}{{ ns.last | tojson }}",
+                r#"b{"role": "assistant", "content": "b"}"#,
+            ),
+            ("{%+ set ns.a, ns.b = 1, 2 +%}{{ ns.a + ns.b }}", "3"),
+            ("{% set (ns.a, b) = (messages[1:], 2) %}{{ ns.a | length + b }}", "5"),
+            ("{% set ns.a %}<{{ 1 }}>{% endset %}{{ ns.a }}{{ ns.none is defined }}", "<1>False"),
+            (
+                "{% set ns.a = ns.missing %}{{ ns.a is defined }}{{ 'a.b = c' }}{% set x = ns.text == '' %}{{ x }}",
+                "Falsea.b = cTrue",
+            ),
+        ] {
+            assert_eq!(render(&format!("{namespace}{source}")), text, "{source}");
+        }
     }
 
     #[test]

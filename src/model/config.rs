@@ -211,19 +211,21 @@ impl Config {
         }
         let mut problems = Vec::new();
         let positive = [
-            ("vocabulary", self.vocab_size),
-            ("number of layers", self.n_layer),
-            ("hidden size", self.n_embd),
-            ("number of heads", self.n_head),
-            ("number of key/value heads", self.n_query_groups),
-            ("head size", self.head_size),
-            ("intermediate size", self.intermediate_size),
-            ("context length", self.block_size),
+            ("vocabulary", self.vocab_size, 1 << 24),
+            ("number of layers", self.n_layer, 4096),
+            ("hidden size", self.n_embd, 1 << 20),
+            ("number of heads", self.n_head, 1 << 14),
+            ("number of key/value heads", self.n_query_groups, 1 << 14),
+            ("head size", self.head_size, 1 << 14),
+            ("intermediate size", self.intermediate_size, 1 << 24),
+            ("context length", self.block_size, 1 << 30),
+            ("width of all heads", self.n_head.saturating_mul(self.head_size), 1 << 20),
         ];
-        for (what, size) in positive {
+        // Lists of rows and of names get as long as these numbers, before a tensor is looked at.
+        for (what, size, most) in positive {
             if size == 0 {
                 problems.push(format!("the {what} is 0"));
-            } else if size > 1 << 30 {
+            } else if size > most {
                 problems.push(format!("the {what} is {size}, which no model has"));
             }
         }
@@ -233,13 +235,13 @@ impl Config {
         if self.rotary_dim > self.head_size || !self.rotary_dim.is_multiple_of(2) {
             problems.push(format!("{} rotated channels do not fit a head of {}", self.rotary_dim, self.head_size));
         }
-        if let Mlp::Experts { n_expert, n_expert_per_token, .. } = self.mlp
-            && !(1..=n_expert).contains(&n_expert_per_token)
-        {
-            problems.push(format!("a token cannot visit {n_expert_per_token} of {n_expert} experts"));
-        }
-        if self.n_layer > 4096 {
-            problems.push(format!("{} layers are more than any model has", self.n_layer));
+        if let Mlp::Experts { n_expert, n_expert_per_token, .. } = self.mlp {
+            if !(1..=n_expert).contains(&n_expert_per_token) {
+                problems.push(format!("a token cannot visit {n_expert_per_token} of {n_expert} experts"));
+            }
+            if n_expert.saturating_mul(self.n_layer) > 1 << 17 {
+                problems.push(format!("{n_expert} experts in each of {} layers, which no model has", self.n_layer));
+            }
         }
         if problems.is_empty() {
             return Ok(self);
