@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::util::{column, finetune, greedy, litgpt, losses, names, result, tiny};
+use crate::util::{column, copy_tiny, finetune, greedy, litgpt, losses, names, result, tensors, tiny, write_tensors};
 
 /// Nothing is learned, so no validation is better than the first.
 const STILL: &str = "--lr 1e-30 --eval.interval 1 --eval.max_iters 2 --train.max_steps 10";
@@ -136,4 +136,44 @@ fn a_final_that_is_the_best_outlives_the_next_one() {
     assert_eq!((target(&out, "latest"), target(&out, "best")), ("final".into(), "step-000004".into()));
     assert!(fs::read(out.join("best/adapter_model.safetensors")).unwrap() == best);
     assert!(fs::read(out.join("final/adapter_model.safetensors")).unwrap() != best);
+}
+
+/// What was merged into `final` is not the next run's to replace.
+#[test]
+fn a_final_that_holds_a_merged_model_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let run = |more: &str| finetune(dir.path(), &tiny(), &format!("--train.max_steps 1 {more}")).ok();
+    run("");
+    run("--seed 2");
+    assert!(!out.join("kept-final-1").exists(), "a folder with nothing else in it is replaced");
+    litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
+    let adapter = |folder: &str| fs::read(out.join(folder).join("adapter_model.safetensors")).unwrap();
+    let before = adapter("final");
+    let said = run("--seed 3").stderr;
+    assert!(said.contains("is now `out/kept-final-1`"), "{said}");
+    assert!(adapter("kept-final-1") == before && adapter("final") != before);
+    assert!(out.join("kept-final-1/merged/config.json").is_file() && !out.join("final/merged").exists());
+    litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
+    run("--seed 4");
+    assert_eq!(names(&out).iter().filter(|name| name.starts_with("kept-")).count(), 2);
+    litgpt(dir.path(), ["generate", "out/kept-final-1/merged", "--max_new_tokens", "2"]).ok();
+}
+
+#[test]
+fn a_base_that_changed_is_told_when_generating() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    copy_tiny(&base);
+    finetune(dir.path(), &base, "--train.max_steps 1").ok();
+    let generate = || litgpt(dir.path(), ["generate", "out/final", "--max_new_tokens", "2"]).ok().stderr;
+    assert!(!generate().contains("warning"));
+    let mut changed = tensors(&base.join("model.safetensors"));
+    changed.get_mut("model.norm.weight").unwrap().2.swap(0, 2);
+    write_tensors(&base.join("model.safetensors"), &changed);
+    let said = generate();
+    assert!(
+        said.contains("warning: the base model") && said.contains("is not what the adapter was trained on"),
+        "{said}"
+    );
 }

@@ -79,7 +79,11 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let folders = Folders::open(&out_dir, &settings.train, from.as_ref())?;
     if let Some(from) = &from {
         if from.finished() && is_over(&settings, &plan, &from.state.progress) {
-            ui.note(&format!("nothing to do: `{}` is the end of this run", from.dir.display()));
+            ui.note(&format!(
+                "nothing to do: `{}` is the end of this run; a larger --train.max_steps or --train.epochs, with \
+                 --resume_force true, goes on",
+                from.dir.display()
+            ));
             return Ok(());
         }
         ui.note(&format!("resuming from {} at step {}", from.dir.display(), from.state.progress.step));
@@ -390,7 +394,7 @@ impl Outside for Run<'_> {
         staging.write_all(&self.companions)?;
         resume::save(&staging, gpt, snapshot, self.metrics.as_ref().map_or(Ok(0), Metrics::bytes)?, &self.made_of)?;
         state::seal(&staging)?;
-        self.folders.before(name, &snapshot.progress)?;
+        self.folders.before(name, &snapshot.progress, self.ui)?;
         staging.commit()?;
         let best = self.folders.saved(name, &snapshot.progress, self.ui)?;
         self.event(&Event::Saved { path: dir, best })

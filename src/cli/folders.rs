@@ -2,7 +2,7 @@
 //!
 //! Both pointers follow from what is saved, so that a killed run leaves nothing that the next save does not mend. Which
 //! folder is the best is decided by the validation loss recorded in it: one of an earlier run with the same name has
-//! another. Only folders that hold nothing but what a run wrote are removed.
+//! another. Only folders that hold nothing but what a run wrote are removed or replaced.
 
 use super::resume::{From, State};
 use super::ui::Ui;
@@ -56,13 +56,14 @@ impl Folders {
         Ok(folders)
     }
 
-    /// Makes room for [`FINAL`]: where it is there and the best so far, it becomes the step that it is of.
+    /// Makes room for the folder `name`. Where that is [`FINAL`] and the best so far, it becomes the step that it is of;
+    /// where it is of an earlier run and holds more than that wrote, such as a merged model, it is kept aside.
     ///
     /// # Errors
     /// When it cannot be renamed.
-    pub fn before(&self, name: &str, at: &Progress) -> Result<()> {
+    pub fn before(&self, name: &str, at: &Progress, ui: &Ui) -> Result<()> {
         if name != FINAL || at.best_step == at.step || self.best_of(at).as_deref() != Some(FINAL) {
-            return Ok(());
+            return self.keep(name, ui);
         }
         let step = step_name(at.best_step);
         let (from, to) = (self.out_dir.join(FINAL), self.out_dir.join(&step));
@@ -73,6 +74,18 @@ impl Folders {
         let pointers = [LATEST, BEST].map(|name| self.out_dir.join(name));
         let dangling = pointers.iter().filter(|path| pointer::target(path).as_deref() == Some(FINAL));
         dangling.into_iter().try_for_each(|path| pointer::point(path, &step))
+    }
+
+    fn keep(&self, name: &str, ui: &Ui) -> Result<()> {
+        let dir = self.out_dir.join(name);
+        if !dir.is_dir() || state::holds_only_what_was_sealed(&dir) {
+            return Ok(());
+        }
+        let aside = (1..).map(|n| self.out_dir.join(format!("kept-{name}-{n}"))).find(|path| !path.exists());
+        let aside = aside.unwrap_or_default();
+        fs::rename(&dir, &aside).map_err(Error::io("rename", &dir))?;
+        ui.note(&format!("`{}` held more than a run saves, and is now `{}`", dir.display(), aside.display()));
+        Ok(())
     }
 
     /// Moves the pointers after `name` was saved, and removes what is not to be kept. Whether `name` is the best.

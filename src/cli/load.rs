@@ -251,12 +251,31 @@ pub fn model(
     let checkpoint = Checkpoint::open(&base)?;
     let tokenizer = tokenizer(dir, &checkpoint)?;
     let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
-    let trained = manifest.filter(|_| is_adapter).and_then(|m| m.quantize);
-    let mut gpt = weights(&checkpoint, compute, quantizer(quantize.or(trained.as_deref()), &checkpoint)?, ui)?;
+    let manifest = manifest.filter(|_| is_adapter);
+    let trained = manifest.as_ref().and_then(|m| m.quantize.as_deref());
+    let quantizer = quantizer(quantize.or(trained), &checkpoint)?;
+    // Hashing reads the files that are being loaded, while they are in memory.
+    let (gpt, hash) = std::thread::scope(|scope| {
+        let hash = manifest.as_ref().map(|_| scope.spawn(|| checkpoint.content_hash()));
+        let gpt = weights(&checkpoint, compute, quantizer, ui);
+        (gpt, hash.and_then(|hash| hash.join().ok()).transpose())
+    });
+    let (mut gpt, hash) = (gpt?, hash?);
+    if manifest.is_some_and(|manifest| hash.is_some_and(|hash| hash != manifest.base_hash)) {
+        ui.note(&format!("warning: {}", changed_base(&checkpoint)));
+    }
     if is_adapter {
         adapter::load(dir, checkpoint.family, &mut gpt)?;
     }
     Ok(Loaded { gpt, tokenizer, style })
+}
+
+/// That the base is another than in training.
+pub fn changed_base(checkpoint: &Checkpoint) -> String {
+    format!(
+        "the base model `{}` is not what the adapter was trained on: its weights or config.json changed",
+        checkpoint.dir.display()
+    )
 }
 
 /// The tokenizer of `dir`, or of its base where it has none, with the BOS policy of its training.

@@ -2,7 +2,9 @@
 
 use super::args::{GgufType, MergeArgs, MergeFormat};
 use super::convert::refuse_existing;
-use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, prompt_style, quantizer, tokenizer, weights};
+use super::load::{
+    Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, changed_base, prompt_style, quantizer, tokenizer, weights,
+};
 use super::recipe::HYPERPARAMETERS;
 use super::ui::{Ui, available_memory};
 use crate::checkpoint::convert::{Export, litgpt_name};
@@ -193,9 +195,5 @@ fn check_base(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     if manifest.base_hash == checkpoint.content_hash()? {
         return Ok(());
     }
-    let message = format!(
-        "the base model `{}` is not what the adapter was trained on: its weights or config.json changed",
-        checkpoint.dir.display()
-    );
-    Err(Error::refused(message, "restore it, or name the right one with --pretrained_checkpoint_dir"))
+    Err(Error::refused(changed_base(checkpoint), "restore it, or name the right one with --pretrained_checkpoint_dir"))
 }

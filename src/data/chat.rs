@@ -230,7 +230,8 @@ fn plain_assignments(source: &str) -> String {
     let dotted = SET.iter().flat_map(|set| set.captures_iter(source)).filter(|found| found[1].contains('.'));
     let (mut text, mut at) = (String::with_capacity(source.len()), 0);
     for begin in dotted.filter_map(|found| Some(found.get(0)?.end())) {
-        let Some(end) = end_of_tag(source, begin) else { break };
+        // What looks like a tag inside of another is text.
+        let Some(end) = end_of_tag(source, begin).filter(|_| begin >= at) else { continue };
         text.extend([&source[at..begin], " ", PLAIN, "((", &source[begin..end], ")) "]);
         at = end;
     }

@@ -84,7 +84,7 @@ pub fn header(path: &Path, file: &[u8]) -> Result<(Metadata, Vec<Found>)> {
     }
     let alignment = metadata.count("general.alignment")?.unwrap_or(ALIGNMENT);
     // Blocks hold numbers of up to 4 bytes, which are read where they stand.
-    if !alignment.is_multiple_of(8) || alignment > 1 << 20 {
+    if !alignment.is_multiple_of(8) || !(8..=1 << 20).contains(&alignment) {
         return Err(metadata.invalid(format!("`general.alignment` is {alignment}, not a multiple of 8")));
     }
     let start = cursor.at.next_multiple_of(alignment);
