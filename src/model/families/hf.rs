@@ -7,6 +7,9 @@ use crate::ops::rope::Scaling;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
+/// Largest count.
+const LARGEST: usize = 1 << 31;
+
 /// A config.json.
 #[derive(Debug, Clone)]
 pub struct HfConfig {
@@ -106,12 +109,13 @@ impl HfConfig {
     /// A count, or `default` where it is absent.
     ///
     /// # Errors
-    /// When it is no count.
+    /// When it is no count, or one so large that products of two would not be numbers any more.
     pub fn count_or(&self, key: &str, default: impl Into<Option<usize>>) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(default.into()) };
         let whole =
             value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
-        whole.and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| self.wrong(key, value, "a count"))
+        let count = whole.and_then(|v| usize::try_from(v).ok()).ok_or_else(|| self.wrong(key, value, "a count"))?;
+        if count > LARGEST { Err(self.wrong(key, value, "a count that a model has")) } else { Ok(Some(count)) }
     }
 
     /// A number, or `default` where it is absent.
