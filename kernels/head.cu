@@ -20,7 +20,7 @@ __device__ __forceinline__ void log_sum_exp_part(const T* logits, int v, float l
                 sum *= expf(maximum - z[j]);
                 maximum = z[j];
             }
-            if (z[j] > MINUS_INFINITY) sum += expf(z[j] - maximum);
+            if (z[j] != MINUS_INFINITY) sum += expf(z[j] - maximum);  // NaN, too, which the loss must show
         }
     }
 }
@@ -62,7 +62,7 @@ __device__ void cross_entropy(T* logits, const int* labels, float* loss, const f
     else
         log_sum_exp_part<1>(logits, v, logit_scale, soft_cap, maximum, sum);
     const float top = block_max(maximum);
-    const float log_sum_exp = top + logf(block_sum(maximum > MINUS_INFINITY ? sum * expf(maximum - top) : 0.0f));
+    const float log_sum_exp = top + logf(block_sum(maximum > MINUS_INFINITY ? sum * expf(maximum - top) : sum));
     if (threadIdx.x == 0) loss[row] = log_sum_exp - soft_capped(to_float(logits[label]) * logit_scale, soft_cap);
     if (!write_gradient) return;
     __syncthreads();  // the label's logit is read above and overwritten below

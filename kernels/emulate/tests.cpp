@@ -266,8 +266,28 @@ void test_head(int rows, int v, int padding, float logit_scale, float cap, bool 
     }
 }
 
+// A logit that is not a number is neither the largest nor the label's, and must reach the loss all the same.
+template <class T>
+void test_nan_logit(int v) {
+    const float scale = 1.0f;
+    auto logits = random<T>(v, 1);
+    logits[v / 2] = from_float<T>(NOT_A_NUMBER);
+    Buffer<int> labels(1);
+    labels[0] = 0;
+    Buffer<T> got(logits);
+    Buffer<float> loss(1);
+    emulate::launch(dim3(1), dim3(96), 0, [&] {
+        Kernels<T>::cross_entropy(got.data(), labels.data(), loss.data(), &scale, v, v, 1.0f, 0.0f, -100, 0);
+    });
+    if (!std::isnan(loss[0])) {
+        ++check::failures;
+        std::printf("FAILED: cross_entropy of %d logits, one of them NaN, gives the loss %g\n", v, double(loss[0]));
+    }
+}
+
 template <class T>
 void test_heads() {
+    for (int v : {3, 123, 256}) test_nan_logit<T>(v);
     for (int v : SIZES) test_head<T>(4, v, 0, 1.0f, v % 2 ? 5.0f : 0.0f, true);
     test_head<T>(4, 123, 5, 0.5f, 30.0f, true);
     test_head<T>(4, 256, 64, 2.0f, 0.0f, true);
