@@ -26,3 +26,4 @@ mod templates;
 mod text;
 mod util;
 mod validate;
+mod zip;

@@ -67,6 +67,7 @@ impl Folders {
         }
         let step = step_name(at.best_step);
         let (from, to) = (self.out_dir.join(FINAL), self.out_dir.join(&step));
+        self.keep(&step, ui)?;
         if to.is_dir() {
             write::remove(&to)?;
         }

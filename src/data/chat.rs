@@ -46,6 +46,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// The file that it was read from.
     path: PathBuf,
+    /// Whether its source is at most [`SHORT`].
     short: bool,
     bos_token: String,
     eos_token: String,
@@ -231,7 +232,10 @@ fn plain_assignments(source: &str) -> String {
     let (mut text, mut at) = (String::with_capacity(source.len()), 0);
     for begin in dotted.filter_map(|found| Some(found.get(0)?.end())) {
         // What looks like a tag inside of another is text.
-        let Some(end) = end_of_tag(source, begin).filter(|_| begin >= at) else { continue };
+        if begin < at {
+            continue;
+        }
+        let Some(end) = end_of_tag(source, begin) else { break };
         text.extend([&source[at..begin], " ", PLAIN, "((", &source[begin..end], ")) "]);
         at = end;
     }
