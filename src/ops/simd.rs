@@ -488,72 +488,148 @@ unsafe fn round_row(x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Elements of a weight that one step of `dots` takes: two registers of 16 floats.
+const STEP: usize = 32;
+/// What a weight is made of, as [`few_rows`] reads it.
+trait Element: Copy + Sync {
+    /// Whether the two halves of a step are the even and the odd elements, not the first and the last.
+    const SPLIT: bool;
+
+    /// The two halves of a step of `len` elements, zero where there are none.
+    ///
+    /// # Safety
+    /// `len` elements can be read, and the processor has the instructions of `level`.
+    unsafe fn step(from: *const Self, len: usize) -> [__m512; 2];
+}
+
+impl Element for f32 {
+    const SPLIT: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn step(from: *const Self, len: usize) -> [__m512; 2] {
+        let [low, high] = mask(len);
+        // SAFETY: masked loads read only the `len` elements.
+        unsafe { [_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from.wrapping_add(16))] }
+    }
+}
+
+impl Element for bf16 {
+    const SPLIT: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn step(from: *const Self, len: usize) -> [__m512; 2] {
+        let mask = if len >= STEP { u32::MAX } else { (1 << len) - 1 };
+        // SAFETY: a masked load reads only the `len` elements.
+        let both = unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) };
+        let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+    }
+}
+
+impl Element for f16 {
+    const SPLIT: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn step(from: *const Self, len: usize) -> [__m512; 2] {
+        let from: *const u16 = from.cast();
+        // SAFETY: masked loads read only the `len` elements.
+        unsafe {
+            let (low, high) = (load_u16(from, len.min(16)), load_u16(from.wrapping_add(16), len.saturating_sub(16)));
+            [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
+        }
+    }
+}
+
 /// `y = x Wᵀ` for a few rows of x, as in decoding: each row of the weight is read once, in its own order.
 ///
 /// # Panics
 /// When the shapes do not fit together.
-pub fn few_rows(x: View<'_>, all: Rows<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+pub fn few_rows(x: View<'_>, w: Rows<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+    match w {
+        Rows::F32(w) => few_rows_of(x, w, shape, y, accumulate),
+        Rows::Bf16(w) => few_rows_of(x, w, shape, y, accumulate),
+        Rows::F16(w) => few_rows_of(x, w, shape, y, accumulate),
+    }
+}
+
+fn few_rows_of<E: Element>(x: View<'_>, w: &[E], shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
     let (rows, cols) = shape;
-    assert!(x.cols == cols && y.cols == rows && y.rows == x.rows, "product: shapes do not fit");
-    if x.rows == 0 || rows == 0 {
+    let fit = w.len() == rows * cols && x.cols == cols && y.cols == rows && y.rows == x.rows;
+    assert!(fit, "product: shapes do not fit");
+    if x.rows == 0 || w.is_empty() {
         return;
     }
     let (y_at, stride) = (checked(&y), y.stride);
-    let share = rows.div_ceil(4 * rayon::current_num_threads()).max(16);
+    let steps = in_steps::<E>(x);
+    let share = rows.div_ceil(2 * rayon::current_num_threads()).max(16);
     let out = Shared(y.data.as_mut_ptr());
-    (0..rows.div_ceil(share)).into_par_iter().with_max_len(1).for_each(|i| {
-        for row in i * share..((i + 1) * share).min(rows) {
-            for t in 0..x.rows {
-                let w = row * cols..(row + 1) * cols;
-                // SAFETY: `level` found the instructions before this is called; element (t, row) of y is written by the
-                // one task that has `row`.
-                unsafe {
-                    let sum = match all {
-                        Rows::F32(all) => dot(x.row(t), Rows::F32(&all[w])),
-                        Rows::Bf16(all) => dot(x.row(t), Rows::Bf16(&all[w])),
-                        Rows::F16(all) => dot(x.row(t), Rows::F16(&all[w])),
-                    };
-                    let at = out.at(y_at + t * stride + row);
-                    *at = if accumulate { *at + sum } else { sum };
+    w.par_chunks(share * cols).enumerate().with_max_len(1).for_each(|(i, w)| {
+        // Two rows far apart are two streams, which memory serves half again as fast as one.
+        let (half, first) = ((w.len() / cols).div_ceil(2), i * share);
+        let row = |at: usize| &w[at * cols..(at + 1) * cols];
+        for at in 0..half {
+            // Of an odd number of rows, the last of the first half has none beside it and is taken for both.
+            let other = if half + at < w.len() / cols { half + at } else { at };
+            for (t, x) in steps.chunks_exact(steps.cols()).enumerate() {
+                // SAFETY: `level` found the instructions before this is called.
+                let sums = unsafe { dots(x, [row(at), row(other)]) };
+                for (row, sum) in [at, other].into_iter().zip(sums).take(1 + usize::from(other != at)) {
+                    // SAFETY: the elements of a row of the weight are written by the one task that has it, once.
+                    unsafe {
+                        let to = out.at(y_at + t * stride + first + row);
+                        *to = if accumulate { *to + sum } else { sum };
+                    }
                 }
             }
         }
     });
 }
 
-/// # Safety
-/// The processor has the instructions of `level`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn dot(x: &[f32], w: Rows<'_>) -> f32 {
-    let job = Job {
-        which: Product::Forward,
-        w,
-        cols: 0,
-        k: 0,
-        n: 0,
-        t: 0,
-        ldx: 0,
-        ldy: 0,
-        units: 0,
-        depth: 0,
-        pairs: false,
-        accumulate: false,
-    };
-    let mut sums = [_mm512_setzero_ps(); 4];
-    let mut at = 0;
-    while at < x.len() {
-        for sum in &mut sums {
-            if at < x.len() {
-                let len = (x.len() - at).min(16);
-                // SAFETY: at + len is inside x, which is as long as w.
-                unsafe {
-                    let a = _mm512_maskz_loadu_ps(mask16(len), x.as_ptr().add(at));
-                    *sum = _mm512_fmadd_ps(a, job.load(at, len), *sum);
-                }
-                at += len;
+/// `x` in steps of 32, the last filled with zeros, each as [`Element::step`] gives its halves.
+fn in_steps<E: Element>(x: View<'_>) -> Matrix {
+    let mut out = Matrix::zeros(x.rows, x.cols.next_multiple_of(STEP).max(STEP));
+    let cols = out.cols();
+    for (t, out) in out.chunks_exact_mut(cols).enumerate() {
+        for (x, out) in x.row(t).chunks(STEP).zip(out.chunks_exact_mut(STEP)) {
+            if E::SPLIT {
+                x.iter().enumerate().for_each(|(i, v)| out[i / 2 + 16 * (i % 2)] = *v);
+            } else {
+                out[..x.len()].copy_from_slice(x);
             }
         }
     }
-    let [a, b, c, d] = sums;
-    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+    out
+}
+
+/// Products of `x`, in steps, with two rows of one length.
+///
+/// # Safety
+/// The processor has the instructions of `level`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+unsafe fn dots<E: Element>(x: &[f32], w: [&[E]; 2]) -> [f32; 2] {
+    let cols = w[0].len();
+    assert!(w[1].len() == cols && x.len() >= cols.next_multiple_of(STEP), "product: shapes do not fit");
+    let mut sums = [[_mm512_setzero_ps(); 2]; 2];
+    let mut add = |at: usize, len: usize| {
+        // SAFETY: x has whole steps, and at + len is inside both rows.
+        unsafe {
+            let (x0, x1) = (_mm512_loadu_ps(x.as_ptr().add(at)), _mm512_loadu_ps(x.as_ptr().add(at + 16)));
+            for (w, sum) in w.iter().zip(&mut sums) {
+                let [w0, w1] = E::step(w.as_ptr().add(at), len);
+                sum[0] = _mm512_fmadd_ps(x0, w0, sum[0]);
+                sum[1] = _mm512_fmadd_ps(x1, w1, sum[1]);
+            }
+        }
+    };
+    let whole = cols / STEP * STEP;
+    for at in (0..whole).step_by(STEP) {
+        add(at, STEP);
+    }
+    if whole < cols {
+        add(whole, cols - whole);
+    }
+    sums.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
 }
