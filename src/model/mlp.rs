@@ -5,6 +5,7 @@ use super::experts::{self, Experts};
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::Matrix;
 use crate::ops::glu::{self, Activation};
+use crate::ops::matrix::Kept;
 
 /// The MLP of a block.
 #[derive(Debug, Clone)]
@@ -101,7 +102,8 @@ pub struct Dense {
 /// What the backward of a [`Dense`] needs besides its input.
 #[derive(Debug)]
 pub struct DenseSaved {
-    up: Matrix,
+    /// Before the activation; in a bf16 model in that type, as it is the largest thing that a block keeps.
+    up: Kept,
     h_up: LinearSaved,
     h_down: LinearSaved,
 }
@@ -123,7 +125,7 @@ impl Dense {
         let mut up = x.new_like(x.rows(), self.up.outputs());
         let h_up = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
         let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
-        DenseSaved { up, h_up, h_down }
+        DenseSaved { up: Kept::new(up, pass.seed.is_some() && self.up.weight().is_bf16()), h_up, h_down }
     }
 
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
@@ -136,16 +138,17 @@ impl Dense {
         to: &mut Gradients<'_>,
         dy: &Matrix,
         x: impl FnOnce() -> Matrix,
-        mut saved: DenseSaved,
+        saved: DenseSaved,
         dx: Option<(&mut Matrix, bool)>,
     ) {
+        let mut up = saved.up.restore();
         let mut d = dy.new_like(dy.rows(), self.down.inputs());
-        self.down.backward(to, dy, || self.activate(&saved.up), &saved.h_down, pass.seed, Some((&mut d, false)));
+        self.down.backward(to, dy, || self.activate(&up), &saved.h_down, pass.seed, Some((&mut d, false)));
         if self.gated() {
-            glu::gated_backward(self.activation, &d, &mut saved.up);
+            glu::gated_backward(self.activation, &d, &mut up);
         } else {
-            glu::plain_backward(self.activation, &d, &mut saved.up);
+            glu::plain_backward(self.activation, &d, &mut up);
         }
-        self.up.backward(to, &saved.up, x, &saved.h_up, pass.seed, dx);
+        self.up.backward(to, &up, x, &saved.h_up, pass.seed, dx);
     }
 }

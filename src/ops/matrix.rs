@@ -1,8 +1,10 @@
 //! `Matrix`: activations of one micro batch, and the recycling of their buffers. Not here: arithmetic.
 
 use super::device::{Buffer, Device, Dtype};
+use super::math::vectorized;
 use super::matmul::ViewMut;
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -304,6 +306,53 @@ impl Drop for Matrix {
     }
 }
 
+/// A matrix that waits for its backward: as it is, or on the host rounded to bf16, which takes half the memory.
+#[derive(Debug)]
+pub struct Kept {
+    /// The matrix, or two elements in each of its own.
+    matrix: Matrix,
+    /// Columns of the matrix where it was rounded.
+    rounded: Option<usize>,
+}
+
+impl Kept {
+    /// Keeps `matrix`, rounded to bf16 where that is asked for and it is on the host.
+    #[must_use]
+    pub fn new(matrix: Matrix, bf16: bool) -> Self {
+        if !bf16 || matrix.place().is_some() {
+            return Self { matrix, rounded: None };
+        }
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let mut halves = Matrix::new(rows, cols.div_ceil(2));
+        let (task, width) = (rows_per_task(rows), halves.cols());
+        halves.par_chunks_mut((task * width).max(1)).zip(matrix.par_chunks((task * cols).max(1))).for_each(
+            |(to, from)| {
+                for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
+                    let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
+                    vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from)));
+                }
+            },
+        );
+        Self { matrix: halves, rounded: Some(cols) }
+    }
+
+    /// The matrix, of f32 elements where it was on the host.
+    #[must_use]
+    pub fn restore(self) -> Matrix {
+        let Some(cols) = self.rounded else { return self.matrix };
+        let (rows, width) = (self.matrix.rows(), self.matrix.cols());
+        let (mut matrix, task) = (Matrix::new(rows, cols), rows_per_task(rows));
+        let halves = self.matrix.par_chunks((task * width).max(1));
+        matrix.par_chunks_mut((task * cols).max(1)).zip(halves).for_each(|(to, from)| {
+            for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(width)) {
+                let from: &[bf16] = bytemuck::cast_slice(from);
+                vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()));
+            }
+        });
+        matrix
+    }
+}
+
 /// A rectangle of a row-major matrix, to read from.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
@@ -376,6 +425,19 @@ mod tests {
         drop(first);
         let second = Matrix::zeros(1237, 911);
         assert_eq!(address, second.as_ptr());
+    }
+
+    #[test]
+    fn a_kept_matrix_comes_back_rounded_or_as_it_was() {
+        let values: Vec<f32> = (0..7 * 33).map(|i| (i as f32 * 0.37).sin()).collect();
+        let matrix = || Matrix::from_slice(7, 33, &values);
+        assert_eq!(Kept::new(matrix(), false).restore()[..], values[..]);
+        let rounded: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+        let kept = Kept::new(matrix(), true);
+        assert_eq!(kept.matrix.len(), 7 * 17);
+        let back = kept.restore();
+        assert_eq!((back.rows(), back.cols()), (7, 33));
+        assert_eq!(back[..], rounded[..]);
     }
 
     #[test]

@@ -128,6 +128,12 @@ impl Weight {
         }
     }
 
+    /// Whether its products round their input to bf16.
+    #[must_use]
+    pub fn is_bf16(&self) -> bool {
+        matches!(&self.kept, Kept::Whole(Data::Bf16(_)) | Kept::Quantized { bf16: true, .. })
+    }
+
     /// Output channels.
     #[must_use]
     pub fn rows(&self) -> usize {
