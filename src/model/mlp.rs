@@ -5,7 +5,7 @@ use super::experts::{self, Experts};
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::Matrix;
 use crate::ops::glu::{self, Activation};
-use crate::ops::matrix::Kept;
+use crate::ops::matrix::Parked;
 
 /// The MLP of a block.
 #[derive(Debug, Clone)]
@@ -103,7 +103,7 @@ pub struct Dense {
 #[derive(Debug)]
 pub struct DenseSaved {
     /// Before the activation; in a bf16 model in that type, as it is the largest thing that a block keeps.
-    up: Kept,
+    up: Parked,
     h_up: LinearSaved,
     h_down: LinearSaved,
 }
@@ -125,7 +125,7 @@ impl Dense {
         let mut up = x.new_like(x.rows(), self.up.outputs());
         let h_up = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
         let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
-        DenseSaved { up: Kept::new(up, pass.seed.is_some() && self.up.weight().is_bf16()), h_up, h_down }
+        DenseSaved { up: Parked::new(up, pass.seed.is_some() && self.up.weight().is_bf16()), h_up, h_down }
     }
 
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.

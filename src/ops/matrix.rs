@@ -1,4 +1,5 @@
-//! `Matrix`: activations of one micro batch, and the recycling of their buffers. Not here: arithmetic.
+//! `Matrix`: activations of one micro batch, the recycling of their buffers, and their rounding while they wait for the
+//! backward. Not here: arithmetic.
 
 use super::device::{Buffer, Device, Dtype};
 use super::math::vectorized;
@@ -308,15 +309,15 @@ impl Drop for Matrix {
 
 /// A matrix that waits for its backward: as it is, or on the host rounded to bf16, which takes half the memory.
 #[derive(Debug)]
-pub struct Kept {
+pub struct Parked {
     /// The matrix, or two elements in each of its own.
     matrix: Matrix,
     /// Columns of the matrix where it was rounded.
     rounded: Option<usize>,
 }
 
-impl Kept {
-    /// Keeps `matrix`, rounded to bf16 where that is asked for and it is on the host.
+impl Parked {
+    /// Parks `matrix`, rounded to bf16 where that is asked for and it is on the host.
     #[must_use]
     pub fn new(matrix: Matrix, bf16: bool) -> Self {
         if !bf16 || matrix.place().is_some() {
@@ -428,14 +429,14 @@ mod tests {
     }
 
     #[test]
-    fn a_kept_matrix_comes_back_rounded_or_as_it_was() {
+    fn a_parked_matrix_comes_back_rounded_or_as_it_was() {
         let values: Vec<f32> = (0..7 * 33).map(|i| (i as f32 * 0.37).sin()).collect();
         let matrix = || Matrix::from_slice(7, 33, &values);
-        assert_eq!(Kept::new(matrix(), false).restore()[..], values[..]);
+        assert_eq!(Parked::new(matrix(), false).restore()[..], values[..]);
         let rounded: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
-        let kept = Kept::new(matrix(), true);
-        assert_eq!(kept.matrix.len(), 7 * 17);
-        let back = kept.restore();
+        let parked = Parked::new(matrix(), true);
+        assert_eq!(parked.matrix.len(), 7 * 17);
+        let back = parked.restore();
         assert_eq!((back.rows(), back.cols()), (7, 33));
         assert_eq!(back[..], rounded[..]);
     }

@@ -16,7 +16,8 @@ pub struct Computed {
     pub store: Store,
     /// How the blocks' matrices are quantized.
     pub quantizer: Option<Quantizer>,
-    /// Whether on a device, where activations have the type of the weights; on the host they are f32.
+    /// Whether on a device, where activations have the type of the weights; on the host they are f32, but for the widest
+    /// of a bf16 model (`model::mlp`).
     pub on_device: bool,
     /// Tokens of the longest micro batch.
     pub tokens: usize,
