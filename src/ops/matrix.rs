@@ -326,14 +326,12 @@ impl Parked {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let mut halves = Matrix::new(rows, cols.div_ceil(2));
         let (task, width) = (rows_per_task(rows), halves.cols());
-        halves.par_chunks_mut((task * width).max(1)).zip(matrix.par_chunks((task * cols).max(1))).for_each(
-            |(to, from)| {
-                for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
-                    let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
-                    vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from)));
-                }
-            },
-        );
+        halves.par_chunks_mut(task * width).zip(matrix.par_chunks(task * cols)).for_each(|(to, from)| {
+            for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
+                let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
+                vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from)));
+            }
+        });
         Self { matrix: halves, rounded: Some(cols) }
     }
 
@@ -343,8 +341,8 @@ impl Parked {
         let Some(cols) = self.rounded else { return self.matrix };
         let (rows, width) = (self.matrix.rows(), self.matrix.cols());
         let (mut matrix, task) = (Matrix::new(rows, cols), rows_per_task(rows));
-        let halves = self.matrix.par_chunks((task * width).max(1));
-        matrix.par_chunks_mut((task * cols).max(1)).zip(halves).for_each(|(to, from)| {
+        let halves = self.matrix.par_chunks(task * width);
+        matrix.par_chunks_mut(task * cols).zip(halves).for_each(|(to, from)| {
             for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(width)) {
                 let from: &[bf16] = bytemuck::cast_slice(from);
                 vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()));

@@ -303,8 +303,7 @@ impl Job<'_> {
             match self.w {
                 Rows::F32(w) => _mm512_maskz_loadu_ps(mask16(len), w.as_ptr().add(at)),
                 Rows::Bf16(w) if self.pairs => {
-                    let mask = if len >= 32 { u32::MAX } else { (1u32 << len) - 1 };
-                    _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, w.as_ptr().add(at).cast()))
+                    _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask32(len), w.as_ptr().add(at).cast()))
                 }
                 Rows::Bf16(w) => {
                     let wide = _mm512_cvtepu16_epi32(load_u16(w.as_ptr().add(at).cast(), len));
@@ -319,6 +318,11 @@ impl Job<'_> {
 /// The first `len` of 16 lanes.
 fn mask16(len: usize) -> u16 {
     if len >= 16 { u16::MAX } else { (1 << len) - 1 }
+}
+
+/// The first `len` of 32 lanes.
+fn mask32(len: usize) -> u32 {
+    if len >= 32 { u32::MAX } else { (1 << len) - 1 }
 }
 
 /// The first `len` of 32 lanes, as two halves.
@@ -490,6 +494,7 @@ unsafe fn round_row(x: &[f32], out: &mut [f32]) {
 
 /// Elements of a weight that one step of `dots` takes: two registers of 16 floats.
 const STEP: usize = 32;
+
 /// What a weight is made of, as [`few_rows`] reads it.
 trait Element: Copy + Sync {
     /// Whether the two halves of a step are the even and the odd elements, not the first and the last.
@@ -520,9 +525,8 @@ impl Element for bf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
     unsafe fn step(from: *const Self, len: usize) -> [__m512; 2] {
-        let mask = if len >= STEP { u32::MAX } else { (1 << len) - 1 };
         // SAFETY: a masked load reads only the `len` elements.
-        let both = unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) };
+        let both = unsafe { _mm512_maskz_loadu_epi16(mask32(len), from.cast()) };
         let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
         [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
     }
@@ -590,7 +594,7 @@ fn few_rows_of<E: Element>(x: View<'_>, w: &[E], shape: (usize, usize), y: ViewM
 
 /// `x` in steps of 32, the last filled with zeros, each as [`Element::step`] gives its halves.
 fn in_steps<E: Element>(x: View<'_>) -> Matrix {
-    let mut out = Matrix::zeros(x.rows, x.cols.next_multiple_of(STEP).max(STEP));
+    let mut out = Matrix::zeros(x.rows, x.cols.next_multiple_of(STEP));
     let cols = out.cols();
     for (t, out) in out.chunks_exact_mut(cols).enumerate() {
         for (x, out) in x.row(t).chunks(STEP).zip(out.chunks_exact_mut(STEP)) {

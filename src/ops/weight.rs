@@ -128,7 +128,7 @@ impl Weight {
         }
     }
 
-    /// Whether its products round their input to bf16.
+    /// Whether its products, on the host, are of bf16 elements; those of many rows round their input to bf16, too.
     #[must_use]
     pub fn is_bf16(&self) -> bool {
         matches!(&self.kept, Kept::Whole(Data::Bf16(_)) | Kept::Quantized { bf16: true, .. })
