@@ -15,12 +15,13 @@ use litgpt::ops::{Matrix, View, in_pool};
 use std::time::Instant;
 
 const T: usize = 160;
+const REPS: usize = 301;
 
 /// Median duration of `f`, seconds.
 fn time(mut f: impl FnMut() + Send) -> f64 {
     in_pool(|| {
         f();
-        let mut times: Vec<f64> = (0..15)
+        let mut times: Vec<f64> = (0..REPS)
             .map(|_| {
                 let begun = Instant::now();
                 f();
@@ -28,6 +29,7 @@ fn time(mut f: impl FnMut() + Send) -> f64 {
             })
             .collect();
         times.sort_by(f64::total_cmp);
+        if std::env::var_os("MIN").is_some() { return times[0]; }
         times[times.len() / 2]
     })
 }
@@ -48,68 +50,77 @@ fn ceiling() -> f64 {
     2.0 * (n as f64).powi(3) / seconds / 1e9
 }
 
-fn main() {
-    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
-    let ceiling = ceiling();
-    println!("{{\"op\": \"ceiling\", \"gflops_f32\": {ceiling:.0}, \"threads\": {}}}", rayon::current_num_threads());
-    let report = |op: &str, seconds: f64, flops: f64, bytes: f64| {
-        if !op.contains(&filter) {
+/// Times the ops whose name contains the filter, and prints a row for each.
+struct Bench {
+    filter: String,
+    ceiling: f64,
+}
+
+impl Bench {
+    fn row(&self, op: &str, flops: f64, bytes: f64, f: impl FnMut() + Send) {
+        if !op.contains(&self.filter) {
             return;
         }
+        let seconds = time(f);
         let (gflops, gbs) = (flops / seconds / 1e9, bytes / seconds / 1e9);
-        let share = gflops / ceiling;
+        let share = gflops / self.ceiling;
         println!(
             "{{\"op\": \"{op}\", \"us\": {:.0}, \"gflops\": {gflops:.1}, \"gbs\": {gbs:.2}, \"share\": {share:.2}}}",
             seconds * 1e6
         );
-    };
-    for (name, out, inn) in
-        [("qkv", 960, 576), ("o", 576, 576), ("gate_up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)]
-    {
-        products(name, out, inn, &report);
     }
-    elementwise(&report);
+
+    fn products(&self, name: &str, out: usize, inn: usize) {
+        let w = values(out * inn);
+        let half: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+        for (store, data) in [("f32", Data::F32(w)), ("bf16", Data::Bf16(half))] {
+            let weight = Weight::new(out, inn, data);
+            let (x, dy) = (Matrix::from_slice(T, inn, &values(T * inn)), Matrix::from_slice(T, out, &values(T * out)));
+            let (mut y, mut dx) = (Matrix::zeros(T, out), Matrix::zeros(T, inn));
+            let flops = 2.0 * (T * out * inn) as f64;
+            self.row(&format!("{name} {store} forward"), flops, 0.0, || weight.forward(x.view(), &mut y, false));
+            self.row(&format!("{name} {store} backward"), flops, 0.0, || weight.backward(dy.view(), &mut dx, false));
+            let one = Matrix::from_slice(1, inn, x.row(0));
+            let mut y = Matrix::zeros(1, out);
+            let (flops, bytes) = (2.0 * (out * inn) as f64, weight.bytes() as f64);
+            self.row(&format!("{name} {store} decode"), flops, bytes, || weight.forward(one.view(), &mut y, false));
+        }
+    }
+
+    fn elementwise(&self) {
+        let x = Matrix::from_slice(T, 576, &values(T * 576));
+        let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 576, weight: values(576).into(), bias: None };
+        let bytes = (8 * T * 576) as f64;
+        self.row("norm forward", 0.0, bytes, || drop(norm.forward(&x)));
+        let mut dx = Matrix::zeros(T, 576);
+        self.row("norm backward", 0.0, 2.0 * bytes, || norm.backward(&x, &x, &mut dx, true));
+        let gate_up = Matrix::from_slice(T, 3072, &values(T * 3072));
+        let bytes = (T * 1536) as f64;
+        self.row("glu forward", 0.0, 12.0 * bytes, || drop(glu::gated(Activation::Silu, &gate_up)));
+        let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
+        let mut d = gate_up.clone();
+        self.row("glu backward", 0.0, 20.0 * bytes, || glu::gated_backward(Activation::Silu, &dh, &mut d));
+        let attention =
+            Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
+        let qkv = Matrix::from_slice(T, 960, &values(T * 960));
+        let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
+        let spans = Spans::tail(T, T);
+        let (o, saved) = attention.forward(q, k, v, &spans);
+        let flops = 2.0 * (T * T * 576) as f64;
+        self.row("attention forward", flops, 0.0, || drop(attention.forward(q, k, v, &spans)));
+        let backward = || drop(attention.backward([q, k, v], &o, &o, &saved, &spans));
+        self.row("attention backward", 2.5 * flops, 0.0, backward);
+    }
 }
 
-fn products(name: &str, out: usize, inn: usize, report: &dyn Fn(&str, f64, f64, f64)) {
-    let w = values(out * inn);
-    let half: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
-    for (store, data) in [("f32", Data::F32(w)), ("bf16", Data::Bf16(half))] {
-        let weight = Weight::new(out, inn, data);
-        let (x, dy) = (Matrix::from_slice(T, inn, &values(T * inn)), Matrix::from_slice(T, out, &values(T * out)));
-        let (mut y, mut dx) = (Matrix::zeros(T, out), Matrix::zeros(T, inn));
-        let flops = 2.0 * (T * out * inn) as f64;
-        let forward = time(|| weight.forward(x.view(), &mut y, false));
-        report(&format!("{name} {store} forward"), forward, flops, 0.0);
-        let backward = time(|| weight.backward(dy.view(), &mut dx, false));
-        report(&format!("{name} {store} backward"), backward, flops, 0.0);
-        let one = Matrix::from_slice(1, inn, x.row(0));
-        let mut y = Matrix::zeros(1, out);
-        let decode = time(|| weight.forward(one.view(), &mut y, false));
-        report(&format!("{name} {store} decode"), decode, 2.0 * (out * inn) as f64, weight.bytes() as f64);
+fn main() {
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    let bench = Bench { filter, ceiling: ceiling() };
+    let (ceiling, threads) = (bench.ceiling, rayon::current_num_threads());
+    println!("{{\"op\": \"ceiling\", \"gflops_f32\": {ceiling:.0}, \"threads\": {threads}}}");
+    let shapes = [("qkv", 960, 576), ("o", 576, 576), ("gate_up", 3072, 576), ("down", 576, 1536), ("head", 49152, 576)];
+    for (name, out, inn) in shapes {
+        bench.products(name, out, inn);
     }
-}
-
-fn elementwise(report: &dyn Fn(&str, f64, f64, f64)) {
-    let x = Matrix::from_slice(T, 576, &values(T * 576));
-    let norm = Norm { kind: Kind::Rms, eps: 1e-5, group: 576, weight: values(576).into(), bias: None };
-    let bytes = (8 * T * 576) as f64;
-    report("norm forward", time(|| drop(norm.forward(&x))), 0.0, bytes);
-    let mut dx = Matrix::zeros(T, 576);
-    report("norm backward", time(|| norm.backward(&x, &x, &mut dx, true)), 0.0, 2.0 * bytes);
-    let gate_up = Matrix::from_slice(T, 3072, &values(T * 3072));
-    report("glu forward", time(|| drop(glu::gated(Activation::Silu, &gate_up))), 0.0, (12 * T * 1536) as f64);
-    let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
-    let mut d = gate_up.clone();
-    report("glu backward", time(|| glu::gated_backward(Activation::Silu, &dh, &mut d)), 0.0, (20 * T * 1536) as f64);
-    let attention =
-        Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
-    let qkv = Matrix::from_slice(T, 960, &values(T * 960));
-    let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
-    let spans = Spans::tail(T, T);
-    let (o, saved) = attention.forward(q, k, v, &spans);
-    let flops = 2.0 * (T * T * 576) as f64;
-    report("attention forward", time(|| drop(attention.forward(q, k, v, &spans))), flops, 0.0);
-    let backward = time(|| drop(attention.backward([q, k, v], &o, &o, &saved, &spans)));
-    report("attention backward", backward, 2.5 * flops, 0.0);
+    bench.elementwise();
 }

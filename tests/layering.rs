@@ -21,11 +21,11 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Rooms that may name every room.
 const TOP: [&str; 3] = ["cli", "lib", "main"];
 
-/// Files that may hold `unsafe`.
+/// Files, and folders of files, that may hold `unsafe`.
 const UNSAFE: [&str; 5] = [
     "src/ops/device/cuda.rs",
     "src/ops/matmul.rs",
-    "src/ops/simd.rs",
+    "src/ops/simd/",
     "src/checkpoint/safe.rs",
     "src/checkpoint/pickle.rs",
 ];
@@ -154,7 +154,7 @@ fn rooms_are_named_through_crate() {
 fn unsafe_stands_where_it_is_allowed_and_says_why() {
     let mut problems = Vec::new();
     for source in sources() {
-        let allowed = UNSAFE.contains(&source.path.as_str());
+        let allowed = UNSAFE.iter().any(|place| source.path.starts_with(place));
         let text = fs::read_to_string(root().join(&source.path)).unwrap();
         let whole: Vec<&str> = text.lines().collect();
         for (i, line) in source.lines.iter().enumerate() {

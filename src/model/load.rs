@@ -127,15 +127,10 @@ impl Loader<'_> {
         for (name, rows) in parts {
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
         }
-        Ok(self.placed(Weight::new(rows, cols, data)))
-    }
-
-    /// A weight where the model shall be.
-    fn placed(&self, weight: Weight) -> Weight {
-        match self.device {
-            Some(device) => weight.to_device(device, self.dtype()),
-            None => weight,
-        }
+        Ok(match self.device {
+            Some(device) => Weight::resident(Resident::whole(device, self.dtype(), rows, cols, &data)),
+            None => Weight::new(rows, cols, data),
+        })
     }
 
     /// Type of the activations on a device.
@@ -150,7 +145,7 @@ impl Loader<'_> {
     /// The weight of a block's projection.
     fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         if let Some(stored) = self.stored(parts, cols)? {
-            return Ok(self.placed(stored));
+            return Ok(stored);
         }
         let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
         // Each by itself: its scales' mean and nested blocks are those that bitsandbytes finds.
@@ -172,7 +167,13 @@ impl Loader<'_> {
     fn stored(&self, parts: &[(String, usize)], cols: usize) -> Result<Option<Weight>> {
         let codes = parts.iter().map(|(name, _)| self.source.codes(&format!("{name}.weight")));
         let codes = codes.collect::<Result<Vec<Option<Codes>>>>()?.into_iter().collect::<Option<Vec<Codes>>>();
-        Ok(codes.map(|codes| Weight::quantized(cols, codes, self.store)))
+        Ok(codes.map(|codes| match self.device {
+            Some(device) => {
+                let parts = codes.iter().map(|codes| Part::upload(device, codes)).collect();
+                Weight::resident(Resident::quantized(device, self.dtype(), cols, parts))
+            }
+            None => Weight::quantized(cols, codes, self.store),
+        }))
     }
 
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {

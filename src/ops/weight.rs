@@ -1,15 +1,15 @@
 //! The frozen matrix of a linear layer, in the dtype that it is kept in, and its two products:
 //! `y = x Wᵀ` and `dx = dy W`. It never gets a gradient.
 //!
-//! The rows stay in the checkpoint's order, (out, in), and are the only copy: what a product wants in another order it
-//! rearranges a panel at a time. That order is also the one that decoding a single token reads fastest. A quantized matrix
-//! is decoded some rows at a time into a scratch, of which the same products are taken.
+//! The elements are kept once: in the panels of [`simd`] where the processor has its instructions, which both products and
+//! the decoding of a single token read in memory's order, else in the checkpoint's order, (out, in). A quantized matrix is
+//! decoded some rows at a time into a scratch, of which the same products are taken.
 
 use super::device::{Constant, Device, Dtype};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View};
 use super::quantized::Codes;
-use super::resident::{Part, Resident};
+use super::resident::Resident;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use half::slice::HalfFloatSliceExt;
@@ -35,6 +35,59 @@ pub enum Data {
     F16(Vec<f16>),
 }
 
+impl Data {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+            Self::F16(v) => v.len(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(v) => size_of_val(v.as_slice()),
+            Self::Bf16(v) => size_of_val(v.as_slice()),
+            Self::F16(v) => size_of_val(v.as_slice()),
+        }
+    }
+
+    /// The elements from `at` on, in f32.
+    fn decode(&self, at: usize, out: &mut [f32]) {
+        let elements = at..at + out.len();
+        match self {
+            Self::F32(v) => out.copy_from_slice(&v[elements]),
+            Self::Bf16(v) => v[elements].convert_to_f32_slice(out),
+            Self::F16(v) => v[elements].convert_to_f32_slice(out),
+        }
+    }
+
+    /// The elements of a (rows, cols) matrix in panels.
+    #[cfg(target_arch = "x86_64")]
+    fn packed(&self, rows: usize, cols: usize) -> Self {
+        fn packed<T: Copy + Default + Send + Sync>(v: &[T], rows: usize, cols: usize) -> Vec<T> {
+            let mut out = vec![T::default(); simd::packed_len(rows, cols)];
+            let reader = || |row: usize, out: &mut [T]| out.copy_from_slice(&v[row * cols..][..cols]);
+            simd::pack(rows, cols, reader, &mut out);
+            out
+        }
+        match self {
+            Self::F32(v) => Self::F32(packed(v, rows, cols)),
+            Self::Bf16(v) => Self::Bf16(packed(v, rows, cols)),
+            Self::F16(v) => Self::F16(packed(v, rows, cols)),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn panels(&self) -> simd::Panels<'_> {
+        match self {
+            Self::F32(v) => simd::Panels::F32(v),
+            Self::Bf16(v) => simd::Panels::Bf16(v),
+            Self::F16(v) => simd::Panels::F16(v),
+        }
+    }
+}
+
 /// How frozen weights are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Store {
@@ -48,7 +101,11 @@ pub enum Store {
 
 #[derive(Debug, Clone)]
 enum Kept {
+    /// In the checkpoint's order.
     Whole(Data),
+    /// In the order of [`simd::pack`].
+    #[cfg(target_arch = "x86_64")]
+    Panels(Data),
     /// `parts` are consecutive rows, quantized by themselves. `bf16`: products round the decoded values to bf16, as the
     /// rest of such a model is; else they are f32.
     Quantized {
@@ -67,18 +124,18 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// A matrix of `rows * cols` elements.
+    /// A matrix of `rows * cols` elements, row after row.
     ///
     /// # Panics
     /// When `data` has another number of elements.
     #[must_use]
     pub fn new(rows: usize, cols: usize, data: Data) -> Self {
-        let len = match &data {
-            Data::F32(v) => v.len(),
-            Data::Bf16(v) => v.len(),
-            Data::F16(v) => v.len(),
-        };
+        let len = data.len();
         assert_eq!(len, rows * cols, "weight: {len} elements for ({rows}, {cols})");
+        #[cfg(target_arch = "x86_64")]
+        if simd::level().is_some() {
+            return Self { rows, cols, kept: Kept::Panels(data.packed(rows, cols)) };
+        }
         Self { rows, cols, kept: Kept::Whole(data) }
     }
 
@@ -88,21 +145,6 @@ impl Weight {
     pub fn quantized(cols: usize, parts: Vec<Codes>, store: Store) -> Self {
         let rows = parts.iter().map(Codes::rows).sum();
         Self { rows, cols, kept: Kept::Quantized { parts, bf16: store == Store::Bf16 } }
-    }
-
-    /// The same matrix in the memory of `device`, with products of type `dtype`; one that is there stays as it is.
-    #[must_use]
-    pub fn to_device(self, device: &Device, dtype: Dtype) -> Self {
-        let (rows, cols) = (self.rows, self.cols);
-        let resident = match self.kept {
-            Kept::Whole(data) => Resident::whole(device, dtype, rows, cols, &data),
-            Kept::Quantized { parts, .. } => {
-                let parts = parts.iter().map(|codes| Part::upload(device, codes)).collect();
-                Resident::quantized(device, dtype, cols, parts)
-            }
-            Kept::Resident(resident) => resident,
-        };
-        Self { rows, cols, kept: Kept::Resident(resident) }
     }
 
     /// A matrix that is on a device already.
@@ -122,16 +164,22 @@ impl Weight {
     #[must_use]
     pub fn is_quantized(&self) -> bool {
         match &self.kept {
-            Kept::Whole(_) => false,
             Kept::Quantized { .. } => true,
             Kept::Resident(resident) => resident.is_quantized(),
+            _ => false,
         }
     }
 
     /// Whether its products, on the host, are of bf16 elements; those of many rows round their input to bf16, too.
     #[must_use]
     pub fn is_bf16(&self) -> bool {
-        matches!(&self.kept, Kept::Whole(Data::Bf16(_)) | Kept::Quantized { bf16: true, .. })
+        match &self.kept {
+            Kept::Quantized { bf16, .. } => *bf16,
+            Kept::Resident(_) => false,
+            Kept::Whole(data) => matches!(data, Data::Bf16(_)),
+            #[cfg(target_arch = "x86_64")]
+            Kept::Panels(data) => matches!(data, Data::Bf16(_)),
+        }
     }
 
     /// Output channels.
@@ -150,9 +198,9 @@ impl Weight {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.kept {
-            Kept::Whole(Data::F32(v)) => size_of_val(v.as_slice()),
-            Kept::Whole(Data::Bf16(v)) => size_of_val(v.as_slice()),
-            Kept::Whole(Data::F16(v)) => size_of_val(v.as_slice()),
+            Kept::Whole(data) => data.bytes(),
+            #[cfg(target_arch = "x86_64")]
+            Kept::Panels(data) => data.bytes(),
             Kept::Quantized { parts, .. } => parts.iter().map(Codes::bytes).sum(),
             Kept::Resident(resident) => resident.bytes(),
         }
@@ -160,11 +208,16 @@ impl Weight {
 
     /// Some rows in f32.
     pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let elements = rows.start * self.cols..rows.end * self.cols;
         match &self.kept {
-            Kept::Whole(Data::F32(v)) => out.copy_from_slice(&v[elements]),
-            Kept::Whole(Data::Bf16(v)) => v[elements].convert_to_f32_slice(out),
-            Kept::Whole(Data::F16(v)) => v[elements].convert_to_f32_slice(out),
+            Kept::Whole(data) => data.decode(rows.start * self.cols, out),
+            #[cfg(target_arch = "x86_64")]
+            Kept::Panels(data) => {
+                for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
+                    for (panel, out) in out.chunks_mut(simd::PANEL).enumerate() {
+                        data.decode((panel * self.rows + row) * simd::PANEL, out);
+                    }
+                }
+            }
             Kept::Quantized { parts, .. } => self.decode_parts(parts, rows, out),
             Kept::Resident(resident) => out.copy_from_slice(&resident.rows(rows).to_host()),
         }
@@ -214,43 +267,48 @@ impl Weight {
         });
     }
 
-    /// Decodes rows into `scratch` with all threads, rounded to bf16.
+    /// Calls `each` with rows and their elements until all rows were given: at once, or decoded some at a time.
     #[cfg(target_arch = "x86_64")]
-    fn decode_panel_bf16(&self, rows: &Range<usize>, scratch: &mut Vec<bf16>) {
-        scratch.resize(rows.len() * self.cols, bf16::ZERO);
-        let share = rows.len().div_ceil(rayon::current_num_threads()).max(1);
-        scratch.par_chunks_mut(share * self.cols).enumerate().for_each(|(i, out)| {
-            let mut row = vec![0.0; self.cols];
-            for (j, out) in out.chunks_exact_mut(self.cols).enumerate() {
-                let at = rows.start + i * share + j;
-                self.decode_rows(at..at + 1, &mut row);
-                out.convert_from_f32_slice(&row);
-            }
-        });
+    fn each_panel(&self, mut each: impl FnMut(Range<usize>, simd::Panels<'_>)) {
+        match &self.kept {
+            Kept::Panels(data) => each(0..self.rows, data.panels()),
+            Kept::Quantized { parts, bf16: true } => self.each_decoded(
+                |first, scratch: &mut [bf16], rows| {
+                    let reader = || {
+                        let mut row = vec![0.0; self.cols];
+                        move |at: usize, out: &mut [bf16]| {
+                            self.decode_parts(parts, first + at..first + at + 1, &mut row);
+                            out.convert_from_f32_slice(&row);
+                        }
+                    };
+                    simd::pack(rows, self.cols, reader, scratch);
+                },
+                |rows, scratch| each(rows, simd::Panels::Bf16(scratch)),
+            ),
+            Kept::Quantized { parts, bf16: false } => self.each_decoded(
+                |first, scratch: &mut [f32], rows| {
+                    let reader =
+                        || |at: usize, out: &mut [f32]| self.decode_parts(parts, first + at..first + at + 1, out);
+                    simd::pack(rows, self.cols, reader, scratch);
+                },
+                |rows, scratch| each(rows, simd::Panels::F32(scratch)),
+            ),
+            Kept::Whole(_) | Kept::Resident(_) => unreachable!("kept for other products"),
+        }
     }
 
-    /// Calls `each` with rows and their elements until all rows were given: at once, or decoded a panel at a time.
+    /// Fills a scratch by `decode(first row, scratch, number of rows)` and calls `each` with it, until all rows were given.
     #[cfg(target_arch = "x86_64")]
-    fn each_panel(&self, mut each: impl FnMut(Range<usize>, simd::Rows<'_>)) {
-        match &self.kept {
-            Kept::Whole(Data::F32(v)) => each(0..self.rows, simd::Rows::F32(v)),
-            Kept::Whole(Data::Bf16(v)) => each(0..self.rows, simd::Rows::Bf16(v)),
-            Kept::Whole(Data::F16(v)) => each(0..self.rows, simd::Rows::F16(v)),
-            Kept::Quantized { bf16: true, .. } => {
-                let mut scratch = Vec::new();
-                for rows in self.panels() {
-                    self.decode_panel_bf16(&rows, &mut scratch);
-                    each(rows, simd::Rows::Bf16(&scratch));
-                }
-            }
-            Kept::Quantized { bf16: false, .. } => {
-                let mut scratch = Vec::new();
-                for rows in self.panels() {
-                    self.decode_panel(&rows, &mut scratch);
-                    each(rows, simd::Rows::F32(&scratch));
-                }
-            }
-            Kept::Resident(_) => unreachable!("a device multiplies by its own matrices"),
+    fn each_decoded<T: Copy + Default>(
+        &self,
+        decode: impl Fn(usize, &mut [T], usize),
+        mut each: impl FnMut(Range<usize>, &[T]),
+    ) {
+        let mut scratch = Vec::new();
+        for rows in self.panels() {
+            scratch.resize(simd::packed_len(rows.len(), self.cols), T::default());
+            decode(rows.start, &mut scratch, rows.len());
+            each(rows, &scratch);
         }
     }
 
@@ -271,7 +329,7 @@ impl Weight {
                 if x.rows <= FEW {
                     simd::few_rows(x, w, shape, y, accumulate);
                 } else {
-                    simd::product(level, simd::Product::Forward, x, w, shape, y, accumulate);
+                    simd::forward(level, x, w, shape, y, accumulate);
                 }
             });
         }
@@ -306,7 +364,7 @@ impl Weight {
             return self.each_panel(|rows, w| {
                 let (shape, add) = ((rows.len(), self.cols), accumulate || rows.start > 0);
                 let dx = ViewMut::columns(dx, total, 0..total);
-                simd::product(level, simd::Product::Backward, dy.slice_cols(rows), w, shape, dx, add);
+                simd::backward(level, dy.slice_cols(rows), w, shape, dx, add);
             });
         }
         self.backward_portable(dy, dx, accumulate);
@@ -365,7 +423,9 @@ mod tests {
     #[test]
     fn both_products_equal_the_reference_in_every_store() {
         // Odd sizes, few rows, several panels, and more depth than one panel has.
-        for (t, out, inn) in [(5, 123, 77), (1, 64, 32), (37, 9, 130), (3, 700, 900), (29, 66, 1301), (13, 1203, 35)] {
+        for (t, out, inn) in
+            [(5, 123, 77), (1, 64, 32), (37, 9, 130), (3, 700, 900), (29, 66, 1301), (13, 1203, 35), (49, 601, 90)]
+        {
             let w = random(out * inn, 1);
             let bf: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
             let hf: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();

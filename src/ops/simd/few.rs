@@ -1,0 +1,137 @@
+//! `y = x Wᵀ` for a few rows of x, as in decoding: the weight is read once, in its own order, as fast as memory gives it.
+
+use super::{PANEL, Panels, Shared, checked, packed_len};
+use crate::ops::matmul::ViewMut;
+use crate::ops::matrix::{Matrix, View};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::arch::x86_64::*;
+
+/// Rows of the weight whose sums, 64 bytes each, stay in the first-level cache.
+const BLOCK: usize = 256;
+
+/// What a weight is made of, as [`few_rows`] reads it.
+trait Element: Copy + Sync {
+    /// Whether the two halves of a row of a panel are the even and the odd elements, not the first and the last.
+    const SPLIT: bool;
+
+    /// The two halves of a row of a panel.
+    ///
+    /// # Safety
+    /// They can be read, and the processor has the instructions of `level`.
+    unsafe fn halves(from: *const Self) -> [__m512; 2];
+}
+
+impl Element for f32 {
+    const SPLIT: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn halves(from: *const Self) -> [__m512; 2] {
+        // SAFETY: passed on.
+        unsafe { [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))] }
+    }
+}
+
+impl Element for bf16 {
+    const SPLIT: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn halves(from: *const Self) -> [__m512; 2] {
+        // SAFETY: passed on.
+        let both = unsafe { _mm512_loadu_si512(from.cast()) };
+        let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+    }
+}
+
+impl Element for f16 {
+    const SPLIT: bool = false;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn halves(from: *const Self) -> [__m512; 2] {
+        let from: *const __m256i = from.cast();
+        // SAFETY: passed on.
+        unsafe { [_mm512_cvtph_ps(_mm256_loadu_si256(from)), _mm512_cvtph_ps(_mm256_loadu_si256(from.add(1)))] }
+    }
+}
+
+/// `y = x Wᵀ` for a few rows of x, as in decoding.
+///
+/// # Panics
+/// When the shapes do not fit together.
+pub fn few_rows(x: View<'_>, w: Panels<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+    match w {
+        Panels::F32(w) => few_rows_of(x, w, shape, y, accumulate),
+        Panels::Bf16(w) => few_rows_of(x, w, shape, y, accumulate),
+        Panels::F16(w) => few_rows_of(x, w, shape, y, accumulate),
+    }
+}
+
+fn few_rows_of<E: Element>(x: View<'_>, w: &[E], (rows, cols): (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+    let fit = w.len() == packed_len(rows, cols) && x.cols == cols && y.cols == rows && y.rows == x.rows;
+    assert!(fit, "product: shapes do not fit");
+    if x.rows == 0 || w.is_empty() {
+        return;
+    }
+    let (y_at, stride) = (checked(&y), y.stride);
+    let x = in_panels::<E>(x);
+    // Blocks of about one length, some for each thread.
+    let blocks = rows.div_ceil(BLOCK).next_multiple_of(rayon::current_num_threads());
+    let block = rows.div_ceil(blocks);
+    let out = Shared(y.data.as_mut_ptr());
+    (0..rows.div_ceil(block)).into_par_iter().with_max_len(1).for_each(|i| {
+        let first = i * block;
+        let len = block.min(rows - first);
+        for (t, x) in x.chunks_exact(x.cols()).enumerate() {
+            // SAFETY: `level` found the instructions before this is called; the rows are inside the weight, and each
+            // is in one block.
+            unsafe { block_of_rows(w.as_ptr().add(first * PANEL), rows, len, x, out.at(y_at + t * stride + first), accumulate) };
+        }
+    });
+}
+
+/// `x` in panels, zeros where columns are missing, each as [`Element::halves`] gives it.
+fn in_panels<E: Element>(x: View<'_>) -> Matrix {
+    let mut out = Matrix::zeros(x.rows, x.cols.next_multiple_of(PANEL));
+    let cols = out.cols();
+    for (t, out) in out.chunks_exact_mut(cols).enumerate() {
+        for (x, out) in x.row(t).chunks(PANEL).zip(out.chunks_exact_mut(PANEL)) {
+            if E::SPLIT {
+                x.iter().enumerate().for_each(|(i, v)| out[i / 2 + 16 * (i % 2)] = *v);
+            } else {
+                out[..x.len()].copy_from_slice(x);
+            }
+        }
+    }
+    out
+}
+
+/// Products of `x`, in panels, with `len` rows from `w` on of a weight of `rows` rows, panel after panel.
+///
+/// # Safety
+/// Those rows can be read, and as many elements from `y` on written; the processor has the instructions of `level`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+unsafe fn block_of_rows<E: Element>(w: *const E, rows: usize, len: usize, x: &[f32], y: *mut f32, accumulate: bool) {
+    let mut sums = [_mm512_setzero_ps(); BLOCK];
+    for (panel, x) in x.chunks_exact(PANEL).enumerate() {
+        // SAFETY: x has whole panels, and the weight a panel of all rows for each.
+        unsafe {
+            let (x0, x1) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+            let w = w.add(panel * rows * PANEL);
+            for (row, sum) in sums[..len].iter_mut().enumerate() {
+                let [w0, w1] = E::halves(w.add(row * PANEL));
+                *sum = _mm512_fmadd_ps(x1, w1, _mm512_fmadd_ps(x0, w0, *sum));
+            }
+        }
+    }
+    for (row, sum) in sums[..len].iter().enumerate() {
+        // SAFETY: passed on.
+        unsafe {
+            let (y, sum) = (y.add(row), _mm512_reduce_add_ps(*sum));
+            *y = if accumulate { *y + sum } else { sum };
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Products with a frozen weight by AVX-512, straight from the one copy of it that is kept, in any of a checkpoint's dtypes.
+//!
+//! That copy is laid out in panels ([`pack`]): for each 32 columns, those of all rows, row after row. `dy W` takes vectors of
+//! 32 neighbouring columns, one row after the other; `x Wᵀ` takes single elements of some rows, each time 32 of them side
+//! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
+//!
+//! All are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time ([`tile`]). f32 goes through
+//! FMA, as do narrower weights, widened some at a time; bf16 goes through `vdpbf16ps` (pairs of products, f32 sums) where
+//! the processor is faster with it.
+//!
+//! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
+#![allow(unsafe_code)] // SIMD intrinsics, and disjoint parts of one matrix written by several threads
+
+mod backward;
+mod few;
+mod forward;
+mod tile;
+
+pub use backward::backward;
+pub use few::few_rows;
+pub use forward::forward;
+
+use super::matmul::ViewMut;
+use super::matrix::{Matrix, View};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::OnceLock;
+use tile::{MR, round_pairs};
+
+/// Columns of a panel: two registers of 16 floats.
+pub const PANEL: usize = 32;
+
+/// Elements of a weight in panels.
+#[derive(Debug, Clone, Copy)]
+pub enum Panels<'a> {
+    /// 32 bit.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// IEEE half.
+    F16(&'a [f16]),
+}
+
+impl Panels<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+            Self::F16(w) => w.len(),
+        }
+    }
+
+    /// Address of element `at`, which need not exist.
+    fn address(&self, at: usize) -> *const i8 {
+        match self {
+            Self::F32(w) => w.as_ptr().wrapping_add(at).cast(),
+            Self::Bf16(w) => w.as_ptr().wrapping_add(at).cast(),
+            Self::F16(w) => w.as_ptr().wrapping_add(at).cast(),
+        }
+    }
+}
+
+/// Which instructions these products take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// AVX-512 F, BW, VL, DQ.
+    Avx512,
+    /// And `vdpbf16ps`.
+    Avx512Bf16,
+}
+
+/// The level of this processor, `None` without AVX-512.
+#[must_use]
+pub fn level() -> Option<Level> {
+    static LEVEL: OnceLock<Option<Level>> = OnceLock::new();
+    *LEVEL.get_or_init(detect)
+}
+
+fn detect() -> Option<Level> {
+    let base = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("f16c");
+    match (base, is_x86_feature_detected!("avx512bf16") && !intel()) {
+        (true, true) => Some(Level::Avx512Bf16),
+        (true, false) => Some(Level::Avx512),
+        (false, _) => None,
+    }
+}
+
+/// Whether the processor is Intel's. Those with `vdpbf16ps` start one every second cycle and two FMAs a cycle, which makes
+/// it half as fast; AMD's start one of either.
+fn intel() -> bool {
+    let leaf = __cpuid(0);
+    [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Shared<T>(*mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
+// SAFETY: threads write disjoint elements.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn at(self, offset: usize) -> *mut T {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// Elements of a (rows, cols) matrix in panels.
+#[must_use]
+pub fn packed_len(rows: usize, cols: usize) -> usize {
+    rows * cols.next_multiple_of(PANEL)
+}
+
+/// Index in panels of an element of a matrix of `rows` rows.
+fn packed_at(rows: usize, row: usize, col: usize) -> usize {
+    (col / PANEL * rows + row) * PANEL + col % PANEL
+}
+
+/// Lays a (rows, cols) matrix out in panels: for each 32 columns, those of all rows, row after row; columns that are missing
+/// are zero. `reader` makes, for each thread, a function that writes the elements of a row.
+///
+/// # Panics
+/// When `out` has another length than `packed_len`.
+pub fn pack<T, F>(rows: usize, cols: usize, reader: impl Fn() -> F + Sync, out: &mut [T])
+where
+    T: Copy + Default + Send + Sync,
+    F: FnMut(usize, &mut [T]),
+{
+    assert_eq!(out.len(), packed_len(rows, cols), "pack: elements of ({rows}, {cols})");
+    let panels = Shared(out.as_mut_ptr());
+    in_shares(rows, |share| {
+        let mut read = reader();
+        let mut values = vec![T::default(); cols.next_multiple_of(PANEL)];
+        for row in share {
+            read(row, &mut values[..cols]);
+            for (panel, values) in values.chunks_exact(PANEL).enumerate() {
+                // SAFETY: the panel's part of a row is inside `out`, and the row in one share.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(values.as_ptr(), panels.at((panel * rows + row) * PANEL), PANEL);
+                }
+            }
+        }
+    });
+}
+
+/// A frozen matrix as the tiles read it: in units of 32 bits, an f32 or a pair of bf16.
+#[derive(Clone, Copy)]
+struct Weight<'a> {
+    w: Panels<'a>,
+    rows: usize,
+    cols: usize,
+    pairs: bool,
+}
+
+impl<'a> Weight<'a> {
+    /// # Panics
+    /// When `w` is not (rows, cols).
+    fn new(level: Level, w: Panels<'a>, (rows, cols): (usize, usize)) -> Self {
+        assert!(w.len() == packed_len(rows, cols), "product: shapes do not fit");
+        Self { w, rows, cols, pairs: level == Level::Avx512Bf16 && matches!(w, Panels::Bf16(_)) }
+    }
+
+    /// Elements of a unit.
+    fn per_unit(&self) -> usize {
+        if self.pairs { 2 } else { 1 }
+    }
+
+    /// 16 f32 values from element `at`, widened.
+    ///
+    /// # Safety
+    /// They are inside the weight, and the processor has the instructions of its level.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+    unsafe fn load(&self, at: usize) -> __m512 {
+        // SAFETY: passed on.
+        unsafe {
+            match self.w {
+                Panels::F32(w) => _mm512_loadu_ps(w.as_ptr().add(at)),
+                Panels::Bf16(w) => {
+                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(w.as_ptr().add(at).cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+                }
+                Panels::F16(w) => _mm512_cvtph_ps(_mm256_loadu_si256(w.as_ptr().add(at).cast())),
+            }
+        }
+    }
+}
+
+/// Rows of activations for tiles: those of each of `heights` in panels of 32 units, as a weight is. Units are elements, or where `pairs` two of them, rounded to bf16; what is missing at the end is zero.
+fn pack_rows(x: View<'_>, pairs: bool, units: usize) -> Matrix {
+    let mut out = Matrix::new(x.rows, units.next_multiple_of(PANEL));
+    let (cols, tiles) = (out.cols(), x.rows.div_ceil(MR));
+    let to = Shared(out.as_mut_ptr());
+    in_shares(tiles, |share| {
+        for tile in share {
+            let rows = tile * x.rows / tiles..(tile + 1) * x.rows / tiles;
+            // SAFETY: only called where the processor has AVX-512, and with pairs where it has avx512bf16; the rows are
+            // inside `out` and in one share.
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(to.at(rows.start * cols), rows.len() * cols);
+                pack_tile(x, pairs, rows, out);
+            }
+        }
+    });
+    out
+}
+
+/// A tile of `pack_rows`.
+///
+/// # Safety
+/// The processor has AVX-512, and avx512bf16 for pairs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn pack_tile(x: View<'_>, pairs: bool, rows: Range<usize>, out: &mut [f32]) {
+    let width = if pairs { PANEL } else { PANEL / 2 };
+    for (half, out) in out.chunks_exact_mut(rows.len() * PANEL).enumerate() {
+        for (row, out) in rows.clone().zip(out.as_chunks_mut::<PANEL>().0) {
+            let row = x.row(row);
+            for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                let from = ((2 * half + i) * width).min(row.len());
+                let values = &row[from..(from + width).min(row.len())];
+                // SAFETY: out has 16 units.
+                unsafe {
+                    let units = if pairs { round_pairs(values) } else { load_f32(values) };
+                    _mm512_storeu_ps(out.as_mut_ptr(), units);
+                }
+            }
+        }
+    }
+}
+
+/// Up to 16 values, zero where there are none.
+///
+/// # Safety
+/// The processor has AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_f32(values: &[f32]) -> __m512 {
+    // SAFETY: a masked load stays inside the values.
+    unsafe { _mm512_maskz_loadu_ps(mask16(values.len()), values.as_ptr()) }
+}
+
+/// `units` in equal chunks of at most `most`, but for the last whole panels.
+fn chunks(units: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let depth = units.div_ceil(units.div_ceil(most).max(1)).next_multiple_of(PANEL).max(PANEL);
+    (0..units).step_by(depth).map(move |from| from..(from + depth).min(units))
+}
+
+/// Runs `f` over consecutive ranges of `0..n` in parallel, two of about one length for each thread.
+fn in_shares(n: usize, f: impl Fn(Range<usize>) + Sync) {
+    let shares = (2 * rayon::current_num_threads()).min(n);
+    (0..shares).into_par_iter().with_max_len(1).for_each(|i| f(i * n / shares..(i + 1) * n / shares));
+}
+
+/// Index of the first element of `y`, which is not empty and lies inside its data.
+fn checked(y: &ViewMut<'_>) -> usize {
+    let end = y.offset + (y.rows - 1) * y.stride + y.cols;
+    assert!(y.cols <= y.stride && end <= y.data.len(), "product: y leaves its data");
+    y.offset
+}
+
+/// The first `len` of 16 lanes.
+fn mask16(len: usize) -> u16 {
+    if len >= 16 { u16::MAX } else { (1 << len) - 1 }
+}
