@@ -1,14 +1,14 @@
 //! `dx = dy W`: elements of some rows of dy times vectors over W's columns.
 
-use super::tile::{Ahead, Factors, LANES, LINE, MR, Rows, Target, heights, of_height, zeros};
+use super::tile::{Ahead, Factors, LANES, LINE, MR, Rows, Target, heights, of_height};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, checked, chunks, in_shares, pack_rows, packed_at};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::View;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Depth of a chunk of the contraction: at most 32 KB of a panel, which stay in the first-level cache.
-const DEPTH: usize = 256;
+/// Depth of a chunk of the contraction: 64 KB of a panel, which all tokens are multiplied by before the next.
+const DEPTH: usize = 512;
 
 /// `dx = dy W`, added to `dx` where `accumulate`; `w` is (rows, cols).
 ///
@@ -138,14 +138,13 @@ impl Backward<'_> {
 /// `R` rows of dx.
 ///
 /// # Safety
-/// As for `Factors::add_to` and `Target::store`.
+/// As for `Factors::sums` and `Target::store`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
 unsafe fn tile<const R: usize>(factors: Factors, target: Target, columns: usize) {
     // SAFETY: passed on.
     unsafe {
-        let mut sums = zeros::<R, 2>();
-        factors.add_to(&mut sums);
-        target.store(&sums, columns);
+        target.ask(R);
+        target.store(&factors.sums::<R, 2>(), columns);
     }
 }

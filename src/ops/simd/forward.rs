@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
-use super::tile::{Ahead, Factors, LANES, LINE, MR, Rows, Target, heights, of_height, round_pairs, transpose, zeros};
+use super::tile::{Ahead, Factors, LANES, LINE, MR, Rows, Target, heights, of_height, round_pairs, transpose};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, checked, chunks, in_shares, load_f32, packed_at};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
@@ -8,10 +8,10 @@ use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Depth of a chunk of the contraction: at most 32 KB of a panel of tokens, which stay in the first-level cache.
-const DEPTH: usize = 256;
-/// Units of the rows of W that all tokens are multiplied by before the next: 512 KB of the second-level cache.
-const ROOM: usize = 128 << 10;
+/// Depth of a chunk of the contraction.
+const DEPTH: usize = 1024;
+/// Panels of tokens that some rows of W are multiplied by before the next: with `DEPTH`, 768 KB of the second-level cache.
+const TOGETHER: usize = 6;
 
 /// `y = x Wᵀ`, added to `y` where `accumulate`; `w` is (rows, cols).
 ///
@@ -54,126 +54,89 @@ impl Forward<'_> {
     /// See `forward`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
     unsafe fn run(&self, y: *mut f32, rows: Range<usize>) {
-        let together = (ROOM / self.units().next_multiple_of(PANEL) / MR).max(1) * MR;
         SCRATCH.with_borrow_mut(|scratch| {
-            for first in rows.clone().step_by(together) {
-                let rows = first..(first + together).min(rows.end);
-                // SAFETY: the rows lie inside the weight, and y has all tokens and rows.
-                unsafe { self.block(rows, together, scratch, y) };
+            scratch.resize(MR * DEPTH, 0.0);
+            for units in chunks(self.units(), DEPTH) {
+                for first in (0..self.panels.rows()).step_by(TOGETHER) {
+                    let panels = first..(first + TOGETHER).min(self.panels.rows());
+                    let mut row = rows.start;
+                    for height in heights(rows.len()) {
+                        // SAFETY: the rows and units lie inside the weight; the scratch has room for them; y has all
+                        // tokens and rows.
+                        unsafe {
+                            let a = self.rows(row..row + height, units.clone(), scratch);
+                            let job = (a, units.clone(), panels.clone());
+                            of_height!(height, self.tiles(job, self.ahead(row + height, &units, &panels), y.add(row)));
+                        }
+                        row += height;
+                    }
+                }
             }
         });
     }
 
-    /// Some rows of the weight by all tokens.
-    ///
-    /// # Safety
-    /// They lie inside the weight, and y has all tokens and rows.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn block(&self, rows: Range<usize>, together: usize, scratch: &mut Vec<f32>, y: *mut f32) {
-        scratch.resize(together * (PANEL + self.units().next_multiple_of(PANEL)), 0.0);
-        let (kept, widened) = scratch.split_at_mut(together * PANEL);
-        // SAFETY: passed on; there is room for all units of the rows.
-        let a = unsafe { self.rows(rows.clone(), widened) };
-        let tiles = heights(rows.len()).count() * self.panels.rows();
-        let next = self.ahead(rows.end, together, tiles);
-        for panel in 0..self.panels.rows() {
-            for units in chunks(self.units(), DEPTH) {
-                let mut at = 0;
-                for (tile, height) in heights(rows.len()).enumerate() {
-                    let b = self.panels.row(panel)[units.start * PANEL..].as_ptr();
-                    let (depth, pairs) = (units.len(), self.weight.pairs);
-                    let before = panel * heights(rows.len()).count() + tile;
-                    let ahead = next.from(units.start / a.run, before);
-                    let factors = Factors { a: a.from(at, units.start), b, depth, pairs, ahead };
-                    let kept = kept[at * PANEL..].as_mut_ptr();
-                    // SAFETY: the tile's rows are some of the block's, for which there is room in what is kept.
-                    unsafe { of_height!(height, self.tile(factors, &units, kept, (panel, y.add(rows.start + at)))) };
-                    at += height;
-                }
-            }
-        }
-    }
-
-    /// Some rows of the weight: where they lie, if those are f32 or pairs, else widened in `scratch`.
+    /// Some units of some rows of the weight: where they lie, if those are f32 or pairs, else widened in `scratch`.
     ///
     /// # Safety
     /// They are inside the weight; `scratch` has room.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn rows(&self, rows: Range<usize>, scratch: &mut [f32]) -> Rows {
+    unsafe fn rows(&self, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
         let Weight { w, rows: all, pairs, .. } = self.weight;
-        let at = packed_at(all, rows.start, 0);
+        let at = |unit: usize| packed_at(all, rows.start, unit * self.weight.per_unit());
         match w {
-            Panels::F32(w) => return Rows { at: w[at..].as_ptr(), run: PANEL, next: all * PANEL },
+            Panels::F32(w) => return Rows { at: w[at(units.start)..].as_ptr(), run: PANEL, next: all * PANEL },
             Panels::Bf16(w) if pairs => {
-                return Rows { at: w[at..].as_ptr().cast(), run: PANEL / 2, next: all * PANEL / 2 };
+                let at = w[at(units.start)..].as_ptr().cast();
+                return Rows { at, run: PANEL / 2, next: all * PANEL / 2 };
             }
             Panels::Bf16(_) | Panels::F16(_) => {}
         }
         let next = rows.len() * PANEL;
-        for (panel, out) in scratch.chunks_exact_mut(next).take(self.weight.cols.div_ceil(PANEL)).enumerate() {
+        for (unit, out) in units.step_by(PANEL).zip(scratch.chunks_exact_mut(next)) {
             for i in (0..next).step_by(LANES) {
                 // SAFETY: a panel has PANEL elements of each of the rows, side by side.
-                unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(i), self.weight.load(at + panel * all * PANEL + i)) };
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(i), self.weight.load(at(unit) + i)) };
             }
         }
         Rows { at: scratch.as_ptr(), run: PANEL, next }
     }
 
-    /// `together` rows from `row` on, some for each of `tiles`.
-    fn ahead(&self, row: usize, together: usize, tiles: usize) -> Ahead {
+    /// Those units of the rows from `row` on, for the tiles before them: some for each panel of tokens.
+    fn ahead(&self, row: usize, units: &Range<usize>, panels: &Range<usize>) -> Ahead {
         let Weight { w, rows, .. } = self.weight;
+        let at = w.address(packed_at(rows, row, units.start * self.weight.per_unit()));
         let of_row = w.address(PANEL) as usize - w.address(0) as usize;
-        let lines = (together * of_row).div_ceil(LINE * tiles);
-        Ahead { at: w.address(packed_at(rows, row, 0)), next: rows * of_row, lines }
+        Ahead { at, next: rows * of_row, lines: (MR * of_row).div_ceil(LINE * panels.len()) }
     }
 
-    /// `R` columns of y, of a panel of tokens, or what is kept of them until the last chunk.
+    /// `R` columns of y, of some panels of tokens.
     ///
     /// # Safety
-    /// `kept` has `R` rows of a panel, and y so many columns and all tokens; else as for `Factors::add_to`.
-    #[inline]
+    /// `a` has `R` rows of `units`, and y as many columns.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn tile<const R: usize>(
+    unsafe fn tiles<const R: usize>(
         &self,
-        factors: Factors,
-        units: &Range<usize>,
-        kept: *mut f32,
-        (panel, y): (usize, *mut f32),
+        (a, units, panels): (Rows, Range<usize>, Range<usize>),
+        mut ahead: Ahead,
+        y: *mut f32,
     ) {
-        // SAFETY: passed on.
-        unsafe {
-            if self.tokens - panel * PANEL > LANES {
-                self.vectors::<R, 2>(factors, units, kept, (panel, y));
-            } else {
-                self.vectors::<R, 1>(factors, units, kept, (panel, y));
-            }
-        }
-    }
-
-    /// A `tile` of `V` vectors of tokens.
-    ///
-    /// # Safety
-    /// As for `tile`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn vectors<const R: usize, const V: usize>(
-        &self,
-        factors: Factors,
-        units: &Range<usize>,
-        kept: *mut f32,
-        (panel, y): (usize, *mut f32),
-    ) {
-        let kept = Target { y: kept, ldy: PANEL, accumulate: false };
-        // SAFETY: passed on.
-        unsafe {
-            let mut sums = if units.start > 0 { kept.load() } else { zeros::<R, V>() };
-            factors.add_to(&mut sums);
-            if units.end < self.units() {
-                return kept.store(&sums, PANEL);
-            }
+        let (depth, pairs) = (units.len(), self.weight.pairs);
+        let accumulate = self.accumulate || units.start > 0;
+        for panel in panels {
+            let b = self.panels.row(panel)[units.start * PANEL..].as_ptr();
+            let factors = Factors { a, b, depth, pairs, ahead };
             let token = panel * PANEL;
-            let target = Target { y: y.add(token * self.ldy), ldy: self.ldy, accumulate: self.accumulate };
-            target.store_transposed(&sums, self.tokens - token);
+            let left = self.tokens - token;
+            let target = Target { y: y.wrapping_add(token * self.ldy), ldy: self.ldy, accumulate };
+            // SAFETY: y has all tokens.
+            unsafe {
+                if left > LANES {
+                    target.store_transposed(&factors.sums::<R, 2>(), left);
+                } else {
+                    target.store_transposed(&factors.sums::<R, 1>(), left);
+                }
+            }
+            ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
         }
     }
 }

@@ -62,11 +62,6 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// The same from another run on, after `tiles` others have asked for theirs.
-    pub fn from(self, run: usize, tiles: usize) -> Self {
-        Self { at: self.at.wrapping_add(run * self.next + tiles * self.lines * LINE), ..self }
-    }
-
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn ask(&self, run: usize) {
@@ -96,22 +91,23 @@ pub struct Factors {
 }
 
 impl Factors {
-    /// `sums[r][v] += Σ_k a[r][k] b[k][v]`.
+    /// `sums[r][v] = Σ_k a[r][k] b[k][v]`.
     ///
     /// # Safety
     /// `R` rows and the vectors of `depth` units can be read; the processor has AVX-512, and avx512bf16 for pairs.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    pub unsafe fn add_to<const R: usize, const V: usize>(&self, sums: &mut Sums<R, V>) {
+    pub unsafe fn sums<const R: usize, const V: usize>(&self) -> Sums<R, V> {
         // SAFETY: passed on.
-        unsafe { if self.pairs { self.pairs(sums) } else { self.f32(sums) } }
+        unsafe { if self.pairs { self.pairs() } else { self.f32() } }
     }
 
     /// # Safety
-    /// As for `add_to`.
+    /// As for `sums`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    unsafe fn f32<const R: usize, const V: usize>(&self, sums: &mut Sums<R, V>) {
+    unsafe fn f32<const R: usize, const V: usize>(&self) -> Sums<R, V> {
+        let mut sums = [[_mm512_setzero_ps(); V]; R];
         let (mut b, mut left) = (self.b, self.depth);
         for run in 0..self.depth.div_ceil(PANEL) {
             self.ahead.ask(run);
@@ -132,13 +128,15 @@ impl Factors {
             }
             left -= len;
         }
+        sums
     }
 
     /// # Safety
-    /// As for `add_to`.
+    /// As for `sums`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-    unsafe fn pairs<const R: usize, const V: usize>(&self, sums: &mut Sums<R, V>) {
+    unsafe fn pairs<const R: usize, const V: usize>(&self) -> Sums<R, V> {
+        let mut sums = [[_mm512_setzero_ps(); V]; R];
         let (mut b, mut left) = (self.b, self.depth);
         for run in 0..self.depth.div_ceil(self.a.run) {
             self.ahead.ask(run);
@@ -161,6 +159,7 @@ impl Factors {
             }
             left -= len;
         }
+        sums
     }
 }
 
@@ -168,13 +167,6 @@ impl Factors {
 pub fn heights(rows: usize) -> impl Iterator<Item = usize> {
     let tiles = rows.div_ceil(MR);
     (0..tiles).map(move |i| (i + 1) * rows / tiles - i * rows / tiles)
-}
-
-/// Sums that are zero.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub fn zeros<const R: usize, const V: usize>() -> Sums<R, V> {
-    [[_mm512_setzero_ps(); V]; R]
 }
 
 /// Where sums go.
@@ -189,16 +181,15 @@ pub struct Target {
 }
 
 impl Target {
-    /// Sums that were written with all of their columns.
-    ///
-    /// # Safety
-    /// They can be read; the processor has AVX-512.
+    /// Asks memory for `rows` rows of a panel, to which will be added.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn load<const R: usize, const V: usize>(&self) -> Sums<R, V> {
-        // SAFETY: passed on.
-        let at = |row: usize, v: usize| unsafe { _mm512_loadu_ps(self.y.add(row * self.ldy + v * LANES)) };
-        std::array::from_fn(|row| std::array::from_fn(|v| at(row, v)))
+    pub fn ask(&self, rows: usize) {
+        for row in 0..rows {
+            for v in 0..2 {
+                _mm_prefetch::<_MM_HINT_T0>(self.y.wrapping_add(row * self.ldy + v * LANES).cast());
+            }
+        }
     }
 
     /// Writes the rows of `sums` to rows, `columns` of each.
