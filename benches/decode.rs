@@ -59,13 +59,19 @@ fn bandwidth(memory: &[u64]) -> f64 {
     let once = || {
         let begun = Instant::now();
         let part = memory.len() / rayon::current_num_threads();
-        let sum = in_pool(|| {
-            memory.par_chunks(part).map(|part| part.iter().fold(0_u64, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b)
-        });
+        let sum = in_pool(|| memory.par_chunks(part).map(streams).reduce(|| 0, |a, b| a ^ b));
         assert_eq!(std::hint::black_box(sum), 0, "the numbers from 0 to a power of two cancel out");
         size_of_val(memory) as f64 / begun.elapsed().as_secs_f64()
     };
     [(); 3].map(|()| once()).into_iter().fold(0.0, f64::max)
+}
+
+/// Reads four quarters side by side, which memory serves faster than one after the other.
+fn streams(part: &[u64]) -> u64 {
+    let quarter = part.len() / 4;
+    let [a, b, c, d] = [0, 1, 2, 3].map(|i| &part[i * quarter..(i + 1) * quarter]);
+    let four = a.iter().zip(b).zip(c.iter().zip(d));
+    four.fold(0_u64, |sum, ((a, b), (c, d))| sum ^ a ^ b ^ c ^ d)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

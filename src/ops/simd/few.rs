@@ -1,5 +1,6 @@
 //! `y = x Wᵀ` for a few rows of x, as in decoding: the weight is read once, in its own order, as fast as memory gives it.
 
+use super::tile::LINE;
 use super::{PANEL, Panels, Shared, checked, packed_len};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
@@ -9,6 +10,12 @@ use std::arch::x86_64::*;
 
 /// Rows of the weight whose sums, 64 bytes each, stay in the first-level cache.
 const BLOCK: usize = 256;
+
+/// Panels that are read side by side: memory serves some streams faster than one.
+const TOGETHER: usize = 4;
+
+/// Bytes from what is read to what memory is asked for.
+const AHEAD: usize = 1024;
 
 /// What a weight is made of, as [`few_rows`] reads it.
 trait Element: Copy + Sync {
@@ -88,7 +95,16 @@ fn few_rows_of<E: Element>(x: View<'_>, w: &[E], (rows, cols): (usize, usize), y
         for (t, x) in x.chunks_exact(x.cols()).enumerate() {
             // SAFETY: `level` found the instructions before this is called; the rows are inside the weight, and each
             // is in one block.
-            unsafe { block_of_rows(w.as_ptr().add(first * PANEL), rows, len, x, out.at(y_at + t * stride + first), accumulate) };
+            unsafe {
+                block_of_rows(
+                    w.as_ptr().add(first * PANEL),
+                    rows,
+                    len,
+                    x,
+                    out.at(y_at + t * stride + first),
+                    accumulate,
+                )
+            };
         }
     });
 }
@@ -116,22 +132,49 @@ fn in_panels<E: Element>(x: View<'_>) -> Matrix {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
 unsafe fn block_of_rows<E: Element>(w: *const E, rows: usize, len: usize, x: &[f32], y: *mut f32, accumulate: bool) {
     let mut sums = [_mm512_setzero_ps(); BLOCK];
-    for (panel, x) in x.chunks_exact(PANEL).enumerate() {
-        // SAFETY: x has whole panels, and the weight a panel of all rows for each.
-        unsafe {
-            let (x0, x1) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
-            let w = w.add(panel * rows * PANEL);
-            for (row, sum) in sums[..len].iter_mut().enumerate() {
-                let [w0, w1] = E::halves(w.add(row * PANEL));
-                *sum = _mm512_fmadd_ps(x1, w1, _mm512_fmadd_ps(x0, w0, *sum));
-            }
+    let (sums, whole) = (&mut sums[..len], x.len() / PANEL / TOGETHER * TOGETHER);
+    // SAFETY: x has whole panels, and the weight a panel of all rows for each.
+    unsafe {
+        for panel in (0..whole).step_by(TOGETHER) {
+            add_panels::<E, TOGETHER>(w.add(panel * rows * PANEL), rows, &x[panel * PANEL..], sums);
+        }
+        for panel in whole..x.len() / PANEL {
+            add_panels::<E, 1>(w.add(panel * rows * PANEL), rows, &x[panel * PANEL..], sums);
         }
     }
-    for (row, sum) in sums[..len].iter().enumerate() {
+    for (row, sum) in sums.iter().enumerate() {
         // SAFETY: passed on.
         unsafe {
             let (y, sum) = (y.add(row), _mm512_reduce_add_ps(*sum));
             *y = if accumulate { *y + sum } else { sum };
         }
+    }
+}
+
+/// Adds the products of `P` panels side by side of x and of each row of the weight.
+///
+/// # Safety
+/// As for `block_of_rows`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+unsafe fn add_panels<E: Element, const P: usize>(w: *const E, rows: usize, x: &[f32], sums: &mut [__m512]) {
+    let (x, _) = x[..P * PANEL].as_chunks::<16>();
+    // SAFETY: a chunk has 16 elements.
+    let x: [[__m512; 2]; P] = std::array::from_fn(|p| unsafe {
+        [_mm512_loadu_ps(x[2 * p].as_ptr()), _mm512_loadu_ps(x[2 * p + 1].as_ptr())]
+    });
+    for (row, sum) in sums.iter_mut().enumerate() {
+        let (mut even, mut odd) = (*sum, _mm512_setzero_ps());
+        for (p, x) in x.iter().enumerate() {
+            let at = w.wrapping_add((p * rows + row) * PANEL);
+            for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD + line));
+            }
+            // SAFETY: passed on.
+            let [w0, w1] = unsafe { E::halves(at) };
+            even = _mm512_fmadd_ps(x[0], w0, even);
+            odd = _mm512_fmadd_ps(x[1], w1, odd);
+        }
+        *sum = _mm512_add_ps(even, odd);
     }
 }

@@ -281,3 +281,51 @@ fn checked(y: &ViewMut<'_>) -> usize {
 fn mask16(len: usize) -> u16 {
     if len >= 16 { u16::MAX } else { (1 << len) - 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, random};
+
+    fn packed<T: Copy + Default + Send + Sync>(w: &[T], rows: usize, cols: usize) -> Vec<T> {
+        let mut out = vec![T::default(); packed_len(rows, cols)];
+        pack(rows, cols, || |row: usize, out: &mut [T]| out.copy_from_slice(&w[row * cols..][..cols]), &mut out);
+        out
+    }
+
+    /// This processor may be faster with another level than the best that it has; products of all of them are tested.
+    #[test]
+    fn both_products_are_those_of_plain_loops_at_every_level() {
+        let mut levels: Vec<Level> = level().map(|_| Level::Avx512).into_iter().collect();
+        levels
+            .extend(is_x86_feature_detected!("avx512bf16").then_some(Level::Avx512Bf16).filter(|_| level().is_some()));
+        // One row to more than a tile, an odd depth, more than a chunk of it, more tokens than go together.
+        for (t, rows, cols) in [(1, 1, 1), (17, 25, 35), (33, 1100, 40), (47, 30, 2211), (205, 13, 64)] {
+            let (w, x, dy) = (random(rows * cols, 1), random(t * cols, 2), random(t * rows, 3));
+            let w: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+            let wide: Vec<f32> = w.iter().map(|v| v.to_f32()).collect();
+            let (narrow, wide_packed) = (packed(&w, rows, cols), packed(&wide, rows, cols));
+            let dot =
+                |a: &dyn Fn(usize) -> f32, b: &dyn Fn(usize) -> f32, n| -> f32 { (0..n).map(|i| a(i) * b(i)).sum() };
+            let y: Vec<f32> = (0..t * rows)
+                .map(|i| 1.0 + dot(&|k| x[i / rows * cols + k], &|k| wide[i % rows * cols + k], cols))
+                .collect();
+            let dx: Vec<f32> = (0..t * cols)
+                .map(|i| dot(&|k| dy[i / cols * rows + k], &|k| wide[k * cols + i % cols], rows))
+                .collect();
+            for level in &levels {
+                for (panels, tolerance) in [
+                    (Panels::F32(&wide_packed), 1e-5),
+                    (Panels::Bf16(&narrow), if *level == Level::Avx512 { 1e-5 } else { 8e-3 }),
+                ] {
+                    let (mut got_y, mut got_dx) = (vec![1.0; t * rows], vec![f32::NAN; t * cols]);
+                    let (x, dy) = (View::of(&x, t, cols), View::of(&dy, t, rows));
+                    forward(*level, x, panels, (rows, cols), ViewMut::of(&mut got_y, t, rows), true);
+                    backward(*level, dy, panels, (rows, cols), ViewMut::of(&mut got_dx, t, cols), false);
+                    assert_close(&got_y, &y, tolerance);
+                    assert_close(&got_dx, &dx, tolerance);
+                }
+            }
+        }
+    }
+}

@@ -281,7 +281,5 @@ pub fn transpose(block: &mut [__m512; 16]) {
 pub unsafe fn round_pairs(x: &[f32]) -> __m512 {
     let (low, high) = x.split_at(x.len().min(LANES));
     // SAFETY: 32 bf16 are 16 units.
-    unsafe {
-        std::mem::transmute(_mm512_cvtne2ps_pbh(load_f32(high), load_f32(low)))
-    }
+    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(load_f32(high), load_f32(low))) }
 }
