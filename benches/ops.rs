@@ -17,7 +17,7 @@ use std::time::Instant;
 /// Tokens.
 const T: usize = 160;
 /// Repetitions of an op, of which the median counts.
-const REPS: usize = 51;
+const REPS: usize = 15;
 
 /// Median duration of `f`, seconds.
 fn time(mut f: impl FnMut() + Send) -> f64 {

@@ -22,9 +22,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 const TOP: [&str; 3] = ["cli", "lib", "main"];
 
 /// Files, and folders of files, that may hold `unsafe`.
-const UNSAFE: [&str; 5] = [
+const UNSAFE: [&str; 6] = [
     "src/ops/device/cuda.rs",
     "src/ops/matmul.rs",
+    "src/ops/math.rs",
     "src/ops/simd/",
     "src/checkpoint/safe.rs",
     "src/checkpoint/pickle.rs",

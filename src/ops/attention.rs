@@ -6,7 +6,7 @@
 //! the probabilities `p` of a block again: `dv = pᵀ do`, `ds = p (do vᵀ - sum(o do)) cap'`, `dq = s ds k`, `dk = s dsᵀ q`.
 
 use super::device::{Constant, Device, Dtype, int, long};
-use super::math::{dot, exp, exp_sum, max, tanh, vectorized};
+use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, Segment, View};
 use rayon::prelude::*;
@@ -14,6 +14,9 @@ use std::ops::Range;
 
 /// Rows of queries that are worked on together.
 const BLOCK: usize = 64;
+
+/// Scores of a row are worked on so many at a time, with none left over.
+const LANES: usize = 16;
 
 /// Shape and rule of one attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -135,13 +138,18 @@ impl Attention {
         head / (self.n_head / self.n_query_groups)
     }
 
-    /// Scaled and capped scores of a block: (rows, keys). Entries outside `seen` mean nothing.
-    fn scores(&self, block: &Block, q: View<'_>, k: View<'_>) -> Matrix {
-        let mut s = Matrix::new(block.rows.len(), block.keys.len());
-        let (rows, cols) = (s.rows(), s.cols());
-        matmul(Threads::One, ViewMut::of(&mut s, rows, cols), false, self.scale, Side::N(q), Side::T(k));
+    /// `scale · a bᵀ` for the rows and keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
+    fn products(&self, scale: f32, a: View<'_>, b: View<'_>) -> Matrix {
+        let mut s = Matrix::new(a.rows, b.rows.next_multiple_of(LANES));
+        matmul(Threads::One, s.columns_mut(0..b.rows), false, scale, Side::N(a), Side::T(b));
+        s
+    }
+
+    /// Scaled and capped scores of a block, as `products` gives them.
+    fn scores(&self, q: View<'_>, k: View<'_>) -> Matrix {
+        let mut s = self.products(self.scale, q, k);
         if let Some(cap) = self.softcap {
-            vectorized(|| s.iter_mut().for_each(|v| *v = cap * tanh(*v / cap)));
+            soft_cap(&mut s, cap);
         }
         s
     }
@@ -193,12 +201,13 @@ impl Attention {
         let q = self.head(q, head).slice_rows(block.rows.clone());
         let k = self.head(k, self.key_head(head)).slice_rows(keys.clone());
         let v = self.head(v, self.key_head(head)).slice_rows(keys);
-        let mut s = self.scores(block, q, k);
+        let mut s = self.scores(q, k);
         let cols = s.cols();
         let lse = s.chunks_exact_mut(cols).enumerate().map(|(i, row)| softmax_row(row, self.seen(block, i))).collect();
         let mut o = Matrix::new(block.rows.len(), self.head_size);
         let (rows, cols) = (o.rows(), o.cols());
-        matmul(Threads::One, ViewMut::of(&mut o, rows, cols), false, 1.0, Side::N(s.view()), Side::N(v));
+        let p = s.columns(0..v.rows);
+        matmul(Threads::One, ViewMut::of(&mut o, rows, cols), false, 1.0, Side::N(p), Side::N(v));
         (o, lse)
     }
 
@@ -254,60 +263,21 @@ impl Attention {
             let (m, width) = (block.rows.len(), block.keys.len());
             let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
             let [k, v] = [k, v].map(|view| view.slice_rows(block.keys.clone()));
-            let mut p = self.scores(&block, q, k);
-            let mut ds = Matrix::new(m, width);
-            matmul(Threads::One, ViewMut::of(&mut ds, m, width), false, 1.0, Side::N(d_o), Side::T(v));
-            for (i, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate() {
+            let (mut p, mut ds) = (self.scores(q, k), self.products(1.0, d_o, v));
+            let cols = p.cols();
+            for (i, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
                 let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
                 let correction = dot(o.row(i), d_o.row(i));
-                vectorized(|| self.score_gradient(p, ds, self.seen(&block, i), lse, correction));
+                score_gradient(self.softcap, p, ds, self.seen(&block, i), lse, correction);
             }
+            let (p, ds) = (p.columns(0..width), ds.columns(0..width));
             let keys = block.keys.start * hs..block.keys.end * hs;
-            matmul(
-                Threads::One,
-                ViewMut::of(&mut dv[keys.clone()], width, hs),
-                true,
-                1.0,
-                Side::T(p.view()),
-                Side::N(d_o),
-            );
-            matmul(
-                Threads::One,
-                ViewMut::of(&mut dk[keys], width, hs),
-                true,
-                self.scale,
-                Side::T(ds.view()),
-                Side::N(q),
-            );
+            matmul(Threads::One, ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
+            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(ds), Side::N(q));
             let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
-            matmul(Threads::One, ViewMut::of(&mut dq[rows], m, hs), false, self.scale, Side::N(ds.view()), Side::N(k));
+            matmul(Threads::One, ViewMut::of(&mut dq[rows], m, hs), false, self.scale, Side::N(ds), Side::N(k));
         }
         [dq, dk, dv]
-    }
-
-    /// Turns scores into probabilities and their gradient into that of the scores; what is not seen becomes 0.
-    #[inline(always)]
-    fn score_gradient(&self, p: &mut [f32], dp: &mut [f32], seen: Range<usize>, lse: f32, correction: f32) {
-        for outside in [0..seen.start, seen.end..p.len()] {
-            p[outside.clone()].fill(0.0);
-            dp[outside].fill(0.0);
-        }
-        let (p, dp) = (&mut p[seen.clone()], &mut dp[seen]);
-        match self.softcap {
-            None => {
-                for (p, dp) in p.iter_mut().zip(dp) {
-                    *p = exp(*p - lse);
-                    *dp = *p * (*dp - correction);
-                }
-            }
-            Some(cap) => {
-                for (p, dp) in p.iter_mut().zip(dp) {
-                    let ratio = *p / cap;
-                    *p = exp(*p - lse);
-                    *dp = *p * (*dp - correction) * (1.0 - ratio * ratio);
-                }
-            }
-        }
     }
 }
 
@@ -432,18 +402,38 @@ fn starts(spans: &Spans, device: &Device) -> super::device::Arg {
     if spans.starts.is_empty() { 0u64.into() } else { spans.starts.on(device).into() }
 }
 
-/// Softmax over the seen part of a row, zero elsewhere; returns the log-sum-exp.
-fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
-    row[..seen.start].fill(0.0);
-    row[seen.end..].fill(0.0);
-    let row = &mut row[seen];
-    vectorized(|| {
+vectorize! {
+    /// Softmax over the seen part of a row of whole lanes, zero elsewhere; returns the log-sum-exp.
+    fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
+        row[..seen.start].fill(f32::MIN);
+        row[seen.end..].fill(f32::MIN);
         let largest = max(row);
         let total = exp_sum(row, largest);
         let inverse = 1.0 / total;
         row.iter_mut().for_each(|v| *v *= inverse);
+        row[..seen.start].fill(0.0);
+        row[seen.end..].fill(0.0);
         largest + total.ln()
-    })
+    }
+}
+
+vectorize! {
+    /// Turns a row of scores, of whole lanes, into probabilities and their gradient into that of the scores; what is not seen
+    /// becomes 0.
+    fn score_gradient(softcap: Option<f32>, p: &mut [f32], dp: &mut [f32], seen: Range<usize>, lse: f32, correction: f32) {
+        let inverse = softcap.map_or(0.0, f32::recip);
+        for (p, dp) in p.as_chunks_mut::<LANES>().0.iter_mut().zip(dp.as_chunks_mut::<LANES>().0) {
+            for j in 0..LANES {
+                let ratio = p[j] * inverse;
+                p[j] = exp(p[j] - lse);
+                dp[j] = p[j] * (dp[j] - correction) * (1.0 - ratio * ratio);
+            }
+        }
+        for outside in [0..seen.start, seen.end..p.len()] {
+            p[outside.clone()].fill(0.0);
+            dp[outside].fill(0.0);
+        }
+    }
 }
 
 #[cfg(test)]

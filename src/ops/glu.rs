@@ -4,7 +4,7 @@
 //! gradients: `dup = dh act(gate)`, `dgate = dh up act'(gate)`.
 
 use super::device::{int, long};
-use super::math::{erf, exp, sigmoid, tanh, vectorized};
+use super::math::{erf, exp, sigmoid, tanh, vectorize};
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 
@@ -57,51 +57,63 @@ impl Activation {
     }
 }
 
-/// Calls `$f(args.., at)` compiled once for each activation, so that each loop holds one function and vectorizes.
-macro_rules! for_activation {
-    ($activation:expr, $f:ident($($arg:expr),*)) => {
-        match $activation {
-            Activation::Silu => vectorized(|| $f($($arg,)* |x| Activation::Silu.at(x))),
-            Activation::Gelu => vectorized(|| $f($($arg,)* |x| Activation::Gelu.at(x))),
-            Activation::GeluTanh => vectorized(|| $f($($arg,)* |x| Activation::GeluTanh.at(x))),
-            Activation::Relu => vectorized(|| $f($($arg,)* |x| Activation::Relu.at(x))),
+/// Defines `$name(activation, args..)`, in which `$at` is the activation's value and slope, as one loop for each activation:
+/// a choice inside a loop would keep it from being vectorized.
+macro_rules! for_activations {
+    (fn $name:ident($at:ident, $($arg:ident: $type:ty),*) $body:block) => {
+        vectorize! {
+            fn $name(activation: Activation, $($arg: $type),*) {
+                #[inline(always)]
+                fn of($($arg: $type,)* $at: impl Fn(f32) -> (f32, f32)) $body
+
+                match activation {
+                    Activation::Silu => of($($arg,)* |x| Activation::Silu.at(x)),
+                    Activation::Gelu => of($($arg,)* |x| Activation::Gelu.at(x)),
+                    Activation::GeluTanh => of($($arg,)* |x| Activation::GeluTanh.at(x)),
+                    Activation::Relu => of($($arg,)* |x| Activation::Relu.at(x)),
+                }
+            }
         }
     };
 }
 
-#[inline(always)]
-fn gated_rows(width: usize, gate_up: &[f32], h: &mut [f32], at: impl Fn(f32) -> (f32, f32)) {
-    for (h, gate_up) in h.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
-        let (gate, up) = gate_up.split_at(width);
-        for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
-            *h = at(*g).0 * u;
+for_activations! {
+    fn gated_rows(at, width: usize, gate_up: &[f32], h: &mut [f32]) {
+        for (h, gate_up) in h.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
+            let (gate, up) = gate_up.split_at(width);
+            for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
+                *h = at(*g).0 * u;
+            }
         }
     }
 }
 
-#[inline(always)]
-fn gated_rows_backward(width: usize, dh: &[f32], gate_up: &mut [f32], at: impl Fn(f32) -> (f32, f32)) {
-    for (dh, gate_up) in dh.chunks_exact(width).zip(gate_up.chunks_exact_mut(2 * width)) {
-        let (gate, up) = gate_up.split_at_mut(width);
-        for i in 0..width {
-            let (value, slope) = at(gate[i]);
-            gate[i] = dh[i] * up[i] * slope;
-            up[i] = dh[i] * value;
+for_activations! {
+    fn gated_rows_backward(at, width: usize, dh: &[f32], gate_up: &mut [f32]) {
+        for (dh, gate_up) in dh.chunks_exact(width).zip(gate_up.chunks_exact_mut(2 * width)) {
+            let (gate, up) = gate_up.split_at_mut(width);
+            for i in 0..width {
+                let (value, slope) = at(gate[i]);
+                gate[i] = dh[i] * up[i] * slope;
+                up[i] = dh[i] * value;
+            }
         }
     }
 }
 
-#[inline(always)]
-fn plain_row(x: &[f32], h: &mut [f32], at: impl Fn(f32) -> (f32, f32)) {
-    for (h, x) in h.iter_mut().zip(x) {
-        *h = at(*x).0;
+for_activations! {
+    fn plain_row(at, x: &[f32], h: &mut [f32]) {
+        for (h, x) in h.iter_mut().zip(x) {
+            *h = at(*x).0;
+        }
     }
 }
 
-#[inline(always)]
-fn plain_row_backward(dh: &[f32], x: &mut [f32], at: impl Fn(f32) -> (f32, f32)) {
-    for (d, x) in dh.iter().zip(x) {
-        *x = d * at(*x).1;
+for_activations! {
+    fn plain_row_backward(at, dh: &[f32], x: &mut [f32]) {
+        for (d, x) in dh.iter().zip(x) {
+            *x = d * at(*x).1;
+        }
     }
 }
 
@@ -120,7 +132,7 @@ pub fn gated(activation: Activation, gate_up: &Matrix) -> Matrix {
     }
     let chunk = (rows_per_task(gate_up.rows()) * width).max(1);
     let parts = h.par_chunks_mut(chunk).zip(gate_up.par_chunks(2 * chunk));
-    parts.for_each(|(h, gate_up)| for_activation!(activation, gated_rows(width, gate_up, h)));
+    parts.for_each(|(h, gate_up)| gated_rows(activation, width, gate_up, h));
     h
 }
 
@@ -136,7 +148,7 @@ pub fn gated_backward(activation: Activation, dh: &Matrix, gate_up: &mut Matrix)
     }
     let chunk = (rows_per_task(dh.rows()) * width).max(1);
     let parts = dh.par_chunks(chunk).zip(gate_up.par_chunks_mut(2 * chunk));
-    parts.for_each(|(dh, gate_up)| for_activation!(activation, gated_rows_backward(width, dh, gate_up)));
+    parts.for_each(|(dh, gate_up)| gated_rows_backward(activation, width, dh, gate_up));
 }
 
 /// `act(x)`.
@@ -154,7 +166,7 @@ pub fn plain(activation: Activation, x: &Matrix) -> Matrix {
     }
     let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
     let parts = h.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
-    parts.for_each(|(h, x)| for_activation!(activation, plain_row(x, h)));
+    parts.for_each(|(h, x)| plain_row(activation, x, h));
     h
 }
 
@@ -170,7 +182,7 @@ pub fn plain_backward(activation: Activation, dh: &Matrix, x: &mut Matrix) {
     }
     let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
     let parts = dh.par_chunks(chunk).zip(x.par_chunks_mut(chunk));
-    parts.for_each(|(dh, x)| for_activation!(activation, plain_row_backward(dh, x)));
+    parts.for_each(|(dh, x)| plain_row_backward(activation, dh, x));
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! have a target.
 
 use super::device::{Constant, Dtype, flag, int, long};
-use super::math::{exp_sum, max, tanh, vectorized};
+use super::math::{exp_sum, max, soft_cap, vectorize};
 use super::matrix::Matrix;
 use rayon::prelude::*;
 
@@ -32,7 +32,7 @@ impl Transform {
             logits.iter_mut().for_each(|z| *z *= self.scale);
         }
         if let Some(cap) = self.softcap {
-            vectorized(|| logits.iter_mut().for_each(|z| *z = cap * tanh(*z / cap)));
+            soft_cap(logits, cap);
         }
     }
 }
@@ -107,18 +107,23 @@ fn cross_entropy_on(logits: &mut Matrix, targets: &Constant<u32>, transform: Tra
     device.launch("sum_partials_f32", None, [1, 1, 1], [256, 1], 0, &args);
 }
 
+vectorize! {
+    /// Softmax of a row times `scale`; returns the log-sum-exp.
+    fn softmax_scaled(row: &mut [f32], scale: f32) -> f32 {
+        let largest = max(row);
+        let total = exp_sum(row, largest);
+        let factor = scale / total;
+        row.iter_mut().for_each(|z| *z *= factor);
+        largest + total.ln()
+    }
+}
+
 fn cross_entropy_row(row: &mut [f32], target: usize, transform: Transform, weight: f32) -> f32 {
     transform.apply_row(row);
     let at_target = row[target];
     let slopes: Option<Vec<f32>> =
         transform.softcap.map(|cap| row.iter().map(|z| 1.0 - (z / cap) * (z / cap)).collect());
-    let loss = vectorized(|| {
-        let largest = max(row);
-        let total = exp_sum(row, largest);
-        let factor = weight * transform.scale / total;
-        row.iter_mut().for_each(|z| *z *= factor);
-        largest + total.ln() - at_target
-    });
+    let loss = softmax_scaled(row, weight * transform.scale) - at_target;
     row[target] -= weight * transform.scale;
     if let Some(slopes) = slopes {
         row.iter_mut().zip(slopes).for_each(|(z, slope)| *z *= slope);

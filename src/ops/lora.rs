@@ -5,7 +5,7 @@
 //! backward, or a forward run again, makes the same mask without keeping it.
 
 use super::device::{flag, long};
-use super::math::vectorized;
+use super::math::vectorize;
 use super::matmul::{Side, Threads, ViewMut, matmul};
 use super::matrix::{Matrix, View, rows_per_task};
 use rayon::prelude::*;
@@ -37,6 +37,7 @@ fn hash(seed: u64, index: u32) -> u32 {
 
 impl Dropout {
     /// Values below this of 2³² are dropped.
+    #[inline(always)]
     fn limit(&self) -> u32 {
         // Values in f32 would round 2³² - 1 up; 64 bits keep the limit exact.
         (f64::from(self.p) * 4_294_967_296.0) as u32
@@ -53,19 +54,11 @@ impl Dropout {
         true
     }
 
-    /// Calls `f(value, factor)` for every element, `factor` being 0 or `1 / (1 - p)`.
-    fn each(&self, out: &mut Matrix, x: &Matrix, f: impl Fn(&mut f32, f32) + Sync) {
-        let limit = self.limit();
-        let keep = 1.0 / (1.0 - self.p);
+    /// `out = drop(x)`, added to `out` where `accumulate`, on the host.
+    fn on_host(&self, x: &Matrix, out: &mut Matrix, accumulate: bool) {
         let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
         out.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (out, x))| {
-            let first = (i * chunk) as u32;
-            vectorized(|| {
-                for (j, (out, x)) in out.iter_mut().zip(x).enumerate() {
-                    let factor = if hash(self.seed, first.wrapping_add(j as u32)) < limit { 0.0 } else { keep };
-                    f(out, x * factor);
-                }
-            });
+            drop_some(*self, (i * chunk) as u32, x, out, accumulate);
         });
     }
 
@@ -74,7 +67,7 @@ impl Dropout {
     pub fn forward(&self, x: &Matrix) -> Matrix {
         let mut out = x.new_like(x.rows(), x.cols());
         if !self.on_device(x, &mut out, false) {
-            self.each(&mut out, x, |out, v| *out = v);
+            self.on_host(x, &mut out, false);
         }
         out
     }
@@ -82,7 +75,18 @@ impl Dropout {
     /// `dx += drop(d)`, by the mask of the forward.
     pub fn backward(&self, d: &Matrix, dx: &mut Matrix) {
         if !self.on_device(d, dx, true) {
-            self.each(dx, d, |dx, v| *dx += v);
+            self.on_host(d, dx, true);
+        }
+    }
+}
+
+vectorize! {
+    /// Dropout of the elements from `first` on.
+    fn drop_some(dropout: Dropout, first: u32, x: &[f32], out: &mut [f32], accumulate: bool) {
+        let (limit, keep) = (dropout.limit(), 1.0 / (1.0 - dropout.p));
+        for (i, (out, x)) in out.iter_mut().zip(x).enumerate() {
+            let factor = if hash(dropout.seed, first.wrapping_add(i as u32)) < limit { 0.0 } else { keep };
+            *out = if accumulate { *out + x * factor } else { x * factor };
         }
     }
 }

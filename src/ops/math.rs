@@ -1,22 +1,57 @@
 //! Elementwise functions that compile to vector instructions, and the choice of those instructions at run time.
 //!
 //! Branch-free polynomials (Cephes, S. Moshier): a libm call in a loop would keep the loop scalar.
+#![allow(unsafe_code)] // calls of functions compiled for what this processor was found to have
 
-/// Runs `f` compiled for the widest vector instructions that this processor has.
+/// Defines a function that is compiled for several generations of vector instructions; a call takes the widest that this
+/// processor has.
 ///
-/// What `f` calls must be inlined into it to profit.
-#[inline(always)]
-pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    struct Op<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::WithSimd for Op<F> {
-        type Output = R;
+/// What it calls must be inlined into it to profit. A closure would not do: called from several places, it is compiled once,
+/// without any of those instructions.
+macro_rules! vectorize {
+    ($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(unsafe_code)]
+        $visibility fn $name($($arg: $type),*) $(-> $out)? {
+            #[inline(always)]
+            fn plain($($arg: $type),*) $(-> $out)? $body
 
-        #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-            (self.0)()
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+                fn of_512_bits($($arg: $type),*) $(-> $out)? {
+                    plain($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn of_256_bits($($arg: $type),*) $(-> $out)? {
+                    plain($($arg),*)
+                }
+                match $crate::ops::math::vector_bits() {
+                    // SAFETY: these instructions were found.
+                    512 => return unsafe { of_512_bits($($arg),*) },
+                    256 => return unsafe { of_256_bits($($arg),*) },
+                    _ => {}
+                }
+            }
+            plain($($arg),*)
         }
+    };
+}
+pub(crate) use vectorize;
+
+/// Width of the vectors of this processor, as [`vectorize`] tells them apart.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn vector_bits() -> usize {
+    let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let wide = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    match (fma, wide) {
+        (true, true) => 512,
+        (true, false) => 256,
+        (false, _) => 128,
     }
-    pulp::Arch::new().dispatch(Op(f))
 }
 
 /// `e^x` within 2 ulp; arguments beyond the range of f32 saturate.
@@ -56,6 +91,13 @@ pub fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 
+vectorize! {
+    /// `x = cap · tanh(x / cap)`.
+    pub(crate) fn soft_cap(x: &mut [f32], cap: f32) {
+        x.iter_mut().for_each(|v| *v = cap * tanh(*v / cap));
+    }
+}
+
 /// Error function, within 6e-7 (Abramowitz and Stegun 7.1.26).
 #[inline(always)]
 #[must_use]
@@ -64,6 +106,18 @@ pub fn erf(x: f32) -> f32 {
     let t = 1.0 / (1.0 + 0.327_591_1 * a);
     let p = ((((1.061_405_4 * t - 1.453_152_1) * t + 1.421_413_8) * t - 0.284_496_74) * t + 0.254_829_6) * t;
     (1.0 - p * exp(-a * a)).copysign(x)
+}
+
+/// One value of 16 lanes, half of them with the other half at a time.
+#[inline(always)]
+fn fold(lanes: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = lanes;
+    for half in [8, 4, 2, 1] {
+        for j in 0..half {
+            lanes[j] = f(lanes[j], lanes[j + half]);
+        }
+    }
+    lanes[0]
 }
 
 /// Sum of the products of two slices, in 16 lanes.
@@ -78,7 +132,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[j] += x[j] * y[j];
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    fold(lanes, |a, b| a + b) + tail
 }
 
 /// Sum of a slice, in 16 lanes.
@@ -93,7 +147,7 @@ pub fn sum(a: &[f32]) -> f32 {
             lanes[j] += x[j];
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    fold(lanes, |a, b| a + b) + tail
 }
 
 /// Largest element of a slice, in 16 lanes; the least f32 for an empty one.
@@ -108,7 +162,7 @@ pub fn max(a: &[f32]) -> f32 {
             lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
         }
     }
-    lanes.iter().copied().fold(tail, f32::max)
+    fold(lanes, |a, b| if a > b { a } else { b }).max(tail)
 }
 
 /// Replaces `x` by `e^(x - shift)` and returns the sum.
@@ -128,7 +182,7 @@ pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
         *v = exp(*v - shift);
         tail += *v;
     }
-    lanes.iter().sum::<f32>() + tail
+    fold(lanes, |a, b| a + b) + tail
 }
 
 #[cfg(test)]
@@ -154,8 +208,12 @@ mod tests {
         assert_eq!(dot(&a, &a), a.iter().map(|x| x * x).sum::<f32>());
         assert_eq!(sum(&a), a.iter().sum::<f32>());
         assert_eq!((max(&a), max(&a[..1])), (6.0, 0.0));
-        let mut e = a.clone();
-        let total = vectorized(|| exp_sum(&mut e, 6.0));
+        vectorize! {
+            fn total(e: &mut [f32]) -> f32 {
+                exp_sum(e, 6.0)
+            }
+        }
+        let total = total(&mut a.clone());
         assert!((total - a.iter().map(|x| (x - 6.0).exp()).sum::<f32>()).abs() < 1e-4);
     }
 }

@@ -1,5 +1,5 @@
-//! Products of small and medium f32 matrices with any strides, by the `gemm` crate. Products with a frozen weight are
-//! in `weight`.
+//! Products of small and medium f32 matrices with any strides, by [`super::simd`] or the `gemm` crate. Products with a
+//! frozen weight are in `weight`.
 #![allow(unsafe_code)] // the gemm crate takes raw pointers
 
 use super::View;
@@ -120,6 +120,11 @@ pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, 
     }
     if m == 0 || n == 0 {
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if super::simd::is_small(k, n) && super::simd::level().is_some() {
+        // SAFETY: `fits` checked that every element of the three views lies inside its data.
+        return unsafe { super::simd::small(threads, dst, accumulate, alpha, lhs, rhs) };
     }
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,

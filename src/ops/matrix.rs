@@ -2,7 +2,7 @@
 //! backward. Not here: arithmetic.
 
 use super::device::{Buffer, Device, Dtype};
-use super::math::vectorized;
+use super::math::vectorize;
 use super::matmul::ViewMut;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -329,7 +329,7 @@ impl Parked {
         halves.par_chunks_mut(task * width).zip(matrix.par_chunks(task * cols)).for_each(|(to, from)| {
             for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
                 let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
-                vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from)));
+                round(to, from);
             }
         });
         Self { matrix: halves, rounded: Some(cols) }
@@ -345,10 +345,22 @@ impl Parked {
         matrix.par_chunks_mut(task * cols).zip(halves).for_each(|(to, from)| {
             for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(width)) {
                 let from: &[bf16] = bytemuck::cast_slice(from);
-                vectorized(|| to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()));
+                widen(to, from);
             }
         });
         matrix
+    }
+}
+
+vectorize! {
+    fn round(to: &mut [bf16], from: &[f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from));
+    }
+}
+
+vectorize! {
+    fn widen(to: &mut [f32], from: &[bf16]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
     }
 }
 

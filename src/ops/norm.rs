@@ -8,7 +8,7 @@
 //! The norm of queries and keys is the same over groups of columns: one head, or all heads together.
 
 use super::device::{Constant, Device, Dtype, flag, int, long};
-use super::math::{dot, sum, vectorized};
+use super::math::{dot, sum, vectorize};
 use super::matrix::{Matrix, View, rows_per_task};
 use super::rows;
 use rayon::prelude::*;
@@ -43,7 +43,8 @@ impl Norm {
     }
 
     /// `y` = the norm of each group of `x`; both hold whole rows of groups.
-    fn forward_row(&self, x: &[f32], y: &mut [f32]) {
+    #[inline(always)]
+    fn forward_groups(&self, x: &[f32], y: &mut [f32]) {
         for (i, (x, y)) in x.chunks_exact(self.group).zip(y.chunks_exact_mut(self.group)).enumerate() {
             let (mean, scale) = self.statistics(x);
             match &self.bias {
@@ -75,7 +76,8 @@ impl Norm {
         }
     }
 
-    fn backward_row(&self, dy: &[f32], x: &[f32], dx: &mut [f32], accumulate: bool) {
+    #[inline(always)]
+    fn backward_groups(&self, dy: &[f32], x: &[f32], dx: &mut [f32], accumulate: bool) {
         let groups = x.chunks_exact(self.group).zip(dy.chunks_exact(self.group)).zip(dx.chunks_exact_mut(self.group));
         for (i, ((x, dy), dx)) in groups.enumerate() {
             let (mean, r) = self.statistics(x);
@@ -103,7 +105,7 @@ impl Norm {
         }
         let chunk = rows_per_task(x.rows()) * x.cols();
         y.par_chunks_mut(chunk.max(1)).zip(x.par_chunks(chunk.max(1))).for_each(|(y, x)| {
-            vectorized(|| self.forward_row(x, y));
+            forward_rows(self, x, y);
         });
         y
     }
@@ -118,7 +120,7 @@ impl Norm {
         }
         let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
         let parts = dx.par_chunks_mut(chunk).zip(dy.par_chunks(chunk)).zip(x.par_chunks(chunk));
-        parts.for_each(|((dx, dy), x)| vectorized(|| self.backward_row(dy, x, dx, accumulate)));
+        parts.for_each(|((dx, dy), x)| backward_rows(self, dy, x, dx, accumulate));
     }
 
     /// Normalizes some columns of `x` in place, and returns what stood there for the backward.
@@ -136,7 +138,7 @@ impl Norm {
         let cols = x.cols();
         before.par_chunks_mut(columns.len()).zip(x.par_chunks_mut(cols)).for_each(|(before, x)| {
             before.copy_from_slice(&x[columns.clone()]);
-            vectorized(|| self.forward_row(before, &mut x[columns.clone()]));
+            forward_rows(self, before, &mut x[columns.clone()]);
         });
         before
     }
@@ -153,7 +155,7 @@ impl Norm {
         let cols = d.cols();
         d.par_chunks_mut(cols).zip(before.par_chunks(columns.len())).for_each(|(d, before)| {
             let dy = d[columns.clone()].to_vec();
-            vectorized(|| self.backward_row(&dy, before, &mut d[columns.clone()], false));
+            backward_rows(self, &dy, before, &mut d[columns.clone()], false);
         });
     }
 }
@@ -216,6 +218,18 @@ impl Norm {
             flag(accumulate),
         ];
         device.launch(&self.kernel("bwd"), Some(dtype), grid, block, 0, &args);
+    }
+}
+
+vectorize! {
+    fn forward_rows(norm: &Norm, x: &[f32], y: &mut [f32]) {
+        norm.forward_groups(x, y);
+    }
+}
+
+vectorize! {
+    fn backward_rows(norm: &Norm, dy: &[f32], x: &[f32], dx: &mut [f32], accumulate: bool) {
+        norm.backward_groups(dy, x, dx, accumulate);
     }
 }
 

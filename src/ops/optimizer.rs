@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) as torch computes it, over one flat f32 buffer of all adapters.
 
 use super::device::{Dtype, int, long};
-use super::math::vectorized;
+use super::math::vectorize;
 use super::matrix::Matrix;
 use rayon::prelude::*;
 
@@ -60,22 +60,20 @@ impl AdamW {
         let t = moments.step as f64;
         let step_size = (learning_rate / (1.0 - self.beta1.powf(t))) as f32;
         let root_correction = (1.0 - self.beta2.powf(t)).sqrt() as f32;
-        let (beta1, beta2, eps) = (self.beta1 as f32, self.beta2 as f32, self.eps as f32);
-        let (one_minus_beta1, one_minus_beta2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
-        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
+        // In the order in which the kernel has them.
+        let hyper = [
+            self.beta1 as f32,
+            (1.0 - self.beta1) as f32,
+            self.beta2 as f32,
+            (1.0 - self.beta2) as f32,
+            self.eps as f32,
+            (1.0 - learning_rate * self.weight_decay) as f32,
+            step_size,
+            root_correction,
+            grad_scale,
+            0.0,
+        ];
         if let Some((device, _)) = parameters.place() {
-            let hyper = [
-                beta1,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                eps,
-                keep,
-                step_size,
-                root_correction,
-                grad_scale,
-                0.0,
-            ];
             let hyper = device.upload(&hyper.map(f32::to_le_bytes).concat());
             let n = parameters.cols();
             let [p, g, m, v] = [parameters, grads, &moments.m, &moments.v].map(|x| x.pointer().into());
@@ -88,15 +86,21 @@ impl AdamW {
             .zip(moments.m.par_chunks_mut(CHUNK))
             .zip(moments.v.par_chunks_mut(CHUNK));
         parts.for_each(|(((p, g), m), v)| {
-            vectorized(|| {
-                for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                    let g = g * grad_scale;
-                    *m = beta1 * *m + one_minus_beta1 * g;
-                    *v = beta2 * *v + one_minus_beta2 * g * g;
-                    *p = *p * keep - step_size * *m / (v.sqrt() / root_correction + eps);
-                }
-            });
+            update(&hyper, p, g, m, v);
         });
+    }
+}
+
+vectorize! {
+    /// A step of some parameters.
+    fn update(hyper: &[f32; 10], p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+        let [beta1, one_minus_beta1, beta2, one_minus_beta2, eps, keep, step_size, root_correction, scale, _] = *hyper;
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * scale;
+            *m = beta1 * *m + one_minus_beta1 * g;
+            *v = beta2 * *v + one_minus_beta2 * g * g;
+            *p = *p * keep - step_size * *m / (v.sqrt() / root_correction + eps);
+        }
     }
 }
 

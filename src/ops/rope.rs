@@ -5,7 +5,7 @@
 //! transformers' `modeling_rope_utils.py`: linear, llama3, yarn (Peng et al. 2023, arXiv:2309.00071).
 
 use super::device::{Constant, int, long};
-use super::math::vectorized;
+use super::math::vectorize;
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -160,21 +160,34 @@ impl Tables {
         }
         let rows = rows_per_task(x.rows());
         x.par_chunks_mut(cols * rows).zip(positions.par_chunks(rows)).for_each(|(x, positions)| {
-            vectorized(|| {
-                for (x, position) in x.chunks_exact_mut(cols).zip(positions) {
-                    let at = *position as usize * half;
-                    let (cos, sin) = (&self.cos[at..][..half], &self.sin[at..][..half]);
-                    for head in x[columns.clone()].chunks_exact_mut(head_size) {
-                        let (a, b) = head[..2 * half].split_at_mut(half);
-                        for i in 0..half {
-                            let (u, v, s) = (a[i], b[i], sin[i] * sign);
-                            a[i] = u * cos[i] - v * s;
-                            b[i] = v * cos[i] + u * s;
-                        }
-                    }
-                }
-            });
+            rotate_rows((&self.cos, &self.sin), x, (cols, columns.clone(), head_size), positions, half, sign);
         });
+    }
+}
+
+vectorize! {
+    /// Rotates the heads of some rows of `cols` columns.
+    fn rotate_rows(
+        tables: (&[f32], &[f32]),
+        x: &mut [f32],
+        heads: (usize, Range<usize>, usize),
+        positions: &[u32],
+        half: usize,
+        sign: f32,
+    ) {
+        let (cols, columns, head_size) = heads;
+        for (x, position) in x.chunks_exact_mut(cols).zip(positions) {
+            let at = *position as usize * half;
+            let (cos, sin) = (&tables.0[at..][..half], &tables.1[at..][..half]);
+            for head in x[columns.clone()].chunks_exact_mut(head_size) {
+                let (a, b) = head[..2 * half].split_at_mut(half);
+                for i in 0..half {
+                    let (u, v, s) = (a[i], b[i], sin[i] * sign);
+                    a[i] = u * cos[i] - v * s;
+                    b[i] = v * cos[i] + u * s;
+                }
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::tile::{Ahead, Factors, LANES, LINE, MR, Rows, Target, heights, of_height, round_pairs, transpose};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, checked, chunks, in_shares, load_f32, packed_at};
-use crate::ops::matmul::ViewMut;
+use crate::ops::matmul::{Threads, ViewMut};
 use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
@@ -25,7 +25,7 @@ pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), 
         return;
     }
     let y_at = checked(&y);
-    let panels = token_panels(x, weight.pairs, cols.div_ceil(weight.per_unit()));
+    let panels = token_panels(Threads::All, x, weight.pairs, cols.div_ceil(weight.per_unit()));
     let job = Forward { weight, tokens: x.rows, panels: &panels, ldy: y.stride, accumulate };
     let y = Shared(y.data.as_mut_ptr());
     in_shares(rows.div_ceil(MR), |groups| {
@@ -143,14 +143,15 @@ impl Forward<'_> {
 
 /// `x` in panels of 32 tokens, a panel a row: for each unit its 32 tokens side by side, those that are missing zero. A unit
 /// is an element, or where `pairs` two, rounded to bf16.
-fn token_panels(x: View<'_>, pairs: bool, units: usize) -> Matrix {
+pub fn token_panels(threads: Threads, x: View<'_>, pairs: bool, units: usize) -> Matrix {
     let mut out = Matrix::new(x.rows.div_ceil(PANEL), units * PANEL);
     let per_unit = if pairs { 2 } else { 1 };
     // Parts of a panel, so that there is something for every thread.
-    let part = units.div_ceil(rayon::current_num_threads()).next_multiple_of(LANES);
+    let count = if threads == Threads::All { rayon::current_num_threads() } else { 1 };
+    let part = units.div_ceil(count).next_multiple_of(LANES).max(LANES);
     let parts = units.div_ceil(part);
     let (rows, to) = (out.rows(), Shared(out.as_mut_ptr()));
-    (0..rows * parts).into_par_iter().for_each(|i| {
+    let fill = |i: usize| {
         let (panel, from) = (i / parts, i % parts * part);
         for half in 0..2 {
             let first = (panel * PANEL + half * LANES).min(x.rows);
@@ -165,7 +166,11 @@ fn token_panels(x: View<'_>, pairs: bool, units: usize) -> Matrix {
                 }
             }
         }
-    });
+    };
+    match threads {
+        Threads::One => (0..rows * parts).for_each(fill),
+        Threads::All => (0..rows * parts).into_par_iter().for_each(fill),
+    }
     out
 }
 

@@ -14,11 +14,13 @@
 mod backward;
 mod few;
 mod forward;
+mod small;
 mod tile;
 
 pub use backward::backward;
 pub use few::few_rows;
 pub use forward::forward;
+pub use small::{is_small, small};
 
 use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};
