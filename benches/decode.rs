@@ -12,6 +12,9 @@ use litgpt::ops::weight::Store;
 use rayon::prelude::*;
 use std::time::Instant;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ROUNDS: usize = 15;
 const TOKENS: usize = 20;
 /// Elements that a measurement of the bandwidth reads: 512 MB, far more than the caches hold.

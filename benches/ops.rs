@@ -14,6 +14,9 @@ use litgpt::ops::weight::{Data, Weight};
 use litgpt::ops::{Matrix, View, in_pool};
 use std::time::Instant;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Tokens.
 const T: usize = 160;
 /// Repetitions of an op, of which the median counts.

@@ -10,8 +10,8 @@ use std::ops::Range;
 
 /// Depth of a chunk of the contraction.
 const DEPTH: usize = 1024;
-/// Panels of tokens that some rows of W are multiplied by before the next: with `DEPTH`, 768 KB of the second-level cache.
-const TOGETHER: usize = 6;
+/// Units of the panels of tokens that some rows of W are multiplied by before the next: 768 KB of the second-level cache.
+const TOGETHER: usize = 6 * DEPTH;
 
 /// `y = x Wᵀ`, added to `y` where `accumulate`; `w` is (rows, cols).
 ///
@@ -57,8 +57,9 @@ impl Forward<'_> {
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.resize(MR * DEPTH, 0.0);
             for units in chunks(self.units(), DEPTH) {
-                for first in (0..self.panels.rows()).step_by(TOGETHER) {
-                    let panels = first..(first + TOGETHER).min(self.panels.rows());
+                let together = TOGETHER / units.len();
+                for first in (0..self.panels.rows()).step_by(together) {
+                    let panels = first..(first + together).min(self.panels.rows());
                     let mut row = rows.start;
                     for height in heights(rows.len()) {
                         // SAFETY: the rows and units lie inside the weight; the scratch has room for them; y has all
