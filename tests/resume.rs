@@ -18,7 +18,7 @@ use litgpt::ops::optimizer::Moments;
 use litgpt::ops::weight::Store;
 use litgpt::train::report::{Event, Report, Summary};
 use litgpt::train::settings::FinetuneSettings;
-use litgpt::train::{Job, Outside, Progress, Snapshot, fit, side_by_side};
+use litgpt::train::{Job, LossScale, Outside, Progress, Snapshot, fit, side_by_side};
 
 use crate::util::{
     Ran, content, copy_tiny, dataset, finetune, finetune_command, kill, litgpt, losses, names, result, tiny, wait_until,
@@ -186,10 +186,14 @@ impl Outside for InMemory {
 fn model(alpha: f64) -> Gpt {
     let checkpoint = Checkpoint::open(&tiny()).unwrap();
     let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| {}).unwrap();
+    with_adapters(&mut gpt, alpha);
+    gpt
+}
+
+fn with_adapters(gpt: &mut Gpt, alpha: f64) {
     let config = LoraConfig { r: 4, alpha, rslora: false, dropout: 0.1 };
     gpt.attach(|name| name.ends_with("q_proj").then_some(config));
     gpt.initialize_adapters(1);
-    gpt
 }
 
 fn samples(seed: u64, count: usize) -> Vec<Sample> {
@@ -231,6 +235,43 @@ fn a_stop_inside_an_accumulation_window_forgets_the_window() {
         assert_eq!(second.asked.get(), 14 - begun, "micro batches after a stop before the {before}th");
         assert!(second.saved == whole.saved, "stopped before micro batch {before}");
         assert_eq!([first.losses, second.losses].concat(), whole.losses, "stopped before micro batch {before}");
+    }
+}
+
+/// A factor on the loss that is a power of two changes no bit, and one that is too large takes a step again.
+#[test]
+fn a_loss_scale_that_is_too_large_falls_and_loses_no_step() {
+    let (mut plain, mut scaled) = (InMemory::new(usize::MAX), InMemory::new(usize::MAX));
+    run_in_memory(&mut model(12.0), &mut plain, None).unwrap();
+    let mut gpt = model(12.0);
+    let moments = Moments::new(&gpt.parameters);
+    let progress = Progress { loss_scale: Some(LossScale::new(2f32.powi(127))), ..Progress::default() };
+    run_in_memory(&mut gpt, &mut scaled, Some((progress, moments))).unwrap();
+    let (plain_saved, scaled_saved) = (plain.saved.unwrap(), scaled.saved.unwrap());
+    assert!(scaled.asked.get() > 14, "no step was taken again");
+    assert_eq!((scaled_saved.0.step, scaled_saved.0.tokens, scaled_saved.0.skipped), (5, plain_saved.0.tokens, 0));
+    assert_eq!(scaled.losses, plain.losses);
+    assert!(scaled_saved.2 == plain_saved.2, "parameters and moments");
+}
+
+/// In f16 on a device the run is that of f32, but for the rounding, and its factor is saved.
+#[test]
+fn half_precision_on_a_device_trains_as_f32_does() {
+    let Some(device) = crate::emulated::device() else { return };
+    let (mut host, mut half) = (InMemory::new(usize::MAX), InMemory::new(usize::MAX));
+    run_in_memory(&mut model(12.0), &mut host, None).unwrap();
+    let checkpoint = Checkpoint::open(&tiny()).unwrap();
+    let (config, quantizer) = (&checkpoint.config, None);
+    let mut gpt = Gpt::load_on(Some(&device), config, &checkpoint, Store::F16, quantizer, &mut |_| {}).unwrap();
+    with_adapters(&mut gpt, 12.0);
+    let moments = Moments::new(&gpt.parameters);
+    let progress = Progress { loss_scale: Some(LossScale::new(2f32.powi(19))), ..Progress::default() };
+    run_in_memory(&mut gpt, &mut half, Some((progress, moments))).unwrap();
+    let progress = half.saved.unwrap().0;
+    assert!(progress.loss_scale.unwrap().factor() < 2f32.powi(19), "{progress:?}");
+    assert_eq!((progress.step, progress.skipped), (5, 0));
+    for (half, host) in half.losses.iter().zip(&host.losses) {
+        assert!((half - host).abs() < 0.02, "{half} against {host}");
     }
 }
 

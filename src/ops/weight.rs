@@ -430,9 +430,10 @@ mod tests {
             let bf: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
             let hf: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
             for (data, tolerance) in [(Data::F32(w.clone()), 1e-5), (Data::F16(hf), 1e-5), (Data::Bf16(bf), 8e-3)] {
-                let weight = Weight::new(out, inn, data);
-                check(&weight, t, 1e-5, true);
+                let weight = Weight::new(out, inn, data.clone());
                 check(&weight, t, tolerance, false);
+                check(&weight, t, 1e-5, true);
+                check(&Weight { kept: Kept::Whole(data), ..weight }, t, 1e-5, true);
             }
         }
     }

@@ -8,6 +8,7 @@ pub mod estimate;
 pub mod page;
 mod progress;
 pub mod report;
+mod scale;
 pub mod schedule;
 pub mod settings;
 pub mod tensorboard;
@@ -15,12 +16,14 @@ pub mod tensorboard;
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
+use crate::ops::device::Dtype;
 use crate::ops::head::Loss;
 use crate::ops::matrix::sparing;
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
 pub use progress::Progress;
 use report::{Event, Figures, Report, Summary, row_numbers};
+pub use scale::LossScale;
 use schedule::Schedule;
 use settings::{EvaluateExample, FinetuneSettings};
 use std::time::Instant;
@@ -185,7 +188,10 @@ pub fn fit(
         weight_decay: settings.optimizer.weight_decay,
     };
     let resumed = resume.is_some();
-    let (progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(&job.gpt.parameters)));
+    let (mut progress, moments) = resume.unwrap_or_else(|| (Progress::default(), Moments::new(&job.gpt.parameters)));
+    if job.gpt.place().is_some_and(|(_, dtype)| dtype == Dtype::F16) {
+        progress.loss_scale.get_or_insert_default();
+    }
     let grads = job.gpt.parameters.zeros_like(1, job.gpt.parameters.cols());
     let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     batches.seek(progress.iter);
@@ -294,13 +300,25 @@ impl Run<'_, '_> {
             || train.max_tokens.is_some_and(|n| self.at.tokens >= n)
     }
 
-    /// One accumulation window and its optimizer step, which is left out where loss or gradient are no finite numbers.
+    /// One accumulation window and its optimizer step, which is left out where loss or gradient are no finite numbers. In
+    /// f16, an infinite gradient is first tried again with a smaller factor on the loss.
     /// `false`: a stop was asked for.
     fn step(&mut self) -> anyhow::Result<bool> {
         let begun = Instant::now();
-        let Some(window) = self.window()? else { return Ok(false) };
-        let scale = 1.0 / window.targets.max(1) as f64;
-        let (loss, grad_norm) = (window.loss * scale, norm(&self.grads) * scale);
+        let (window, scale, grad_norm) = loop {
+            let before = self.at;
+            let Some(window) = self.window()? else { return Ok(false) };
+            let scale = 1.0
+                / (window.targets.max(1) as f64 * f64::from(self.at.loss_scale.map_or(1.0, |scale| scale.factor())));
+            let grad_norm = norm(&self.grads) * scale;
+            let too_large = window.loss.is_finite() && !grad_norm.is_finite();
+            if !too_large || !self.at.loss_scale.as_mut().is_some_and(LossScale::lower) {
+                break (window, scale, grad_norm);
+            }
+            self.at = Progress { loss_scale: self.at.loss_scale, ..before };
+            self.batches.seek(self.at.iter);
+        };
+        let loss = window.loss / window.targets.max(1) as f64;
         let learning_rate = self.schedule.at(self.at.step);
         let finite = loss.is_finite() && grad_norm.is_finite();
         if finite {
@@ -349,7 +367,7 @@ impl Run<'_, '_> {
             let tokens = collect(self.job.train, &rows, settings.data.ignore_index);
             let training = Training {
                 grads: &mut self.grads,
-                weight: 1.0,
+                weight: self.at.loss_scale.map_or(1.0, |scale| scale.factor()),
                 seed: dropout_seed(settings.seed, iter),
                 checkpointing: self.job.checkpointing,
             };

@@ -1,6 +1,7 @@
 //! Where a run stands between two optimizer steps, and what it counts on the way: the best validation, validations
 //! without a better one, skipped steps. All of it is saved, so that a resumed run decides as the undisturbed one does.
 
+use super::LossScale;
 use serde::{Deserialize, Serialize};
 
 /// Where a run stands. Learning rate, order of the data and dropout follow from it.
@@ -28,6 +29,9 @@ pub struct Progress {
     /// Those of them since the last update.
     #[serde(default)]
     pub skipped_in_a_row: usize,
+    /// Factor on the loss, where the activations are f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Progress {
@@ -42,6 +46,7 @@ impl Progress {
         self.step += 1;
         if updated {
             self.skipped_in_a_row = 0;
+            self.loss_scale.iter_mut().for_each(LossScale::count_update);
         } else {
             self.skipped += 1;
             self.skipped_in_a_row += 1;
