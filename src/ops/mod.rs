@@ -85,17 +85,25 @@ impl Drop for Finally<'_> {
 }
 
 /// Takes part in the work of others until `done`. A pause between two parallel loops is shorter than falling asleep and
-/// being woken; one that is longer gives the core to who else wants it.
+/// being woken. One that is longer gives the core to who else wants it, and in a very long one, as when a device computes,
+/// there is nothing to wait for.
 fn attend(done: &AtomicBool) {
     const PATIENCE: Duration = Duration::from_micros(100);
+    const LONG: Duration = Duration::from_millis(5);
     let mut idle: Option<Instant> = None;
     while !done.load(Ordering::Acquire) {
         if rayon::yield_now() == Some(rayon::Yield::Executed) {
             idle = None;
-        } else if idle.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
-            std::hint::spin_loop();
-        } else {
+            continue;
+        }
+        let waited = idle.get_or_insert_with(Instant::now).elapsed();
+        if waited > LONG {
+            return;
+        }
+        if waited > PATIENCE {
             std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
         }
     }
 }
