@@ -4,7 +4,7 @@
 //! 32 neighbouring columns, one row after the other; `x Wᵀ` takes single elements of some rows, each time 32 of them side
 //! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
 //!
-//! All are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time ([`tile`]). f32 goes through
+//! All are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`). f32 goes through
 //! FMA, as do narrower weights, widened some at a time; bf16 goes through `vdpbf16ps` (pairs of products, f32 sums) where
 //! the processor is faster with it.
 //!
