@@ -166,7 +166,9 @@ impl Weight {
         match &self.kept {
             Kept::Quantized { .. } => true,
             Kept::Resident(resident) => resident.is_quantized(),
-            _ => false,
+            Kept::Whole(_) => false,
+            #[cfg(target_arch = "x86_64")]
+            Kept::Panels(_) => false,
         }
     }
 

@@ -308,8 +308,7 @@ impl Run<'_, '_> {
         let (window, scale, grad_norm) = loop {
             let before = self.at;
             let Some(window) = self.window()? else { return Ok(false) };
-            let scale = 1.0
-                / (window.targets.max(1) as f64 * f64::from(self.at.loss_scale.map_or(1.0, |scale| scale.factor())));
+            let scale = 1.0 / (window.targets.max(1) as f64 * f64::from(self.at.loss_factor()));
             let grad_norm = norm(&self.grads) * scale;
             let too_large = window.loss.is_finite() && !grad_norm.is_finite();
             if !too_large || !self.at.loss_scale.as_mut().is_some_and(LossScale::lower) {
@@ -367,7 +366,7 @@ impl Run<'_, '_> {
             let tokens = collect(self.job.train, &rows, settings.data.ignore_index);
             let training = Training {
                 grads: &mut self.grads,
-                weight: self.at.loss_scale.map_or(1.0, |scale| scale.factor()),
+                weight: self.at.loss_factor(),
                 seed: dropout_seed(settings.seed, iter),
                 checkpointing: self.job.checkpointing,
             };

@@ -41,6 +41,12 @@ impl Progress {
         (self.step - self.skipped.min(self.step)) as u64
     }
 
+    /// Factor on the loss whose gradient is taken.
+    #[must_use]
+    pub fn loss_factor(&self) -> f32 {
+        self.loss_scale.map_or(1.0, |scale| scale.factor())
+    }
+
     /// Counts a step.
     pub fn count_step(&mut self, updated: bool) {
         self.step += 1;

@@ -207,7 +207,8 @@ impl<'a> Weight<'a> {
     }
 }
 
-/// Rows of activations for tiles: those of each of `heights` in panels of 32 units, as a weight is. Units are elements, or where `pairs` two of them, rounded to bf16; what is missing at the end is zero.
+/// Rows of activations for tiles: those of each of `heights` in panels of 32 units, as a weight is. Units are elements, or
+/// where `pairs` two of them, rounded to bf16; what is missing at the end is zero.
 fn pack_rows(x: View<'_>, pairs: bool, units: usize) -> Matrix {
     let mut out = Matrix::new(x.rows, units.next_multiple_of(PANEL));
     let (cols, tiles) = (out.cols(), x.rows.div_ceil(MR));
