@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::{Cache, Gpt};
-use crate::ops::in_pool;
+use crate::ops::{Matrix, in_pool};
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
@@ -41,6 +41,10 @@ impl Draw {
     }
 }
 
+/// Tokens that are guessed at a time unless another number is asked for: with the one before them, as many rows as products
+/// of few rows have.
+pub const PROMPT_LOOKUP: usize = 7;
+
 /// What to continue, and when to stop.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
@@ -54,6 +58,8 @@ pub struct Request<'a> {
     pub stop_ids: &'a [u32],
     /// Texts that end the text.
     pub stop_texts: &'a [&'a str],
+    /// Most tokens that are guessed at a time from what the text said before; the text is the same with and without.
+    pub prompt_lookup: usize,
 }
 
 /// What a generation took.
@@ -61,6 +67,8 @@ pub struct Request<'a> {
 pub struct Figures {
     /// Tokens added.
     pub tokens: usize,
+    /// Those of them that had been guessed.
+    pub guessed: usize,
     /// Time to the first of them.
     pub prefill: Duration,
     /// Time for the others.
@@ -125,6 +133,72 @@ impl Session {
         self.ids.truncate(same);
         &prompt[same..]
     }
+
+    /// Logits of the last of some new tokens, and of each of a guess what may follow them. The new tokens join the session,
+    /// the guess does as far as it is added to `ids`.
+    fn logits(&mut self, gpt: &Gpt, new: &[u32], guess: &[u32]) -> Result<Matrix> {
+        self.cache.truncate(self.ids.len());
+        self.ids.extend_from_slice(new);
+        let logits = in_pool(|| match guess {
+            [] => gpt.next_logits(new, &mut self.cache),
+            _ => gpt.all_logits(&[new, guess].concat(), &mut self.cache),
+        });
+        gpt.check()?;
+        Ok(logits)
+    }
+}
+
+/// Guesses that a text goes on as it did where it last said the same (prompt lookup decoding). A pass over some tokens
+/// takes hardly longer than over one, as it reads the same weights, and what it computes behind a wrong guess is
+/// forgotten: the text is that of one token at a time.
+struct Lookup {
+    /// Most tokens of a guess.
+    most: usize,
+    /// Tokens of the next one, more where guesses were right.
+    reach: usize,
+    /// By how many tokens before it were the same, up to `LONGEST`: guesses that began right, and guesses.
+    tries: [[u32; 2]; Self::LONGEST + 1],
+}
+
+/// What a text may go on with.
+#[derive(Default)]
+struct Guess {
+    ids: Vec<u32>,
+    /// Tokens before it that were the same before, up to `LONGEST`.
+    same: usize,
+}
+
+impl Lookup {
+    /// Longest end of the text that is looked for.
+    const LONGEST: usize = 8;
+
+    fn new(most: usize) -> Self {
+        Self { most, reach: 1, tries: [[1, 3]; Self::LONGEST + 1] }
+    }
+
+    /// At most `room` tokens that may follow.
+    fn guess(&self, text: &[u32], room: usize) -> Guess {
+        let same = |end: usize| {
+            let pairs = text[..end].iter().rev().zip(text.iter().rev());
+            pairs.take(Self::LONGEST).take_while(|(before, last)| before == last).count()
+        };
+        // Of ends that are equally long, the last.
+        let (same, end) = (1..text.len()).map(|end| (same(end), end)).max().unwrap_or_default();
+        // A wrong guess costs up to a tenth of a pass.
+        let [right, tried] = self.tries[same];
+        let worth = same > 1 && 6 * right > tried;
+        let len = if worth { self.reach.min(self.most).min(room).min(text.len() - end) } else { 0 };
+        Guess { ids: text[end..end + len].to_vec(), same }
+    }
+
+    /// Takes note how many tokens of a guess were right.
+    fn learn(&mut self, guess: &Guess, right: usize) {
+        if !guess.ids.is_empty() {
+            self.reach = if right == guess.ids.len() { 2 * self.reach.min(self.most) } else { right.max(1) };
+            self.tries[guess.same][0] += u32::from(right > 0);
+            self.tries[guess.same][1] += 1;
+        }
+    }
 }
 
 /// Token ids that follow the prompt, each given to `yield_token`, which may end the text by returning false. The model
@@ -140,30 +214,41 @@ pub fn tokens(
 ) -> anyhow::Result<Figures> {
     let room = room(request.prompt.len(), request.max_new_tokens, gpt.prepared())?;
     let mut processor = request.draw.processor();
+    let mut lookup = Lookup::new(request.prompt_lookup);
     let mut figures = Figures::default();
     let mut begun = Instant::now();
-    let mut next = session.begin(request.prompt).to_vec();
-    for index in 0..room {
-        if session.stopped() {
-            break;
+    let (mut text, mut new) = (request.prompt.to_vec(), session.begin(request.prompt).to_vec());
+    'text: while figures.tokens < room && !session.stopped() {
+        let guess = match figures.tokens {
+            0 => Guess::default(),
+            n => lookup.guess(&text, room - n - 1),
+        };
+        let logits = session.logits(gpt, &new, &guess.ids)?;
+        new.clear();
+        let mut right = 0;
+        for logits in logits.chunks_exact(logits.cols()) {
+            let token = processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?;
+            if figures.tokens == 0 {
+                figures.prefill = begun.elapsed();
+                begun = Instant::now();
+            }
+            if request.stop_ids.contains(&token) {
+                break 'text;
+            }
+            figures.tokens += 1;
+            if !yield_token(token)? {
+                break 'text;
+            }
+            text.push(token);
+            if guess.ids.get(right) != Some(&token) {
+                new.push(token);
+                break;
+            }
+            session.ids.push(token);
+            right += 1;
         }
-        let logits = in_pool(|| gpt.next_logits(&next, &mut session.cache));
-        gpt.check()?;
-        session.ids.extend_from_slice(&next);
-        let token = processor.sample(&Tensor::from_slice(&logits, logits.cols(), &Device::Cpu)?)?;
-        if index == 0 {
-            figures.prefill = begun.elapsed();
-            begun = Instant::now();
-        }
-        if request.stop_ids.contains(&token) {
-            break;
-        }
-        figures.tokens += 1;
-        if !yield_token(token)? {
-            break;
-        }
-        next.clear();
-        next.push(token);
+        figures.guessed += right;
+        lookup.learn(&guess, right);
     }
     figures.decode = begun.elapsed();
     Ok(figures)
@@ -253,6 +338,27 @@ mod tests {
         assert_eq!(session.ids, [1, 2]);
         session.ids = vec![1, 2, 3, 4];
         assert_eq!(session.begin(&[1, 2, 3]), [3], "the last token's logits are asked for");
+    }
+
+    #[test]
+    fn a_text_is_guessed_to_repeat_itself_as_far_as_that_comes_true() {
+        let mut lookup = Lookup::new(4);
+        let text = [1, 2, 3, 9, 1, 2, 4, 5, 6, 7, 8, 1, 2];
+        let guess = lookup.guess(&text, 10);
+        assert_eq!((&guess.ids[..], guess.same), (&[4][..], 2), "the last place, one token at first");
+        lookup.learn(&guess, 1);
+        let guess = lookup.guess(&text, 10);
+        assert_eq!(guess.ids, [4, 5]);
+        assert_eq!(lookup.guess(&text, 1).ids, [4]);
+        lookup.learn(&guess, 2);
+        lookup.learn(&lookup.guess(&text, 10), 4);
+        assert_eq!(lookup.guess(&text, 10).ids, [4, 5, 6, 7], "never more than asked for");
+        for _ in 0..30 {
+            lookup.learn(&lookup.guess(&text, 10), 0);
+        }
+        assert!(lookup.guess(&text, 10).ids.is_empty(), "after so many wrong guesses");
+        assert!(lookup.guess(&[1, 2, 3], 10).ids.is_empty(), "nothing was said twice");
+        assert!(Lookup::new(0).guess(&text, 10).ids.is_empty());
     }
 
     /// Weights of a model without blocks.

@@ -186,6 +186,11 @@ fn stdout_is_the_text_alone() {
     assert_eq!(generate("--temperature 0 --stream false").stdout, ran.stdout);
     // The seed decides what is drawn.
     assert_eq!(generate("--seed 3").stdout, generate("--seed 3").stdout);
+    // Guesses, which a small vocabulary draws out, change nothing but the speed.
+    let long =
+        |lookup| generate(&format!("--seed 3 --top_k 2 --max_new_tokens 80 --prompt_lookup_num_tokens {lookup}"));
+    assert_eq!(long(7).stdout, long(0).stdout);
+    assert!(long(7).stderr.contains("guessed right") && !long(0).stderr.contains("guessed"), "{:#?}", long(7));
     assert_eq!(generate("--temperature 0 --num_samples 2").stdout, ran.stdout.repeat(2));
 }
 

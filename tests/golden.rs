@@ -173,20 +173,23 @@ pub fn check_generation(gpt: &Gpt, generation: &Value) {
         value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
     };
     let want = list("generated_ids");
-    let request = litgpt::generate::Request {
-        prompt: &list("prompt_ids"),
-        max_new_tokens: want.len(),
-        draw: litgpt::generate::Draw::GREEDY,
-        stop_ids: &[],
-        stop_texts: &[],
-    };
-    let mut got = Vec::new();
-    litgpt::generate::tokens(gpt, &mut litgpt::generate::Session::alone(gpt), &request, |token| {
-        got.push(token);
-        Ok(true)
-    })
-    .unwrap();
-    assert_eq!(got, want, "greedy generation");
+    for prompt_lookup in [0, litgpt::generate::PROMPT_LOOKUP] {
+        let request = litgpt::generate::Request {
+            prompt: &list("prompt_ids"),
+            max_new_tokens: want.len(),
+            draw: litgpt::generate::Draw::GREEDY,
+            stop_ids: &[],
+            stop_texts: &[],
+            prompt_lookup,
+        };
+        let mut got = Vec::new();
+        litgpt::generate::tokens(gpt, &mut litgpt::generate::Session::alone(gpt), &request, |token| {
+            got.push(token);
+            Ok(true)
+        })
+        .unwrap();
+        assert_eq!(got, want, "greedy generation, guessing {prompt_lookup} tokens");
+    }
 }
 
 #[test]

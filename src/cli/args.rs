@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::usage;
 use crate::checkpoint::pointer;
 use crate::error::{Error, Result};
+use crate::generate::PROMPT_LOOKUP;
 use crate::train::settings::{Accelerator, FinetuneSettings, Precision, quantizer};
 
 /// What a value of a flag looks like.
@@ -452,6 +453,9 @@ pub struct SamplingArgs {
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 1234, overrides_with = "seed")]
     pub seed: u64,
+    /// Most tokens guessed at a time from what the text said before; the answer stays the same. 0: none
+    #[arg(long, value_name = "N", default_value_t = PROMPT_LOOKUP, overrides_with = "prompt_lookup_num_tokens")]
+    pub prompt_lookup_num_tokens: usize,
 }
 
 /// How the model is held in memory.

@@ -270,6 +270,7 @@ impl Chat<'_> {
             },
             stop_ids: self.loaded.tokenizer.eos_ids(),
             stop_texts: self.loaded.style.stop_texts(),
+            prompt_lookup: self.sampling.prompt_lookup_num_tokens,
         };
         let mut answer = String::new();
         let gpt: &Gpt = &self.loaded.gpt;

@@ -15,7 +15,7 @@ use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
 use crate::error::{Error, Result};
-use crate::generate::{Draw, Request, Session, text};
+use crate::generate::{Draw, PROMPT_LOOKUP, Request, Session, text};
 use crate::model::lora::{LoraConfig, Targets};
 use crate::model::{Config, Gpt};
 use crate::ops::quantized::Quantizer;
@@ -415,6 +415,7 @@ impl Outside for Run<'_> {
             draw: Draw::GREEDY,
             stop_ids: self.tokenizer.eos_ids(),
             stop_texts: self.dataset.style.stop_texts(),
+            prompt_lookup: PROMPT_LOOKUP,
         };
         let mut answer = String::new();
         if max_new_tokens > 0 {

@@ -36,6 +36,7 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
             },
             stop_ids: loaded.tokenizer.eos_ids(),
             stop_texts: loaded.style.stop_texts(),
+            prompt_lookup: args.sampling.prompt_lookup_num_tokens,
         };
         let mut whole = String::new();
         let figures = text(&loaded.gpt, &loaded.tokenizer, &mut Session::alone(&loaded.gpt), &request, |piece| {
@@ -47,8 +48,9 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
         })?;
         ui.result(&format!("{whole}\n"))?;
         let rate = figures.tokens.saturating_sub(1) as f64 / figures.decode.as_secs_f64().max(1e-9);
+        let guessed = if figures.guessed > 0 { format!(", {} guessed right", figures.guessed) } else { String::new() };
         ui.note(&format!(
-            "{} tokens, first after {:.2} s, then {rate:.1} tokens/s",
+            "{} tokens{guessed}, first after {:.2} s, then {rate:.1} tokens/s",
             figures.tokens,
             figures.prefill.as_secs_f64()
         ));

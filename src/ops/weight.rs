@@ -22,7 +22,7 @@ const PANEL: usize = 1 << 18;
 
 /// Rows of a batch up to which a weight is better read in its own order.
 #[cfg(target_arch = "x86_64")]
-const FEW: usize = 3;
+const FEW: usize = 8;
 
 /// Elements of a frozen matrix.
 #[derive(Debug, Clone)]

@@ -130,7 +130,11 @@ fn longest(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) ->
 /// Tokens of the longest micro batch that can come.
 #[must_use]
 pub fn longest_tokens(samples: &[Sample], packs: &[Vec<usize>], micro_batch_size: usize) -> usize {
-    longest(samples, packs, micro_batch_size).into_iter().map(|row| samples[row].input_ids.len()).sum()
+    tokens_of(samples, &longest(samples, packs, micro_batch_size))
+}
+
+fn tokens_of(samples: &[Sample], rows: &[usize]) -> usize {
+    rows.iter().map(|row| samples[*row].input_ids.len()).sum()
 }
 
 /// State of a run between micro batches.
@@ -143,6 +147,8 @@ struct Run<'a, 'b> {
     moments: Moments,
     grads: Matrix,
     batches: Batches,
+    /// Tokens of the longest micro batch that can come.
+    longest: usize,
     /// Where it stands; its seconds are those before this process.
     at: Progress,
     started: Instant,
@@ -161,7 +167,7 @@ struct Window {
     tokens: u64,
     /// Its samples.
     rows: Vec<usize>,
-    /// Those of micro batches whose loss is no finite number.
+    /// Those whose own loss is no finite number.
     broken: Vec<usize>,
 }
 
@@ -177,10 +183,10 @@ pub fn fit(
     let settings = job.settings;
     let plan = Plan::new(settings, job.packs.len())?;
     let schedule = Schedule::new(settings, plan.steps);
-    let longest = job.train.iter().chain(job.val).map(|s| s.input_ids.len()).max().unwrap_or(1);
+    let positions = job.train.iter().chain(job.val).map(|s| s.input_ids.len()).max().unwrap_or(1);
     // Examples are decoded between steps: their answers need positions too.
     let answer = settings.eval.max_new_tokens.unwrap_or(0);
-    job.gpt.prepare((longest + answer).min(job.gpt.config.block_size));
+    job.gpt.prepare((positions + answer).min(job.gpt.config.block_size));
     let optimizer = AdamW {
         beta1: settings.optimizer.beta1,
         beta2: settings.optimizer.beta2,
@@ -195,6 +201,7 @@ pub fn fit(
     let grads = job.gpt.parameters.zeros_like(1, job.gpt.parameters.cols());
     let mut batches = Batches::new(job.packs.len(), settings.train.micro_batch_size, settings.data.seed, true);
     batches.seek(progress.iter);
+    let longest = longest_tokens(job.train, job.packs, settings.train.micro_batch_size);
     let mut run = Run {
         job,
         outside,
@@ -204,6 +211,7 @@ pub fn fit(
         moments,
         grads,
         batches,
+        longest,
         at: progress,
         started: Instant::now(),
         evaluating: 0.0,
@@ -351,35 +359,32 @@ impl Run<'_, '_> {
     /// # Errors
     /// When the device fails.
     fn window(&mut self) -> Result<Option<Window>> {
-        let settings = self.job.settings;
         let mut window = Window::default();
-        let (mut losses, mut micro_batches) = (Vec::new(), Vec::new());
+        let mut losses = Vec::new();
         self.grads.zero();
         let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
-        for iter in self.at.iter..end {
+        let passes = self.passes(end);
+        for (first, rows) in &passes {
             if self.outside.stop_asked() {
                 self.batches.seek(self.at.iter);
                 return Ok(None);
             }
-            let rows: Vec<usize> =
-                self.batches.next_batch().into_iter().flat_map(|pack| self.job.packs[pack].clone()).collect();
-            let tokens = collect(self.job.train, &rows, settings.data.ignore_index);
+            let tokens = collect(self.job.train, rows, self.job.settings.data.ignore_index);
             let training = Training {
                 grads: &mut self.grads,
                 weight: self.at.loss_factor(),
-                seed: dropout_seed(settings.seed, iter),
+                seed: dropout_seed(self.job.settings.seed, *first),
                 checkpointing: self.job.checkpointing,
             };
             let gpt = &*self.job.gpt;
             losses.push(in_pool(|| gpt.pass(&tokens, Some(training))));
             window.targets += tokens.n_targets();
             window.tokens += tokens.ids.len() as u64;
-            micro_batches.push(rows);
         }
         // A device is waited for once a window, here.
-        for (loss, rows) in losses.iter().map(Loss::value).zip(micro_batches) {
+        for (loss, (_, rows)) in losses.iter().map(Loss::value).zip(passes) {
             if !loss.is_finite() {
-                window.broken.extend(&rows);
+                window.broken.extend(rows.iter().copied().filter(|row| !self.is_finite(*row)));
             }
             window.loss += loss;
             window.rows.extend(rows);
@@ -388,6 +393,27 @@ impl Run<'_, '_> {
         self.at.iter = end;
         self.at.tokens += window.tokens;
         Ok(Some(window))
+    }
+
+    /// Samples of each pass over the micro batches up to `end`, with its first micro batch's number. Micro batches go side
+    /// by side where they are together no longer than the longest that can come: as the loss is a sum over targets,
+    /// nothing changes but that the weights are read less often, and no pass takes more memory than that one.
+    fn passes(&mut self, end: usize) -> Vec<(usize, Vec<usize>)> {
+        let (train, packs) = (self.job.train, self.job.packs);
+        let batches: Vec<Vec<usize>> = (self.at.iter..end)
+            .map(|_| self.batches.next_batch().into_iter().flat_map(|pack| packs[pack].iter().copied()).collect())
+            .collect();
+        let lengths: Vec<usize> = batches.iter().map(|rows| tokens_of(train, rows)).collect();
+        let pass = |mut group: Vec<usize>| {
+            group.sort_unstable();
+            (self.at.iter + group[0], group.iter().flat_map(|batch| &batches[*batch]).copied().collect())
+        };
+        pack(&lengths, self.longest).into_iter().map(pass).collect()
+    }
+
+    fn is_finite(&self, row: usize) -> bool {
+        let tokens = collect(self.job.train, &[row], self.job.settings.data.ignore_index);
+        in_pool(|| self.job.gpt.loss(&tokens, None)).is_finite()
     }
 
     /// The optimizer's step with the gradient times `scale`, clipped.

@@ -11,6 +11,9 @@ use std::arch::x86_64::*;
 /// Rows of the weight whose sums, 64 bytes each, stay in the first-level cache.
 const BLOCK: usize = 256;
 
+/// Rows of some panels side by side that stay there, too.
+const NEAR: usize = 32;
+
 /// Panels that are read side by side: memory serves some streams faster than one.
 const TOGETHER: usize = 4;
 
@@ -92,21 +95,20 @@ fn few_rows_of<E: Element>(x: View<'_>, w: &[E], (rows, cols): (usize, usize), y
     (0..rows.div_ceil(block)).into_par_iter().with_max_len(1).for_each(|i| {
         let first = i * block;
         let len = block.min(rows - first);
-        for (t, x) in x.chunks_exact(x.cols()).enumerate() {
-            // SAFETY: `level` found the instructions before this is called; the rows are inside the weight, and each
-            // is in one block.
-            unsafe {
-                block_of_rows(
-                    w.as_ptr().add(first * PANEL),
-                    rows,
-                    len,
-                    x,
-                    out.at(y_at + t * stride + first),
-                    accumulate,
-                )
-            };
+        // SAFETY: `level` found the instructions before this is called; the rows are inside the weight, and each is in one
+        // block.
+        unsafe {
+            let y = Rows { at: out.at(y_at + first), stride, accumulate };
+            block_of_rows(w.as_ptr().add(first * PANEL), rows, len, &x, y);
         }
     });
+}
+
+/// Where a block's sums go, a row of `y` after the other.
+struct Rows {
+    at: *mut f32,
+    stride: usize,
+    accumulate: bool,
 }
 
 /// `x` in panels, zeros where columns are missing, each as [`Element::halves`] gives it.
@@ -125,56 +127,102 @@ fn in_panels<E: Element>(x: View<'_>) -> Matrix {
     out
 }
 
-/// Products of `x`, in panels, with `len` rows from `w` on of a weight of `rows` rows, panel after panel.
+/// Products of each row of `x`, in panels, with `len` rows from `w` on of a weight of `rows` rows, panel after panel.
 ///
 /// # Safety
-/// Those rows can be read, and as many elements from `y` on written; the processor has the instructions of `level`.
+/// Those rows can be read, and as many elements of each row of `y` written; the processor has the instructions of `level`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn block_of_rows<E: Element>(w: *const E, rows: usize, len: usize, x: &[f32], y: *mut f32, accumulate: bool) {
-    let mut sums = [_mm512_setzero_ps(); BLOCK];
-    let (sums, whole) = (&mut sums[..len], x.len() / PANEL / TOGETHER * TOGETHER);
+unsafe fn block_of_rows<E: Element>(w: *const E, rows: usize, len: usize, x: &Matrix, to: Rows) {
+    let mut sums = vec![_mm512_setzero_ps(); x.rows() * len];
+    let (panels, whole) = (x.cols() / PANEL, x.cols() / PANEL / TOGETHER * TOGETHER);
     // SAFETY: x has whole panels, and the weight a panel of all rows for each.
     unsafe {
         for panel in (0..whole).step_by(TOGETHER) {
-            add_panels::<E, TOGETHER>(w.add(panel * rows * PANEL), rows, &x[panel * PANEL..], sums);
+            add_to_all::<E, TOGETHER>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
         }
-        for panel in whole..x.len() / PANEL {
-            add_panels::<E, 1>(w.add(panel * rows * PANEL), rows, &x[panel * PANEL..], sums);
+        for panel in whole..panels {
+            add_to_all::<E, 1>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
         }
     }
-    for (row, sum) in sums.iter().enumerate() {
-        // SAFETY: passed on.
-        unsafe {
-            let (y, sum) = (y.add(row), _mm512_reduce_add_ps(*sum));
-            *y = if accumulate { *y + sum } else { sum };
+    for (t, sums) in sums.chunks_exact(len).enumerate() {
+        for (row, sum) in sums.iter().enumerate() {
+            // SAFETY: passed on.
+            unsafe {
+                let (y, sum) = (to.at.add(t * to.stride + row), _mm512_reduce_add_ps(*sum));
+                *y = if to.accumulate { *y + sum } else { sum };
+            }
         }
     }
 }
 
-/// Adds the products of `P` panels side by side of x and of each row of the weight.
+/// Adds the products of `P` panels side by side from `panel` on, `NEAR` rows of the weight at a time: memory gives them to the
+/// first row of x, the first-level cache to the others.
 ///
 /// # Safety
 /// As for `block_of_rows`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn add_panels<E: Element, const P: usize>(w: *const E, rows: usize, x: &[f32], sums: &mut [__m512]) {
-    let (x, _) = x[..P * PANEL].as_chunks::<16>();
+unsafe fn add_to_all<E: Element, const P: usize>(
+    w: *const E,
+    rows: usize,
+    x: &Matrix,
+    panel: usize,
+    sums: &mut [__m512],
+) {
+    let (len, cols) = (sums.len() / x.rows(), x.cols());
+    let x = |t: usize| &x[t * cols + panel * PANEL..];
+    for first in (0..len).step_by(NEAR) {
+        let (near, w) = (first..len.min(first + NEAR), w.wrapping_add(first * PANEL));
+        for (pair, sums) in sums.chunks_mut(2 * len).enumerate() {
+            let (one, other) = sums.split_at_mut(len);
+            let one = &mut one[near.clone()];
+            // SAFETY: passed on.
+            unsafe {
+                if other.is_empty() {
+                    add_panels::<E, P, 1>(w, rows, [x(2 * pair)], [one]);
+                } else {
+                    let sums = [one, &mut other[near.clone()]];
+                    add_panels::<E, P, 2>(w, rows, [x(2 * pair), x(2 * pair + 1)], sums);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of `P` panels side by side of `R` rows of x and of some rows of the weight.
+///
+/// # Safety
+/// As for `block_of_rows`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+unsafe fn add_panels<E: Element, const P: usize, const R: usize>(
+    w: *const E,
+    rows: usize,
+    x: [&[f32]; R],
+    sums: [&mut [__m512]; R],
+) {
     // SAFETY: a chunk has 16 elements.
-    let x: [[__m512; 2]; P] = std::array::from_fn(|p| unsafe {
-        [_mm512_loadu_ps(x[2 * p].as_ptr()), _mm512_loadu_ps(x[2 * p + 1].as_ptr())]
+    let x: [[[__m512; 2]; P]; R] = x.map(|x| {
+        let (x, _) = x[..P * PANEL].as_chunks::<16>();
+        std::array::from_fn(|p| unsafe { [_mm512_loadu_ps(x[2 * p].as_ptr()), _mm512_loadu_ps(x[2 * p + 1].as_ptr())] })
     });
-    for (row, sum) in sums.iter_mut().enumerate() {
-        let (mut even, mut odd) = (*sum, _mm512_setzero_ps());
-        for (p, x) in x.iter().enumerate() {
+    for row in 0..sums[0].len() {
+        let mut even: [__m512; R] = std::array::from_fn(|r| sums[r][row]);
+        let mut odd = [_mm512_setzero_ps(); R];
+        for p in 0..P {
             let at = w.wrapping_add((p * rows + row) * PANEL);
             for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
                 _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD + line));
             }
             // SAFETY: passed on.
             let [w0, w1] = unsafe { E::halves(at) };
-            even = _mm512_fmadd_ps(x[0], w0, even);
-            odd = _mm512_fmadd_ps(x[1], w1, odd);
+            for r in 0..R {
+                even[r] = _mm512_fmadd_ps(x[r][p][0], w0, even[r]);
+                odd[r] = _mm512_fmadd_ps(x[r][p][1], w1, odd[r]);
+            }
         }
-        *sum = _mm512_add_ps(even, odd);
+        for r in 0..R {
+            sums[r][row] = _mm512_add_ps(even[r], odd[r]);
+        }
     }
 }
