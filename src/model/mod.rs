@@ -22,7 +22,7 @@ pub use load::Source;
 use crate::error::{Error, Result};
 use crate::ops::attention::Spans;
 use crate::ops::device::{Constant, Device, Dtype, Failure};
-use crate::ops::head::{Loss, Transform, cross_entropy};
+use crate::ops::head::{Gradient, Loss, Transform, cross_entropy};
 use crate::ops::norm::Norm;
 use crate::ops::rope::{Scaling, Tables};
 use crate::ops::rows::{self, gather, scatter_add};
@@ -348,7 +348,8 @@ impl Gpt {
             let mut logits = x.new_like(rows.len(), self.config.vocab_size);
             let h = self.head.forward(pass.parameters, &normed, pass.seed, &mut logits, false);
             let weight = to.as_ref().map_or(0.0, |t| t.1);
-            cross_entropy(&mut logits, &targets, self.transform(), weight, &mut loss);
+            let how = Gradient { weight, negligible: self.head.weight().negligible() };
+            cross_entropy(&mut logits, &targets, self.transform(), how, &mut loss);
             let Some((to, _)) = to else { continue };
             let mut d = input_needed.then(|| x.new_like(rows.len(), x.cols()));
             self.head.backward(to, &logits, || normed.clone(), &h, pass.seed, d.as_mut().map(|d| (d, false)));

@@ -66,21 +66,44 @@ impl Loss {
     }
 }
 
-/// Adds the rows' losses to `loss`; the logits become `weight` times the gradient of that sum.
+/// What the logits become.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gradient {
+    /// Factor on the gradient of the sum of the losses.
+    pub weight: f32,
+    /// On the host, the smallest elements of a row become zero that together have at most this share of the row's sum of
+    /// magnitudes: of a large vocabulary those are nearly all (Cut Cross-Entropy, arXiv:2411.09009, drops what is below
+    /// 2⁻¹²).
+    pub negligible: f32,
+}
+
+/// Adds the rows' losses to `loss`; the logits become the gradient of that sum.
 ///
 /// # Shapes
 /// `logits`: (T, V); `targets`: (T), each below V.
-pub fn cross_entropy(logits: &mut Matrix, targets: &Constant<u32>, transform: Transform, weight: f32, loss: &mut Loss) {
+pub fn cross_entropy(
+    logits: &mut Matrix,
+    targets: &Constant<u32>,
+    transform: Transform,
+    gradient: Gradient,
+    loss: &mut Loss,
+) {
     let sum = match loss {
         Loss::Host(sum) => sum,
-        Loss::Device(sum) => return cross_entropy_on(logits, targets, transform, weight, sum),
+        Loss::Device(sum) => return cross_entropy_on(logits, targets, transform, gradient.weight, sum),
     };
     let vocab = logits.cols();
     let losses: Vec<f32> = logits
         .par_chunks_exact_mut(vocab)
         .with_max_len(4)
         .zip(targets.par_iter())
-        .map(|(row, target)| cross_entropy_row(row, *target as usize, transform, weight))
+        .map(|(row, target)| {
+            let loss = cross_entropy_row(row, *target as usize, transform, gradient.weight);
+            if gradient.negligible > 0.0 {
+                drop_negligible(row, gradient.negligible);
+            }
+            loss
+        })
         .collect();
     *sum += losses.iter().map(|l| f64::from(*l)).sum::<f64>();
 }
@@ -131,11 +154,57 @@ fn cross_entropy_row(row: &mut [f32], target: usize, transform: Transform, weigh
     loss
 }
 
+vectorize! {
+    /// Sum of those magnitudes of a row that are below a limit.
+    fn sum_below(row: &[f32], limit: f32) -> f32 {
+        let mut sums = [0.0; 64];
+        let below = |v: f32| if v.abs() < limit { v.abs() } else { 0.0 };
+        let (chunks, rest) = row.as_chunks::<64>();
+        for values in chunks {
+            sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += below(*v));
+        }
+        sums.iter().sum::<f32>() + rest.iter().map(|v| below(*v)).sum::<f32>()
+    }
+}
+
+vectorize! {
+    fn drop_below(row: &mut [f32], limit: f32) -> () {
+        row.iter_mut().for_each(|v| *v = if v.abs() < limit { 0.0 } else { *v });
+    }
+}
+
+/// Zeroes the smallest elements of a row, at most `share` of its sum of magnitudes.
+fn drop_negligible(row: &mut [f32], share: f32) {
+    /// Limits that are tried, each half of the one before, from a 16th of the share on.
+    const LIMITS: i32 = 10;
+    let negligible = share * sum_below(row, f32::INFINITY);
+    let limits = (4..4 + LIMITS).map(|i| negligible * 0.5f32.powi(i));
+    if let Some(limit) = limits.into_iter().find(|limit| sum_below(row, *limit) <= negligible) {
+        drop_below(row, limit);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::testing::{Oracle, assert_close, random};
     use candle_core::{D, Device, Tensor};
+
+    #[test]
+    fn the_smallest_elements_of_a_gradient_are_dropped_up_to_a_share() {
+        // Magnitudes over many powers of two, and a length that is no multiple of the lanes.
+        let row: Vec<f32> = random(5003, 2).iter().enumerate().map(|(i, v)| v * 0.5f32.powi(i as i32 % 30)).collect();
+        let share = 1.0 / 512.0;
+        let mut kept = row.clone();
+        drop_negligible(&mut kept, share);
+        let sum = |row: &[f32]| row.iter().map(|v| f64::from(v.abs())).sum::<f64>();
+        let dropped = sum(&row) - sum(&kept);
+        assert!(dropped > 0.0 && dropped <= f64::from(share) * 1.001 * sum(&row), "{dropped} of {}", sum(&row));
+        assert!(kept.iter().zip(&row).all(|(k, r)| k == r || *k == 0.0));
+        let least = kept.iter().filter(|v| **v != 0.0).fold(f32::INFINITY, |least, v| least.min(v.abs()));
+        assert!(row.iter().zip(&kept).all(|(r, k)| *k != 0.0 || r.abs() <= least), "the smallest ones");
+        assert!(kept.iter().filter(|v| **v == 0.0).count() > row.len() / 2);
+    }
 
     #[test]
     fn loss_and_gradient_equal_the_reference() {
@@ -155,7 +224,8 @@ mod tests {
             let oracle = Oracle::run(&[(&logits, t, vocab)], reference, &[0.25]);
             let mut matrix = Matrix::from_slice(t, vocab, &logits);
             let mut loss = Loss::Host(0.0);
-            cross_entropy(&mut matrix, &targets.to_vec().into(), transform, 0.25, &mut loss);
+            let gradient = Gradient { weight: 0.25, negligible: 0.0 };
+            cross_entropy(&mut matrix, &targets.to_vec().into(), transform, gradient, &mut loss);
             let loss = loss.value();
             assert!((loss as f32 - oracle.y[0]).abs() < 1e-4 * oracle.y[0]);
             assert_close(&matrix, &oracle.grads[0], 1e-6);

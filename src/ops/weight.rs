@@ -24,6 +24,10 @@ const PANEL: usize = 1 << 18;
 #[cfg(target_arch = "x86_64")]
 const FEW: usize = 8;
 
+/// Largest relative change of a number that is rounded to bf16.
+#[cfg(target_arch = "x86_64")]
+const BF16_ROUNDING: f32 = 1.0 / 512.0;
+
 /// Elements of a frozen matrix.
 #[derive(Debug, Clone)]
 pub enum Data {
@@ -182,6 +186,17 @@ impl Weight {
             #[cfg(target_arch = "x86_64")]
             Kept::Panels(data) => matches!(data, Data::Bf16(_)),
         }
+    }
+
+    /// Share of a gradient of its output that does not matter to that of its input: what rounding to its own type may
+    /// change. 0 where leaving it out saves nothing.
+    #[must_use]
+    pub fn negligible(&self) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        if self.is_bf16() && simd::level().is_some() {
+            return BF16_ROUNDING;
+        }
+        0.0
     }
 
     /// Output channels.
@@ -365,8 +380,11 @@ impl Weight {
             let total = dx.cols();
             return self.each_panel(|rows, w| {
                 let (shape, add) = ((rows.len(), self.cols), accumulate || rows.start > 0);
-                let dx = ViewMut::columns(dx, total, 0..total);
-                simd::backward(level, dy.slice_cols(rows), w, shape, dx, add);
+                let (dy, dx) = (dy.slice_cols(rows), ViewMut::columns(dx, total, 0..total));
+                match simd::NonZeros::of(dy) {
+                    Some(dy) => simd::sparse_backward(&dy, w, shape, dx, add),
+                    None => simd::backward(level, dy, w, shape, dx, add),
+                }
             });
         }
         self.backward_portable(dy, dx, accumulate);
@@ -437,6 +455,29 @@ mod tests {
                 check(&weight, t, 1e-5, true);
                 check(&Weight { kept: Kept::Whole(data), ..weight }, t, 1e-5, true);
             }
+        }
+    }
+
+    #[test]
+    fn a_gradient_of_few_elements_goes_back_as_a_full_one() {
+        // More rows than `NonZeros` looks at, odd columns; every store.
+        let (t, out, inn) = (7, 5003, 77);
+        let w = random(out * inn, 1);
+        let mut dy = vec![0.0; t * out];
+        random(300, 3).iter().enumerate().for_each(|(i, v)| dy[(i * i * 7919) % (t * out)] = *v);
+        dy[t * out - 1] = 1.0;
+        let bf: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+        let hf: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
+        for data in [Data::F32(w.clone()), Data::F16(hf), Data::Bf16(bf)] {
+            let weight = Weight::new(out, inn, data);
+            #[cfg(target_arch = "x86_64")]
+            assert!(simd::NonZeros::of(View::of(&dy, t, out)).is_some());
+            let [mut sparse, mut dense] = [Matrix::zeros(t, inn), Matrix::zeros(t, inn)];
+            weight.backward(View::of(&dy, t, out), &mut sparse, false);
+            weight.backward(View::of(&dy, t, out), &mut sparse, true);
+            weight.backward_portable(View::of(&dy, t, out), &mut dense, false);
+            let want: Vec<f32> = dense.iter().map(|v| 2.0 * v).collect();
+            assert_close(&sparse, &want, 1e-5);
         }
     }
 

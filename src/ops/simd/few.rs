@@ -20,8 +20,8 @@ const TOGETHER: usize = 4;
 /// Bytes from what is read to what memory is asked for.
 const AHEAD: usize = 1024;
 
-/// What a weight is made of, as [`few_rows`] reads it.
-trait Element: Copy + Sync {
+/// What a weight is made of, as a row of a panel is read.
+pub trait Element: Copy + Sync {
     /// Whether the two halves of a row of a panel are the even and the odd elements, not the first and the last.
     const SPLIT: bool;
 

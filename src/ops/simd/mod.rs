@@ -15,12 +15,14 @@ mod backward;
 mod few;
 mod forward;
 mod small;
+mod sparse;
 mod tile;
 
 pub use backward::backward;
 pub use few::few_rows;
 pub use forward::forward;
 pub use small::{is_small, small};
+pub use sparse::{NonZeros, sparse_backward};
 
 use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};

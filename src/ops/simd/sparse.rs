@@ -1,0 +1,126 @@
+//! `dx = dy W` where most elements of dy are zero, as those of a loss over a large vocabulary are: rows of W are added, each
+//! for the elements of dy that it has, and the others are not read.
+
+use super::few::Element;
+use super::tile::LINE;
+use super::{PANEL, Panels, Shared, checked, in_shares, packed_len};
+use crate::ops::matmul::ViewMut;
+use crate::ops::matrix::View;
+use rayon::prelude::*;
+use std::arch::x86_64::*;
+
+/// Columns of dy from which on looking for zeros costs next to nothing beside the product.
+const WIDE: usize = 4096;
+
+/// One of so many elements may be no zero: each of those takes about five times as long as in the product of all.
+const SPARSE: usize = 8;
+
+/// Elements of the list from what is read to what memory is asked for.
+const AHEAD: usize = 8;
+
+/// The elements of a matrix that are not zero, row by row.
+pub struct NonZeros(Vec<Vec<(u32, f32)>>);
+
+impl NonZeros {
+    /// Those of `x`, if it is wide and they are few.
+    pub fn of(x: View<'_>) -> Option<Self> {
+        let few = |non_zero: usize, all: usize| non_zero * SPARSE <= all;
+        let sample = || (0..x.rows).flat_map(|row| x.row(row).iter().step_by(WIDE / 8));
+        if x.cols < WIDE || !few(sample().filter(|v| **v != 0.0).count(), sample().count()) {
+            return None;
+        }
+        let rows: Vec<_> = (0..x.rows).into_par_iter().with_max_len(1).map(|row| non_zeros(x.row(row))).collect();
+        few(rows.iter().map(Vec::len).sum(), x.rows * x.cols).then_some(Self(rows))
+    }
+}
+
+fn non_zeros(row: &[f32]) -> Vec<(u32, f32)> {
+    let mut list = Vec::with_capacity(row.len() / SPARSE);
+    for (chunk, values) in row.chunks(16).enumerate() {
+        if values.iter().fold(0, |any, v| any | v.to_bits() << 1) == 0 {
+            continue;
+        }
+        let at = 16 * chunk as u32;
+        list.extend((at..).zip(values).filter(|(_, v)| **v != 0.0).map(|(i, v)| (i, *v)));
+    }
+    list
+}
+
+/// `dx = dy W`, added to `dx` where `accumulate`; `w` is (rows, cols).
+///
+/// # Panics
+/// When the shapes do not fit together.
+pub fn sparse_backward(dy: &NonZeros, w: Panels<'_>, shape: (usize, usize), dx: ViewMut<'_>, accumulate: bool) {
+    match w {
+        Panels::F32(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
+        Panels::Bf16(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
+        Panels::F16(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
+    }
+}
+
+fn sparse_backward_of<E: Element>(
+    dy: &NonZeros,
+    w: &[E],
+    (rows, cols): (usize, usize),
+    dx: ViewMut<'_>,
+    accumulate: bool,
+) {
+    let inside = dy.0.iter().flatten().all(|(row, _)| (*row as usize) < rows);
+    let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == dy.0.len();
+    assert!(fit && inside && cols > 0, "product: shapes do not fit");
+    let (dx_at, stride) = (checked(&dx), dx.stride);
+    let dx = Shared(dx.data.as_mut_ptr());
+    in_shares(cols.div_ceil(PANEL), |panels| {
+        for panel in panels {
+            let w = w[panel * rows * PANEL..][..rows * PANEL].as_ptr();
+            let width = PANEL.min(cols - panel * PANEL);
+            for (token, list) in dy.0.iter().enumerate() {
+                // SAFETY: `level` found the instructions before this is called; the asserts bound the rows of w and the
+                // elements of dx; each panel's columns are in one share.
+                unsafe {
+                    let sums = sums(w, list);
+                    let to = dx.at(dx_at + token * stride + panel * PANEL);
+                    for (i, sum) in sums.iter().enumerate().take(width) {
+                        let to = to.add(i);
+                        *to = if accumulate { *to + sum } else { *sum };
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// `Σ d w[row]` over a list of rows and factors.
+///
+/// # Safety
+/// `w` is a panel that has these rows; the processor has the instructions of `level`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+unsafe fn sums<E: Element>(w: *const E, list: &[(u32, f32)]) -> [f32; PANEL] {
+    /// Sums beside one another, so that products need not wait for those before.
+    const CHAINS: usize = 4;
+    let mut sums = [[_mm512_setzero_ps(); 2]; CHAINS];
+    for (at, group) in list.chunks(CHAINS).enumerate() {
+        for (row, _) in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
+            for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(*row as usize * PANEL).cast::<i8>().wrapping_add(line));
+            }
+        }
+        for (sum, (row, factor)) in sums.iter_mut().zip(group) {
+            // SAFETY: passed on.
+            let [w0, w1] = unsafe { E::halves(w.add(*row as usize * PANEL)) };
+            let factor = _mm512_set1_ps(*factor);
+            *sum = [_mm512_fmadd_ps(factor, w0, sum[0]), _mm512_fmadd_ps(factor, w1, sum[1])];
+        }
+    }
+    let mut out = [0.0; PANEL];
+    for half in 0..2 {
+        let all = sums.iter().fold(_mm512_setzero_ps(), |all, sum| _mm512_add_ps(all, sum[half]));
+        let mut values = [0.0; PANEL / 2];
+        // SAFETY: there are 16.
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), all) };
+        for (i, value) in values.iter().enumerate() {
+            out[if E::SPLIT { 2 * i + half } else { half * PANEL / 2 + i }] = *value;
+        }
+    }
+    out
+}
