@@ -161,7 +161,7 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
         for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                p[j][i] = p[j][i] > MINUS_INFINITY ? __expf(p[j][i] - top[i / 2]) : 0.0f;
+                p[j][i] = p[j][i] == MINUS_INFINITY ? 0.0f : __expf(p[j][i] - top[i / 2]);  // NaN stays
                 sum[i / 2] += p[j][i];
             }
         copy_wait();

@@ -102,7 +102,7 @@ fn read_json(path: &Path) -> Value {
 
 /// The model of the setting with its adapters, and the device that it is on.
 fn model(args: &Args) -> (Gpt, Option<Device>) {
-    let device = if args.cpu { None } else { Device::cuda(0).unwrap() };
+    let device = (!args.cpu).then(|| Device::cuda(0).unwrap().expect("a CUDA device and a build with it, or --cpu"));
     let quantizer = args.setting.strip_prefix("bnb.").map(|name| Quantizer::named(name).expect("a quantizer's name"));
     let store = match args.setting.as_str() {
         "32-true" => Store::F32,
@@ -137,6 +137,19 @@ struct Measured {
     tokens: usize,
     seconds: f64,
     sha: String,
+}
+
+/// The longest micro batch once, as a run does: what it needs of memory is then there.
+fn rehearse(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) {
+    let longest = sequences.iter().max_by_key(|ids| ids.len()).unwrap();
+    gpt.prepare(longest.len());
+    let mut batch = Tokens::default();
+    for _ in 0..args.micro_batch {
+        batch.push(longest, &longest.iter().map(|id| *id as i32).collect::<Vec<_>>(), -100);
+    }
+    let mut grads = gpt.parameters.zeros_like(1, gpt.parameters.cols());
+    let training = Training { grads: &mut grads, weight: 1.0, seed: 0, checkpointing: args.checkpointing };
+    let _ = in_pool(|| gpt.loss(&batch, Some(training)));
 }
 
 fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
@@ -215,8 +228,7 @@ fn main() {
     let loading = Instant::now();
     let (mut gpt, device) = model(&args);
     let load_seconds = loading.elapsed().as_secs_f64();
-    // The longest sequence first: what the run needs of memory is then there.
-    gpt.prepare(sequences.iter().map(Vec::len).max().unwrap());
+    rehearse(&args, &mut gpt, &sequences);
     let measured = run(&args, &mut gpt, &sequences);
     let mut sorted = measured.milliseconds.clone();
     sorted.sort_by(f64::total_cmp);

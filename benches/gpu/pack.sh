@@ -11,6 +11,9 @@ newest() { find "$root/target/release/deps" -maxdepth 1 -type f -executable -nam
 strip -o "$to/litgpt" "$root/target/release/litgpt"
 strip -o "$to/gpu" "$(newest gpu)"
 strip -o "$to/tests" "$(newest main)"
+for binary in litgpt gpu tests; do
+  grep -aq cublasGemmEx "$to/$binary" || { echo "$binary: built without --features cuda; build it again" >&2; exit 1; }
+done
 cp "$root/benches/gpu/run.sh" "$to/"
 cp -r "$root/data" "$to/"
 cp "$shared/data/alpaca_999.json" "$to/data/"

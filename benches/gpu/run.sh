@@ -28,7 +28,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,mem
 
 if [ "$TESTS" = 1 ]; then
   (cd "$here" && LITGPT_GOLDEN=$here/golden LITGPT_TEST_DEVICE=cuda LITGPT_TF32=0 RUST_BACKTRACE=0 \
-    ./tests device:: --test-threads=1 --nocapture >"$OUT/tests.log" 2>&1)
+    timeout $((LIMIT / 2)) ./tests device:: --test-threads=1 --nocapture >"$OUT/tests.log" 2>&1)
   echo "tests: exit $?"
   grep -E '^test |panicked|is over|cases that failed' "$OUT/tests.log"
 fi

@@ -41,6 +41,7 @@ struct Kernels;
         static constexpr auto nf4_quantize = nf4_quantize_##type;                             \
         static constexpr auto nf4_dequantize = nf4_dequantize_##type;                         \
         static constexpr auto nf4_dequantize_double = nf4_dequantize_double_##type;           \
+        static constexpr auto nf4_product = nf4_product_##type;                               \
     };
 FOR_EACH_TYPE(NAMES)
 
@@ -465,6 +466,59 @@ void test_nf4(int n, int kind) {
                  reinterpret_cast<const uint8_t*>(plain.data()), y.size() * sizeof(T));
 }
 
+// Products of a few rows with any codes and scales, plain (`nested` false) or doubly quantized; x and y are wider than their rows.
+template <class T, class Kernel>
+void test_nf4_product(const char* name, Kernel kernel, int rows_of_block, int n, int rows, int cols, int kind, bool nested, bool accumulate) {
+    const int blocks = (rows * cols + 63) / 64;
+    const i64 ldx = cols + 8, ldy = rows + 3;
+    std::mt19937 rng(7);
+    Buffer<uint8_t> packed((size_t(rows) * cols + 1) / 2), codes(blocks);
+    for (uint8_t& byte : packed) byte = uint8_t(rng());
+    for (uint8_t& byte : codes) byte = uint8_t(rng());
+    const auto absmax = random<float>(nested ? (blocks + 255) / 256 : blocks, 1), code = random<float>(256, 2);
+    const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
+    const float offset = 0.7f;
+    Buffer<T> input(x), y(old);
+    const unsigned grid = (rows + rows_of_block - 1) / rows_of_block;
+    emulate::launch(dim3(grid), dim3(32 * PRODUCT_WARPS), 0, [&] {
+        kernel(packed.data(), absmax.data(), nested ? codes.data() : nullptr, nested ? code.data() : nullptr, nested ? offset : 0.0f,
+               input.data(), y.data(), n, rows, cols, ldx, ldy, accumulate, kind);
+    });
+    Reference want(n * ldy);
+    for (size_t i = 0; i < want.size(); ++i) want[i] = real(old[i]);  // what is beside the rows stays
+    for (int t = 0; t < n; ++t)
+        for (int row = 0; row < rows; ++row) {
+            double sum = accumulate ? want[t * ldy + row] : 0.0;
+            for (int k = 0; k < cols; ++k) {
+                const size_t at = size_t(row) * cols + k;
+                const float scale = nested ? code[codes[at / 64]] * absmax[at / 64 / 256] + offset : absmax[at / 64];
+                const float w = LEVELS[kind][at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4] * scale;
+                sum += real(check::rounded<T>(w)) * real(x[t * ldx + k]);
+            }
+            want[t * ldy + row] = sum;
+        }
+    const std::string what = with(name, {{"n", n}, {"rows", rows}, {"cols", cols}, {"kind", kind}, {"nested", nested}, {"accumulate", accumulate}});
+    close(what, y.data(), want, 2e-5);
+}
+
+template <class T>
+void test_nf4_products() {
+    // Every number of rows of x; rows of W that end within a block, columns within a word, a lane's share and a warp's.
+    for (int n = 1; n <= PRODUCT_ROWS; ++n) {
+        const bool odd = n % 2;
+        test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, n, 11 + n, odd ? 301 : 328, odd, n % 3 == 0, n > 4);
+    }
+    test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, 2, 8, 4, 0, false, false);
+}
+
+template <class T, class Kernel>
+void test_nf4_products_mma(Kernel kernel) {
+    for (int n = 1; n <= PRODUCT_ROWS; ++n) {
+        const int cols[] = {32, 64, 96, 128, 160, 1024, 1056, 2208};
+        test_nf4_product<T>("nf4_product_mma", kernel, 16, n, 13 + 2 * n, cols[n - 1], n % 2, n % 3 == 0, n > 4);
+    }
+}
+
 // The limits are the midpoints as f32 rounds them.
 void test_nf4_limits() {
     for (int kind : {0, 1})
@@ -479,6 +533,7 @@ template <class T>
 void test_nf4s() {
     for (int kind : {0, 1})
         for (int n : {5, 64, 123, 1027, 64 * 300 + 1}) test_nf4<T>(n, kind);
+    test_nf4_products<T>();
 }
 
 // The emulator's own half precision: every value there and back, and ties.
@@ -513,6 +568,8 @@ int main() {
         test_type<__nv_bfloat16>();
         test_type<__half>();
         test_attentions_mma<__nv_bfloat16>();
+        test_nf4_products_mma<__nv_bfloat16>(nf4_product_mma_bf16);
+        test_nf4_products_mma<__half>(nf4_product_mma_f16);
         if (seed == 0) test_attentions_mma<__half>();
         for (int n : SIZES) {
             test_casts(n);

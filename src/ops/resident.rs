@@ -1,7 +1,7 @@
 //! Frozen matrices in device memory and their products; `weight` has them on the host. A quantized matrix is decoded some
-//! rows at a time into a scratch, of which cuBLAS takes the product.
+//! rows at a time into a scratch, of which cuBLAS takes the product; a few rows are multiplied by its codes themselves.
 
-use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int, long};
+use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, flag, int, long};
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
 use super::quantized::{Codes, Quantizer};
@@ -12,6 +12,9 @@ use std::sync::Arc;
 
 /// Elements that are decoded at a time: 64 MB of bf16, enough rows for a product to fill the device.
 const PANEL: usize = 32 << 20;
+
+/// Rows of x up to which 4-bit weights are multiplied as they are; `PRODUCT_ROWS` of `kernels/nf4.cu`.
+const FEW: usize = 8;
 
 /// Consecutive rows of a matrix in few bits, quantized by themselves, in device memory.
 #[derive(Debug, Clone)]
@@ -254,7 +257,8 @@ impl Resident {
         if let Kept::Whole(table) = &self.kept {
             return each(0..self.rows, operand(table.pointer()));
         }
-        let panel = (PANEL / self.cols.max(1)).clamp(1, self.rows.max(1));
+        // Panels begin where cuBLAS's fastest products want the columns of y to begin.
+        let panel = (PANEL / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
         let scratch = self.device.allocate(panel * self.cols * self.dtype.size());
         for from in (0..self.rows).step_by(panel) {
             let rows = from..(from + panel).min(self.rows);
@@ -268,6 +272,16 @@ impl Resident {
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
+        if let (1..=FEW, Kept::Parts(parts, nested)) = (x.rows, &self.kept)
+            && parts.iter().all(|part| matches!(part.scheme, Scheme::Four { .. }))
+        {
+            let mut first = 0;
+            for part in parts {
+                self.few_rows(part, nested, x, y.columns(first..first + part.rows), accumulate);
+                first += part.rows;
+            }
+            return;
+        }
         self.each_panel(|rows, w| {
             let out = operand(y.columns(rows.clone()));
             let (m, n, k) = (x.rows, rows.len(), self.cols);
@@ -287,6 +301,27 @@ impl Resident {
             let (out, lhs) = (operand(dx.view()), operand(dy.slice_cols(rows)));
             self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs, rhs });
         });
+    }
+}
+
+// Few rows.
+impl Resident {
+    /// `y = x Wᵀ` for a part in 4 bits and a few rows of x: its codes are read once, where decoding them first would move nine
+    /// times as many bytes.
+    fn few_rows(&self, part: &Part, nested: &Constant<f32>, x: View<'_>, y: View<'_>, accumulate: bool) {
+        let Scheme::Four { kind, double } = &part.scheme else { unreachable!("8 bits are decoded first") };
+        let (codes, nested, offset) = match double {
+            Some((codes, offset)) => (codes.pointer(), nested.on(&self.device), *offset),
+            None => (0, 0, 0.0),
+        };
+        let args = [(&part.codes).into(), (&part.absmax).into(), codes.into(), nested.into(), offset.into()];
+        let shape = [x.pointer().into(), y.pointer().into(), int(x.rows), int(part.rows), int(self.cols)];
+        let rest = [long(x.stride), long(y.stride), flag(accumulate), code_of(*kind)];
+        let aligned = self.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.pointer().is_multiple_of(16);
+        let (kernel, rows) =
+            if aligned && self.dtype != Dtype::F32 { ("nf4_product_mma", 16) } else { ("nf4_product", 8) };
+        let grid = [part.rows.div_ceil(rows), 1, 1];
+        self.device.launch(kernel, Some(self.dtype), grid, [256, 1], 0, &[&args[..], &shape, &rest].concat());
     }
 }
 

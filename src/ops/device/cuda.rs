@@ -10,6 +10,7 @@ use cudarc::cublas::{CudaBlas, result as cublas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Bytes at an address that the driver may read words from, which those of `include_bytes` alone need not be.
@@ -41,8 +42,8 @@ const MODULES: [&[u8]; 12] = [
 
 /// Dynamic shared memory that a kernel may have without asking.
 const SHARED_WITHOUT_ASKING: usize = 48 << 10;
-/// Up to this size the driver takes a host's bytes before a copy returns, whatever memory they are in.
-const TAKEN_AT_ONCE: usize = 64 << 10;
+/// Up to this size bytes are copied and kept while the device reads them, rather than waited for.
+const KEPT_ALIVE: usize = 64 << 10;
 /// Scratch of cuBLAS: what NVIDIA advises for Hopper. One of our own keeps its results the same from run to run.
 const WORKSPACE: usize = 32 << 20;
 
@@ -62,8 +63,11 @@ pub struct Cuda {
     reads_host: bool,
     modules: Vec<sys::CUmodule>,
     functions: RwLock<HashMap<String, Function>>,
-    /// Behind a lock, as a handle is not to be used by two threads at once.
-    blas: Mutex<CudaBlas>,
+    /// Behind a lock, as a handle is not to be used by two threads at once. Never dropped: cudarc would panic where the device
+    /// has failed.
+    blas: Mutex<ManuallyDrop<CudaBlas>>,
+    /// Bytes that the device may still be reading.
+    in_flight: Mutex<Vec<Box<[u8]>>>,
 }
 
 // SAFETY: the raw handles are the driver's, whose calls may come from any thread once the context is bound to it, which
@@ -104,8 +108,8 @@ impl Cuda {
         let name = context.name().map_err(|e| failure("asking for its name", text(e)))?;
         let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
         let reads_host = context.attribute(attribute).map_err(open("asking what it can do"))? != 0;
-        let (functions, blas) = (RwLock::default(), Mutex::new(blas));
-        let cuda = Self { name, context, stream, reads_host, modules, functions, blas };
+        let (functions, blas) = (RwLock::default(), Mutex::new(ManuallyDrop::new(blas)));
+        let cuda = Self { name, context, stream, reads_host, modules, functions, blas, in_flight: Mutex::default() };
         cuda.prepare().map_err(|reason| failure("preparing it", reason))?;
         Ok(Some(cuda))
     }
@@ -114,7 +118,16 @@ impl Cuda {
         self.context.bind_to_thread().map_err(text)
     }
 
-    /// Keeps freed memory in the pool, gives cuBLAS its scratch.
+    /// Waits for all work so far.
+    fn wait(&self) -> Result<(), String> {
+        let read = std::mem::take(&mut *self.in_flight.lock().unwrap_or_else(PoisonError::into_inner));
+        // SAFETY: the stream lives as long as `self`.
+        let waited = unsafe { result::stream::synchronize(self.stream.cu_stream()) };
+        drop(read);
+        waited.map_err(text)
+    }
+
+    /// Keeps freed memory in the pool, gives cuBLAS its scratch and has it sum in f32 alone.
     fn prepare(&self) -> Result<(), String> {
         self.bind()?;
         let mut all = u64::MAX;
@@ -126,7 +139,9 @@ impl Cuda {
             let workspace = result::malloc_async(self.stream.cu_stream(), WORKSPACE).map_err(text)?;
             let handle = *self.blas.lock().unwrap_or_else(PoisonError::into_inner).handle();
             let status = blas_sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, WORKSPACE);
-            status.result().map_err(|e| format!("{e:?}"))
+            status.result().map_err(|e| format!("{e:?}"))?;
+            let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            blas_sys::cublasSetMathMode(handle, mode).result().map_err(|e| format!("{e:?}"))
         }
     }
 
@@ -224,24 +239,25 @@ impl Backend for Cuda {
 
     fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
         self.bind()?;
+        let stream = self.stream.cu_stream();
+        if self.reads_host && from.len() <= KEPT_ALIVE {
+            let kept: Box<[u8]> = from.into();
+            // SAFETY: `to` has room; the copy of the bytes lives until the stream was waited for.
+            unsafe { result::memcpy_htod_async(to, &kept, stream) }.map_err(text)?;
+            self.in_flight.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
+            return Ok(());
+        }
         // SAFETY: `to` has room. Pageable memory is staged before the call returns, or, where the device reads it itself,
         // waited for before the borrow ends.
-        unsafe {
-            result::memcpy_htod_async(to, from, self.stream.cu_stream()).map_err(text)?;
-            if self.reads_host && from.len() > TAKEN_AT_ONCE {
-                result::stream::synchronize(self.stream.cu_stream()).map_err(text)?;
-            }
-        }
-        Ok(())
+        unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(text)?;
+        if self.reads_host { self.wait() } else { Ok(()) }
     }
 
     fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {
         self.bind()?;
         // SAFETY: `from` has that many bytes; the stream is waited for before the borrow ends.
-        unsafe {
-            result::memcpy_dtoh_async(to, from, self.stream.cu_stream()).map_err(text)?;
-            result::stream::synchronize(self.stream.cu_stream()).map_err(text)
-        }
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(text)?;
+        self.wait()
     }
 
     fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String> {
