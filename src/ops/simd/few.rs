@@ -201,15 +201,18 @@ unsafe fn add_panels<E: Element, const P: usize, const R: usize>(
     x: [&[f32]; R],
     sums: [&mut [__m512]; R],
 ) {
-    // SAFETY: a chunk has 16 elements.
-    let x: [[[__m512; 2]; P]; R] = x.map(|x| {
-        let (x, _) = x[..P * PANEL].as_chunks::<16>();
-        std::array::from_fn(|p| unsafe { [_mm512_loadu_ps(x[2 * p].as_ptr()), _mm512_loadu_ps(x[2 * p + 1].as_ptr())] })
+    // Of each panel, the halves of each row of x.
+    let x: [[[__m512; 2]; R]; P] = std::array::from_fn(|p| {
+        x.map(|x| {
+            let (x, _) = x[p * PANEL..][..PANEL].as_chunks::<16>();
+            // SAFETY: a chunk has 16 elements.
+            unsafe { [_mm512_loadu_ps(x[0].as_ptr()), _mm512_loadu_ps(x[1].as_ptr())] }
+        })
     });
     for row in 0..sums[0].len() {
         let mut even: [__m512; R] = std::array::from_fn(|r| sums[r][row]);
         let mut odd = [_mm512_setzero_ps(); R];
-        for p in 0..P {
+        for (p, x) in x.iter().enumerate() {
             let at = w.wrapping_add((p * rows + row) * PANEL);
             for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
                 _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD + line));
@@ -217,8 +220,8 @@ unsafe fn add_panels<E: Element, const P: usize, const R: usize>(
             // SAFETY: passed on.
             let [w0, w1] = unsafe { E::halves(at) };
             for r in 0..R {
-                even[r] = _mm512_fmadd_ps(x[r][p][0], w0, even[r]);
-                odd[r] = _mm512_fmadd_ps(x[r][p][1], w1, odd[r]);
+                even[r] = _mm512_fmadd_ps(x[r][0], w0, even[r]);
+                odd[r] = _mm512_fmadd_ps(x[r][1], w1, odd[r]);
             }
         }
         for r in 0..R {
