@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::{Cache, Gpt};
+use crate::ops::matrix::{Reuse, reusing};
 use crate::ops::{Matrix, in_pool};
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
@@ -41,8 +42,7 @@ impl Draw {
     }
 }
 
-/// Tokens that are guessed at a time unless another number is asked for: with the one before them, as many rows as products
-/// of few rows have.
+/// Most tokens that are guessed at a time: with the one before them, as many rows as products of few rows have.
 pub const PROMPT_LOOKUP: usize = 7;
 
 /// What to continue, and when to stop.
@@ -58,7 +58,8 @@ pub struct Request<'a> {
     pub stop_ids: &'a [u32],
     /// Texts that end the text.
     pub stop_texts: &'a [&'a str],
-    /// Most tokens that are guessed at a time from what the text said before; the text is the same with and without.
+    /// Most tokens that are guessed at a time from what the text said before, up to `PROMPT_LOOKUP`; the text is the same with
+    /// and without, but for rounding.
     pub prompt_lookup: usize,
 }
 
@@ -94,7 +95,7 @@ pub fn room(prompt: usize, max_new_tokens: usize, context: usize) -> Result<usiz
 #[derive(Debug)]
 pub struct Session {
     cache: Cache,
-    /// The tokens that the cache holds.
+    /// The tokens that the cache holds; behind them it may hold wrong guesses.
     ids: Vec<u32>,
     /// Set from outside to end the text.
     stop: Arc<AtomicBool>,
@@ -139,10 +140,11 @@ impl Session {
     fn logits(&mut self, gpt: &Gpt, new: &[u32], guess: &[u32]) -> Result<Matrix> {
         self.cache.truncate(self.ids.len());
         self.ids.extend_from_slice(new);
-        let logits = in_pool(|| match guess {
+        let pass = || match guess {
             [] => gpt.next_logits(new, &mut self.cache),
             _ => gpt.all_logits(&[new, guess].concat(), &mut self.cache),
-        });
+        };
+        let logits = if new.len() > 1 { reusing(Reuse::Steps, || in_pool(pass)) } else { in_pool(pass) };
         gpt.check()?;
         Ok(logits)
     }
@@ -150,7 +152,8 @@ impl Session {
 
 /// Guesses that a text goes on as it did where it last said the same (prompt lookup decoding). A pass over some tokens
 /// takes hardly longer than over one, as it reads the same weights, and what it computes behind a wrong guess is
-/// forgotten: the text is that of one token at a time.
+/// forgotten: the text is that of one token at a time, on a CPU with AVX-512 to the bit, elsewhere but for near ties that a
+/// product of several rows may round the other way.
 struct Lookup {
     /// Most tokens of a guess.
     most: usize,
@@ -173,7 +176,7 @@ impl Lookup {
     const LONGEST: usize = 8;
 
     fn new(most: usize) -> Self {
-        Self { most, reach: 1, tries: [[1, 3]; Self::LONGEST + 1] }
+        Self { most: most.min(PROMPT_LOOKUP), reach: 1, tries: [[1, 3]; Self::LONGEST + 1] }
     }
 
     /// At most `room` tokens that may follow.
@@ -236,18 +239,19 @@ pub fn tokens(
                 break 'text;
             }
             figures.tokens += 1;
-            if !yield_token(token)? {
+            let guessed = guess.ids.get(right) == Some(&token);
+            figures.guessed += usize::from(guessed);
+            if !yield_token(token)? || session.stopped() {
                 break 'text;
             }
             text.push(token);
-            if guess.ids.get(right) != Some(&token) {
+            if !guessed {
                 new.push(token);
                 break;
             }
             session.ids.push(token);
             right += 1;
         }
-        figures.guessed += right;
         lookup.learn(&guess, right);
     }
     figures.decode = begun.elapsed();

@@ -424,6 +424,11 @@ fn top_k(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
+fn lookup(text: &str) -> std::result::Result<usize, String> {
+    let inside = |n: &usize| *n <= PROMPT_LOOKUP;
+    text.parse().ok().filter(inside).ok_or_else(|| format!("expected a number from 0 to {PROMPT_LOOKUP}"))
+}
+
 fn temperature(text: &str) -> std::result::Result<f64, String> {
     text.parse().ok().filter(|t: &f64| t.is_finite() && *t >= 0.0).ok_or_else(|| "expected 0 or more".into())
 }
@@ -453,8 +458,8 @@ pub struct SamplingArgs {
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 1234, overrides_with = "seed")]
     pub seed: u64,
-    /// Most tokens guessed at a time from what the text said before; the answer stays the same. 0: none
-    #[arg(long, value_name = "N", default_value_t = PROMPT_LOOKUP, overrides_with = "prompt_lookup_num_tokens")]
+    /// Most tokens guessed at a time from what the text said before, 0 to 7; the answer is the same, but for rounding
+    #[arg(long, value_name = "N", default_value_t = PROMPT_LOOKUP, value_parser = lookup, overrides_with = "prompt_lookup_num_tokens")]
     pub prompt_lookup_num_tokens: usize,
 }
 

@@ -45,7 +45,9 @@ impl LayerCache {
         if self.kept.as_ref().is_some_and(|[k, _]| k.rows() >= needed) {
             return;
         }
-        let capacity = needed.max(2 * self.len).next_multiple_of(64);
+        // A prompt leaves room for an answer.
+        let wanted = if self.len == 0 { needed + needed / 8 + 256 } else { needed.max(2 * self.len) };
+        let capacity = wanted.next_multiple_of(64);
         let grown = |old: Option<&Matrix>| {
             let mut new = new_like(capacity, like.cols);
             if let Some(old) = old {

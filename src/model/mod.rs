@@ -36,8 +36,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Elements of a chunk of logits: 12 MB. Twice as many are not faster.
-const HEAD_CHUNK: usize = 3 << 20;
+/// Elements of a chunk of logits: 6 MB. More are not faster.
+const HEAD_CHUNK: usize = 3 << 19;
 /// The same on a device, which needs more rows to be busy: 128 MB of bf16.
 const HEAD_CHUNK_ON_DEVICE: usize = 64 << 20;
 
@@ -348,7 +348,10 @@ impl Gpt {
             let mut logits = x.new_like(rows.len(), self.config.vocab_size);
             let h = self.head.forward(pass.parameters, &normed, pass.seed, &mut logits, false);
             let weight = to.as_ref().map_or(0.0, |t| t.1);
-            let how = Gradient { weight, negligible: self.head.weight().negligible() };
+            // An adapter of the head needs the gradient of every logit: its own steps do not shrink with it.
+            let dropped = input_needed && !self.head.adapted();
+            let negligible = if dropped { self.head.weight().negligible() } else { 0.0 };
+            let how = Gradient { weight, negligible };
             cross_entropy(&mut logits, &targets, self.transform(), how, &mut loss);
             let Some((to, _)) = to else { continue };
             let mut d = input_needed.then(|| x.new_like(rows.len(), x.cols()));

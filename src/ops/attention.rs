@@ -15,8 +15,23 @@ use std::ops::Range;
 /// Rows of queries that are worked on together.
 const BLOCK: usize = 64;
 
+/// Rows of several query heads over the same keys that are worked on together.
+const ROWS: usize = 256;
+
+/// Query rows of a sample up to which its keys are shared out among the threads, as in decoding.
+const FEW: usize = 8;
+
+/// Keys of such a share.
+const KEYS_OF_FEW: usize = 512;
+
+/// Elements of keys that are worked on together, so that they stay in the second-level cache.
+const KEYS: usize = 128 << 10;
+
 /// Scores of a row are worked on so many at a time, with none left over.
 const LANES: usize = 16;
+
+/// Log-sum-exp of no scores.
+const NOTHING: f32 = f32::MIN;
 
 /// Shape and rule of one attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -97,14 +112,63 @@ pub struct Saved {
     lse: Matrix,
 }
 
-/// One block of queries of one head: which rows it has, and which keys any of them sees.
+/// One block of queries: which rows it has, and which keys any of them sees.
+#[derive(Clone)]
 struct Block {
     /// Rows within `q`.
     rows: Range<usize>,
     /// Key position (within the span) of the first row.
     first: usize,
-    /// Key positions (within the span) that some row sees.
+    /// Key positions (within the span) that some row sees, or some of them.
     keys: Range<usize>,
+}
+
+impl Block {
+    /// The same rows with at most `most` keys each.
+    fn split(self, most: usize) -> impl Iterator<Item = Self> {
+        let end = self.keys.end;
+        self.keys
+            .clone()
+            .step_by(most)
+            .map(move |from| Self { keys: from..end.min(from.saturating_add(most)), ..self.clone() })
+    }
+}
+
+/// A block of some query heads that have their keys in common.
+struct Work<'a> {
+    span: &'a Span,
+    block: Block,
+    heads: Range<usize>,
+}
+
+/// Attention over some keys.
+struct Part {
+    /// Each head's rows after those of the one before.
+    o: Matrix,
+    lse: Vec<f32>,
+}
+
+impl Part {
+    /// Makes it the attention over the keys of both.
+    fn add(&mut self, other: &Self) {
+        let cols = self.o.cols();
+        let rows = self.o.chunks_exact_mut(cols).zip(&mut self.lse);
+        rows.zip(other.o.chunks_exact(cols).zip(&other.lse)).for_each(|(row, other)| combine(row, other));
+    }
+}
+
+/// Makes a row of attention and its log-sum-exp those over the keys of both.
+fn combine((o, lse): (&mut [f32], &mut f32), (other, other_lse): (&[f32], &f32)) {
+    if *lse == NOTHING {
+        o.copy_from_slice(other);
+        *lse = *other_lse;
+        return;
+    }
+    let larger = lse.max(*other_lse);
+    let total = larger + ((*lse - larger).exp() + (*other_lse - larger).exp()).ln();
+    let [share, other_share] = [*lse, *other_lse].map(|lse| (lse - total).exp());
+    o.iter_mut().zip(other).for_each(|(o, other)| *o = *o * share + other * other_share);
+    *lse = total;
 }
 
 impl Attention {
@@ -125,9 +189,10 @@ impl Attention {
 
     /// Keys of `block` that its row `i` sees, as indices into `block.keys`.
     fn seen(&self, block: &Block, i: usize) -> Range<usize> {
-        let position = block.first + i;
-        let from = self.window.map_or(0, |w| (position + 1).saturating_sub(w)).max(block.keys.start);
-        from - block.keys.start..position + 1 - block.keys.start
+        let end = block.first + i + 1;
+        let from = self.window.map_or(0, |w| end.saturating_sub(w));
+        let inside = |key: usize| key.clamp(block.keys.start, block.keys.end) - block.keys.start;
+        inside(from)..inside(end)
     }
 
     fn head<'a>(&self, view: View<'a>, head: usize) -> View<'a> {
@@ -138,16 +203,16 @@ impl Attention {
         head / (self.n_head / self.n_query_groups)
     }
 
-    /// `scale · a bᵀ` for the rows and keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
-    fn products(&self, scale: f32, a: View<'_>, b: View<'_>) -> Matrix {
-        let mut s = Matrix::new(a.rows, b.rows.next_multiple_of(LANES));
-        matmul(Threads::One, s.columns_mut(0..b.rows), false, scale, Side::N(a), Side::T(b));
+    /// `scale · a b` for the rows and `keys` keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
+    fn products(&self, scale: f32, a: View<'_>, b: Side<'_>, keys: usize) -> Matrix {
+        let mut s = Matrix::new(a.rows, keys.next_multiple_of(LANES));
+        matmul(Threads::One, s.columns_mut(0..keys), false, scale, Side::N(a), b);
         s
     }
 
     /// Scaled and capped scores of a block, as `products` gives them.
-    fn scores(&self, q: View<'_>, k: View<'_>) -> Matrix {
-        let mut s = self.products(self.scale, q, k);
+    fn scores(&self, q: View<'_>, k: Side<'_>, keys: usize) -> Matrix {
+        let mut s = self.products(self.scale, q, k, keys);
         if let Some(cap) = self.softcap {
             soft_cap(&mut s, cap);
         }
@@ -165,50 +230,67 @@ impl Attention {
         }
         let mut o = Matrix::new(q.rows, self.q_cols());
         let mut lse = Matrix::new(self.n_head, q.rows);
-        let work: Vec<(&Span, Block, usize)> = spans
-            .iter()
-            .flat_map(|span| self.blocks(span).rev().map(move |block| (span, block)))
-            .flat_map(|(span, block)| {
-                let again = move || Block { rows: block.rows.clone(), first: block.first, keys: block.keys.clone() };
-                (0..self.n_head).map(move |head| (span, again(), head))
-            })
-            .collect();
-        let parts: Vec<(Matrix, Vec<f32>)> = work
-            .par_iter()
-            .with_max_len(1)
-            .map(|(span, block, head)| self.forward_block(q, k, v, span, block, *head))
-            .collect();
-        for ((_, block, head), (part, part_lse)) in work.iter().zip(&parts) {
-            for (i, row) in block.rows.clone().enumerate() {
-                o[row * self.q_cols()..][head * self.head_size..][..self.head_size].copy_from_slice(part.row(i));
+        lse.fill(NOTHING);
+        let work: Vec<Work<'_>> = spans.iter().flat_map(|span| self.work(span)).collect();
+        let parts: Vec<Part> = work.par_iter().with_max_len(1).map(|work| self.forward_part([q, k, v], work)).collect();
+        for (Work { block, heads, .. }, part) in work.iter().zip(&parts) {
+            let rows = heads.clone().flat_map(|head| block.rows.clone().map(move |row| (head, row)));
+            for ((head, row), part) in rows.zip(part.o.chunks_exact(self.head_size).zip(&part.lse)) {
+                let to = &mut o[row * self.q_cols()..][head * self.head_size..][..self.head_size];
+                combine((to, &mut lse[head * q.rows + row]), part);
             }
-            let at = head * q.rows + block.rows.start;
-            lse[at..at + block.rows.len()].copy_from_slice(part_lse);
         }
         (o, Saved { lse })
     }
 
-    fn forward_block(
-        &self,
-        q: View<'_>,
-        k: View<'_>,
-        v: View<'_>,
-        span: &Span,
-        block: &Block,
-        head: usize,
-    ) -> (Matrix, Vec<f32>) {
-        let keys = span.k.start + block.keys.start..span.k.start + block.keys.end;
-        let q = self.head(q, head).slice_rows(block.rows.clone());
-        let k = self.head(k, self.key_head(head)).slice_rows(keys.clone());
-        let v = self.head(v, self.key_head(head)).slice_rows(keys);
-        let mut s = self.scores(q, k);
-        let cols = s.cols();
-        let lse = s.chunks_exact_mut(cols).enumerate().map(|(i, row)| softmax_row(row, self.seen(block, i))).collect();
-        let mut o = Matrix::new(block.rows.len(), self.head_size);
-        let (rows, cols) = (o.rows(), o.cols());
-        let p = s.columns(0..v.rows);
-        matmul(Threads::One, ViewMut::of(&mut o, rows, cols), false, 1.0, Side::N(p), Side::N(v));
-        (o, lse)
+    /// What there is to do for a span, in parts for the threads, the longest first.
+    fn work<'a>(&self, span: &'a Span) -> Vec<Work<'a>> {
+        let group = self.n_head / self.n_query_groups;
+        let few = span.q.len() <= FEW;
+        let blocks: Vec<Block> = self.blocks(span).collect();
+        let blocks = blocks.into_iter().rev().flat_map(|mut block| {
+            if few {
+                // Shares begin at the same keys whichever row is the first, so that a row's sums do not depend on the others.
+                block.keys.start = block.keys.start / KEYS_OF_FEW * KEYS_OF_FEW;
+            }
+            block.split(if few { KEYS_OF_FEW } else { usize::MAX })
+        });
+        let works = blocks.flat_map(|block| {
+            let together = (ROWS / block.rows.len()).clamp(1, group);
+            (0..self.n_head).step_by(group).flat_map(move |first| (first..first + group).step_by(together)).map(
+                move |head| {
+                    let end = (head + together).min(head / group * group + group);
+                    Work { span, block: block.clone(), heads: head..end }
+                },
+            )
+        });
+        works.collect()
+    }
+
+    fn forward_part(&self, [q, k, v]: [View<'_>; 3], Work { span, block, heads }: &Work<'_>) -> Part {
+        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(heads.start)).slice_rows(span.k.clone()));
+        let (hs, rows) = (self.head_size, block.rows.len());
+        let mut queries = Matrix::new(heads.len() * rows, hs);
+        let from = heads.clone().flat_map(|head| block.rows.clone().map(move |row| (head, row)));
+        for (to, (head, row)) in queries.chunks_exact_mut(hs).zip(from) {
+            to.copy_from_slice(self.head(q, head).row(row));
+        }
+        let parts = block.clone().split((KEYS / hs).max(1)).map(|block| {
+            let [k, v] = [k, v].map(|view| view.slice_rows(block.keys.clone()));
+            let mut s = self.scores(queries.view(), Side::T(k), k.rows);
+            let cols = s.cols();
+            let lse = |(i, row)| softmax_row(row, self.seen(&block, i % rows));
+            let lse = s.chunks_exact_mut(cols).enumerate().map(lse).collect();
+            let mut o = Matrix::new(queries.rows(), hs);
+            let to = ViewMut::of(&mut o, queries.rows(), hs);
+            matmul(Threads::One, to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
+            Part { o, lse }
+        });
+        let sum = parts.reduce(|mut sum, part| {
+            sum.add(&part);
+            sum
+        });
+        sum.expect("a row sees itself")
     }
 
     /// Gradients of q, k and v, side by side as one product of the three projections has them.
@@ -222,11 +304,22 @@ impl Attention {
             return self.backward_on((device, dtype), qkv, o, d_o, saved, spans);
         }
         let [q, k, v] = qkv;
-        let work: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..self.n_head).map(move |h| (s, h))).collect();
-        let parts: Vec<[Matrix; 3]> = work
+        let kinds =
+            |heads: usize| (0..spans.len()).flat_map(move |s| (0..heads).map(move |h| (s, h))).collect::<Vec<_>>();
+        // Those of a group serve all its query heads.
+        let turned: Vec<[Matrix; 2]> = kinds(self.n_query_groups)
+            .par_iter()
+            .map(|(span, head)| {
+                [k, v].map(|view| transposed(self.head(view, *head).slice_rows(spans[*span].k.clone())))
+            })
+            .collect();
+        let parts: Vec<[Matrix; 3]> = kinds(self.n_head)
             .par_iter()
             .with_max_len(1)
-            .map(|(span, head)| self.backward_head([q, k, v, o.view(), d_o.view()], saved, &spans[*span], *head))
+            .map(|(span, head)| {
+                let turned = &turned[span * self.n_query_groups + self.key_head(*head)];
+                self.backward_head([q, k, o.view(), d_o.view()], turned, saved, &spans[*span], *head)
+            })
             .collect();
         let (hs, groups) = (self.head_size, self.n_head / self.n_query_groups);
         let mut d = Matrix::new(q.rows, (self.n_head + 2 * self.n_query_groups) * hs);
@@ -252,18 +345,25 @@ impl Attention {
         d
     }
 
-    /// (dq, dk, dv) of one query head over one sample.
-    fn backward_head(&self, inputs: [View<'_>; 5], saved: &Saved, span: &Span, head: usize) -> [Matrix; 3] {
-        let [q, k, v, o, d_o] = inputs;
+    /// (dq, dk, dv) of one query head over one sample, whose kᵀ and vᵀ are `turned`.
+    fn backward_head(
+        &self,
+        [q, k, o, d_o]: [View<'_>; 4],
+        [kt, vt]: &[Matrix; 2],
+        saved: &Saved,
+        span: &Span,
+        head: usize,
+    ) -> [Matrix; 3] {
         let (n, hs) = (span.q.len(), self.head_size);
         let [q, o, d_o] = [q, o, d_o].map(|view| self.head(view, head));
-        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(head)).slice_rows(span.k.clone()));
+        let k = self.head(k, self.key_head(head)).slice_rows(span.k.clone());
         let [mut dq, mut dk, mut dv] = [Matrix::new(n, hs), Matrix::zeros(n, hs), Matrix::zeros(n, hs)];
         for block in self.blocks(span) {
             let (m, width) = (block.rows.len(), block.keys.len());
             let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
-            let [k, v] = [k, v].map(|view| view.slice_rows(block.keys.clone()));
-            let (mut p, mut ds) = (self.scores(q, k), self.products(1.0, d_o, v));
+            let k = k.slice_rows(block.keys.clone());
+            let [kt, vt] = [kt, vt].map(|turned| Side::N(turned.columns(block.keys.clone())));
+            let (mut p, mut ds) = (self.scores(q, kt, width), self.products(1.0, d_o, vt, width));
             let cols = p.cols();
             for (i, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
                 let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
@@ -279,6 +379,14 @@ impl Attention {
         }
         [dq, dk, dv]
     }
+}
+
+fn transposed(x: View<'_>) -> Matrix {
+    let mut out = Matrix::new(x.cols, x.rows);
+    for row in 0..x.rows {
+        x.row(row).iter().enumerate().for_each(|(col, v)| out[col * x.rows + row] = *v);
+    }
+    out
 }
 
 /// A kernel's variant: tensor cores where types, sizes and addresses allow, and the head size that tiles are padded to.
@@ -508,5 +616,32 @@ mod tests {
         let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &Spans::tail(90, 90));
         let (tail, _) = attention.forward(View::of(&q[80 * 16..], 10, 16), k, v, &Spans::tail(10, 90));
         assert_close(&tail, &whole[80 * 16..], 1e-6);
+    }
+
+    #[test]
+    fn keys_in_several_shares_equal_all_at_once() {
+        // More keys than a share of few queries has and than go together, more heads than go together, and a window that
+        // leaves some shares nothing to see.
+        let (t, hs, new) = (2 * KEYS_OF_FEW + 300, 256, 3);
+        for (n_head, window) in [(2, None), (70, Some(KEYS_OF_FEW))] {
+            let attention = Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, softcap: None, window };
+            let (q, k, v) = (random(new * n_head * hs, 1), random(t * hs, 2), random(t * hs, 3));
+            let (k, v) = (View::of(&k, t, hs), View::of(&v, t, hs));
+            let (got, saved) = attention.forward(View::of(&q, new, n_head * hs), k, v, &Spans::tail(new, t));
+            let mut want = vec![0.0; new * n_head * hs];
+            for (row, head) in (0..new).flat_map(|row| (0..n_head).map(move |head| (row, head))) {
+                let at = row * n_head * hs + head * hs;
+                let last = t - new + row;
+                let seen = window.map_or(0, |w| last + 1 - w)..last + 1;
+                let score = |key: usize| f64::from(0.1 * dot(&q[at..at + hs], k.row(key)));
+                let total: f64 = seen.clone().map(|key| score(key).exp()).sum();
+                assert!((f64::from(saved.lse[head * new + row]) - total.ln()).abs() < 1e-5);
+                for key in seen {
+                    let p = (score(key).exp() / total) as f32;
+                    want[at..at + hs].iter_mut().zip(v.row(key)).for_each(|(o, v)| *o += p * v);
+                }
+            }
+            assert_close(&got, &want, 1e-5);
+        }
     }
 }

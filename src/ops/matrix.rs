@@ -8,7 +8,6 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of one sample within the rows of a micro batch. Attention and positions stay inside a segment.
 pub type Segment = Range<usize>;
@@ -23,11 +22,15 @@ fn take(len: usize) -> Vec<f32> {
     let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let fit = free.partition_point(|buffer| buffer.len() < len);
     // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to this factor,
-    // and a run starts with its longest: then every later request finds the buffer of its like. That first one must not
-    // put small matrices into large buffers, or it would need more of these than are ever full.
-    let longest = if SPARING.load(Ordering::Relaxed) { len + len / 8 } else { 16 * len };
+    // and a run starts with its longest: then every later request finds the buffer of its like.
+    let reuse = *REUSE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let longest = if reuse == Reuse::Any { 16 * len } else { len + len / 8 };
     if free.get(fit).is_some_and(|buffer| buffer.len() <= longest + 1024) {
         return free.remove(fit);
+    }
+    if reuse == Reuse::Steps {
+        drop(free);
+        return vec![0.0; len.next_multiple_of((len.next_power_of_two() / 16).max(1))];
     }
     // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
     if fit > 0 && 2 * free[fit - 1].len() >= len {
@@ -37,14 +40,27 @@ fn take(len: usize) -> Vec<f32> {
     vec![0.0; len]
 }
 
-/// Whether a buffer must be of about the length that is asked for.
-static SPARING: AtomicBool = AtomicBool::new(false);
+/// Which recycled buffer serves a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reuse {
+    /// One that is long enough.
+    Any,
+    /// One of about the length. The first pass of a run, its longest, must not put small matrices into large buffers, or it
+    /// would need more of these than are ever full.
+    Near,
+    /// One of about the length, in steps of a sixteenth; none is given up. A single long pass asks for nearly the same lengths
+    /// layer after layer, and would throw out what the next one needs.
+    Steps,
+}
 
-/// Runs `f`, the longest pass that there will be, so that it leaves no longer buffers than it needs.
-pub fn sparing<R>(f: impl FnOnce() -> R) -> R {
-    SPARING.store(true, Ordering::Relaxed);
+static REUSE: Mutex<Reuse> = Mutex::new(Reuse::Any);
+
+/// Runs `f` with buffers reused in this way.
+pub fn reusing<R>(how: Reuse, f: impl FnOnce() -> R) -> R {
+    let set = |how| *REUSE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = how;
+    set(how);
     let result = f();
-    SPARING.store(false, Ordering::Relaxed);
+    set(Reuse::Any);
     result
 }
 

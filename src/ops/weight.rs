@@ -24,9 +24,9 @@ const PANEL: usize = 1 << 18;
 #[cfg(target_arch = "x86_64")]
 const FEW: usize = 8;
 
-/// Largest relative change of a number that is rounded to bf16.
+/// Half of the largest relative change of a number that is rounded to bf16.
 #[cfg(target_arch = "x86_64")]
-const BF16_ROUNDING: f32 = 1.0 / 512.0;
+const NEGLIGIBLE: f32 = 1.0 / 512.0;
 
 /// Elements of a frozen matrix.
 #[derive(Debug, Clone)]
@@ -188,13 +188,13 @@ impl Weight {
         }
     }
 
-    /// Share of a gradient of its output that does not matter to that of its input: what rounding to its own type may
-    /// change. 0 where leaving it out saves nothing.
+    /// Share of a gradient of its output that does not matter to that of its input: less than rounding it to the weight's own
+    /// type may change. 0 where leaving it out saves nothing.
     #[must_use]
     pub fn negligible(&self) -> f32 {
         #[cfg(target_arch = "x86_64")]
-        if self.is_bf16() && simd::level().is_some() {
-            return BF16_ROUNDING;
+        if self.is_bf16() && simd::level().is_some() && self.rows >= simd::WIDE {
+            return NEGLIGIBLE;
         }
         0.0
     }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::{Gpt, Tokens, Training};
 use crate::ops::device::Dtype;
 use crate::ops::head::Loss;
-use crate::ops::matrix::sparing;
+use crate::ops::matrix::{Reuse, reusing};
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
 pub use progress::Progress;
@@ -167,7 +167,7 @@ struct Window {
     tokens: u64,
     /// Its samples.
     rows: Vec<usize>,
-    /// Those whose own loss is no finite number.
+    /// Those whose own loss is no finite number; where only that of a pass is none, its samples.
     broken: Vec<usize>,
 }
 
@@ -298,7 +298,7 @@ impl Run<'_, '_> {
         let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
         let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
         let gpt = &*self.job.gpt;
-        let _ = sparing(|| in_pool(|| gpt.loss(&tokens, Some(training))));
+        let _ = reusing(Reuse::Near, || in_pool(|| gpt.loss(&tokens, Some(training))));
         gpt.check()
     }
 
@@ -384,7 +384,8 @@ impl Run<'_, '_> {
         // A device is waited for once a window, here.
         for (loss, (_, rows)) in losses.iter().map(Loss::value).zip(passes) {
             if !loss.is_finite() {
-                window.broken.extend(rows.iter().copied().filter(|row| !self.is_finite(*row)));
+                let broken: Vec<usize> = rows.iter().copied().filter(|row| !self.is_finite(*row)).collect();
+                window.broken.extend(if broken.is_empty() { &rows } else { &broken });
             }
             window.loss += loss;
             window.rows.extend(rows);
@@ -396,8 +397,8 @@ impl Run<'_, '_> {
     }
 
     /// Samples of each pass over the micro batches up to `end`, with its first micro batch's number. Micro batches go side
-    /// by side where they are together no longer than the longest that can come: as the loss is a sum over targets,
-    /// nothing changes but that the weights are read less often, and no pass takes more memory than that one.
+    /// by side where they are together no longer than the longest that can come, which the run has room for: as the loss is a sum
+    /// over targets, it is the same but for dropout's masks, and the weights are read less often.
     fn passes(&mut self, end: usize) -> Vec<(usize, Vec<usize>)> {
         let (train, packs) = (self.job.train, self.job.packs);
         let batches: Vec<Vec<usize>> = (self.at.iter..end)
@@ -521,7 +522,7 @@ fn collect(samples: &[Sample], rows: &[usize], ignore_index: i32) -> Tokens {
     tokens
 }
 
-/// Seed of a micro batch's dropout masks (SplitMix64 of run and iteration).
+/// Seed of a pass's dropout masks (SplitMix64 of run and first iteration).
 fn dropout_seed(seed: u64, iter: usize) -> u64 {
     let mut z = seed ^ (iter as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -166,6 +166,15 @@ impl Cuda {
     }
 }
 
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // The device may still be reading what is in flight; one that has failed reads nothing.
+        if self.bind().is_ok() {
+            let _ = self.wait();
+        }
+    }
+}
+
 fn load_kernels(context: &CudaContext) -> Result<Vec<sys::CUmodule>, String> {
     context.bind_to_thread().map_err(text)?;
     // SAFETY: the image is a whole fatbin, and lives as long as the program.

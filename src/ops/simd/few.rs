@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 
-/// Rows of the weight whose sums, 64 bytes each, stay in the first-level cache.
+/// Rows of the weight whose sums, 64 bytes each for a row of x, stay in the first-level cache, of several rows in the second.
 const BLOCK: usize = 256;
 
 /// Rows of some panels side by side that stay there, too.

@@ -190,6 +190,8 @@ unsafe fn fill_block(
     let mut block = [_mm512_setzero_ps(); LANES];
     for (to, token) in block.iter_mut().zip(tokens) {
         let values = &x.row(token)[columns.clone()];
+        // The processor's own prefetcher does not follow columns; the address need not exist.
+        _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(LANES * x.stride).cast());
         // SAFETY: passed on.
         *to = unsafe { if pairs { round_pairs(values) } else { load_f32(values) } };
     }

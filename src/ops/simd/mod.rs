@@ -4,7 +4,8 @@
 //! 32 neighbouring columns, one row after the other; `x Wᵀ` takes single elements of some rows, each time 32 of them side
 //! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
 //!
-//! All are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`). f32 goes through
+//! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`); a few rows of
+//! activations (`few`) and gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through
 //! FMA, as do narrower weights, widened some at a time; bf16 goes through `vdpbf16ps` (pairs of products, f32 sums) where
 //! the processor is faster with it.
 //!
@@ -22,7 +23,7 @@ pub use backward::backward;
 pub use few::few_rows;
 pub use forward::forward;
 pub use small::{is_small, small};
-pub use sparse::{NonZeros, sparse_backward};
+pub use sparse::{NonZeros, WIDE, sparse_backward};
 
 use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};

@@ -11,6 +11,10 @@ use std::ops::Range;
 /// Elements of a right side up to which it stays in the second-level cache, where every row of the left side reads all of it.
 const RIGHT: usize = 128 << 10;
 
+/// Rows of a tile up to which the right side may wait for memory, as in decoding, and so many of its rows that are asked for.
+const NARROW: usize = 3;
+const AHEAD: usize = 8;
+
 /// Whether a product by (k, n) is one for [`small`].
 #[must_use]
 pub fn is_small(k: usize, n: usize) -> bool {
@@ -123,6 +127,12 @@ impl Small {
         let masks = self.masks::<V>(panel);
         let mut sums = [[_mm512_setzero_ps(); V]; R];
         for _ in 0..self.k {
+            if R <= NARROW {
+                for v in 0..V {
+                    let ahead = b.wrapping_add(AHEAD * self.b_row + v * LANES);
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                }
+            }
             // SAFETY: both are inside their views; masked loads read only what is there.
             unsafe {
                 let vectors: [_; V] =

@@ -5,12 +5,12 @@ use super::few::Element;
 use super::tile::LINE;
 use super::{PANEL, Panels, Shared, checked, in_shares, packed_len};
 use crate::ops::matmul::ViewMut;
-use crate::ops::matrix::View;
+use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 
 /// Columns of dy from which on looking for zeros costs next to nothing beside the product.
-const WIDE: usize = 4096;
+pub const WIDE: usize = 4096;
 
 /// One of so many elements may be no zero: each of those takes about five times as long as in the product of all.
 const SPARSE: usize = 8;
@@ -19,31 +19,62 @@ const SPARSE: usize = 8;
 const AHEAD: usize = 8;
 
 /// The elements of a matrix that are not zero, row by row.
-pub struct NonZeros(Vec<Vec<(u32, f32)>>);
+pub struct NonZeros {
+    /// Column, by its bits, and value of one after another.
+    list: Matrix,
+    /// Where each row ends in the list.
+    ends: Vec<usize>,
+}
 
 impl NonZeros {
     /// Those of `x`, if it is wide and they are few.
     pub fn of(x: View<'_>) -> Option<Self> {
         let few = |non_zero: usize, all: usize| non_zero * SPARSE <= all;
         let sample = || (0..x.rows).flat_map(|row| x.row(row).iter().step_by(WIDE / 8));
-        if x.cols < WIDE || !few(sample().filter(|v| **v != 0.0).count(), sample().count()) {
+        let wide = x.cols >= WIDE && x.rows > 0 && u32::try_from(x.cols).is_ok();
+        if !wide || !few(sample().filter(|v| **v != 0.0).count(), sample().count()) {
             return None;
         }
-        let rows: Vec<_> = (0..x.rows).into_par_iter().with_max_len(1).map(|row| non_zeros(x.row(row))).collect();
-        few(rows.iter().map(Vec::len).sum(), x.rows * x.cols).then_some(Self(rows))
+        let count = |row: usize| x.row(row).iter().map(|v| usize::from(*v != 0.0)).sum::<usize>();
+        let mut ends: Vec<usize> = (0..x.rows).into_par_iter().with_max_len(1).map(count).collect();
+        let mut sum = 0;
+        ends.iter_mut().for_each(|end| {
+            sum += *end;
+            *end = sum;
+        });
+        if !few(sum, x.rows * x.cols) {
+            return None;
+        }
+        let mut list = Matrix::new(1, 2 * sum);
+        let mut rest = &mut list[..];
+        let mut parts = Vec::with_capacity(x.rows);
+        for row in 0..x.rows {
+            let start = if row == 0 { 0 } else { ends[row - 1] };
+            let part;
+            (part, rest) = rest.split_at_mut(2 * (ends[row] - start));
+            parts.push(part);
+        }
+        parts.into_par_iter().with_max_len(1).enumerate().for_each(|(row, part)| write_non_zeros(x.row(row), part));
+        Some(Self { list, ends })
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &[[f32; 2]]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, end)| self.list[2 * start..2 * end].as_chunks::<2>().0)
     }
 }
 
-fn non_zeros(row: &[f32]) -> Vec<(u32, f32)> {
-    let mut list = Vec::with_capacity(row.len() / SPARSE);
+fn write_non_zeros(row: &[f32], out: &mut [f32]) {
+    let mut out = out.as_chunks_mut::<2>().0.iter_mut();
     for (chunk, values) in row.chunks(16).enumerate() {
         if values.iter().fold(0, |any, v| any | v.to_bits() << 1) == 0 {
             continue;
         }
-        let at = 16 * chunk as u32;
-        list.extend((at..).zip(values).filter(|(_, v)| **v != 0.0).map(|(i, v)| (i, *v)));
+        for (col, value) in (16 * chunk as u32..).zip(values).filter(|(_, v)| **v != 0.0) {
+            let Some(out) = out.next() else { return };
+            *out = [f32::from_bits(col), *value];
+        }
     }
-    list
 }
 
 /// `dx = dy W`, added to `dx` where `accumulate`; `w` is (rows, cols).
@@ -65,8 +96,8 @@ fn sparse_backward_of<E: Element>(
     dx: ViewMut<'_>,
     accumulate: bool,
 ) {
-    let inside = dy.0.iter().flatten().all(|(row, _)| (*row as usize) < rows);
-    let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == dy.0.len();
+    let inside = dy.rows().flatten().all(|[row, _]| (row.to_bits() as usize) < rows);
+    let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == dy.ends.len();
     assert!(fit && inside && cols > 0, "product: shapes do not fit");
     let (dx_at, stride) = (checked(&dx), dx.stride);
     let dx = Shared(dx.data.as_mut_ptr());
@@ -74,7 +105,7 @@ fn sparse_backward_of<E: Element>(
         for panel in panels {
             let w = w[panel * rows * PANEL..][..rows * PANEL].as_ptr();
             let width = PANEL.min(cols - panel * PANEL);
-            for (token, list) in dy.0.iter().enumerate() {
+            for (token, list) in dy.rows().enumerate() {
                 // SAFETY: `level` found the instructions before this is called; the asserts bound the rows of w and the
                 // elements of dx; each panel's columns are in one share.
                 unsafe {
@@ -95,19 +126,20 @@ fn sparse_backward_of<E: Element>(
 /// # Safety
 /// `w` is a panel that has these rows; the processor has the instructions of `level`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn sums<E: Element>(w: *const E, list: &[(u32, f32)]) -> [f32; PANEL] {
+unsafe fn sums<E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
     /// Sums beside one another, so that products need not wait for those before.
     const CHAINS: usize = 4;
     let mut sums = [[_mm512_setzero_ps(); 2]; CHAINS];
     for (at, group) in list.chunks(CHAINS).enumerate() {
-        for (row, _) in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
+        for [row, _] in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
+            let from = w.wrapping_add(row.to_bits() as usize * PANEL).cast::<i8>();
             for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(*row as usize * PANEL).cast::<i8>().wrapping_add(line));
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line));
             }
         }
-        for (sum, (row, factor)) in sums.iter_mut().zip(group) {
+        for (sum, [row, factor]) in sums.iter_mut().zip(group) {
             // SAFETY: passed on.
-            let [w0, w1] = unsafe { E::halves(w.add(*row as usize * PANEL)) };
+            let [w0, w1] = unsafe { E::halves(w.add(row.to_bits() as usize * PANEL)) };
             let factor = _mm512_set1_ps(*factor);
             *sum = [_mm512_fmadd_ps(factor, w0, sum[0]), _mm512_fmadd_ps(factor, w1, sum[1])];
         }
