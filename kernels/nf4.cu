@@ -97,12 +97,22 @@ struct Scales {
     }
 };
 
+// The value j of the eight that a word of codes holds; the first of a byte is its high half.
+__device__ __forceinline__ float value_of(uint32_t word, int j, const float* levels, float absmax) {
+    return __fmul_rn(levels[word >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15], absmax);
+}
+
+// 16 words in 16 banks of shared memory: any codes are looked up without a conflict.
+__device__ __forceinline__ void load_levels(float* levels, int kind) {
+    if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[kind][threadIdx.x];
+    __syncthreads();
+}
+
 // y (n) = values first..first + n, eight at a time where they are the codes of one aligned word.
 template <class T>
 __device__ void dequantize(const uint8_t* packed, Scales scales, T* y, i64 first, i64 n, int kind) {
-    __shared__ float levels[16];  // 16 words in 16 banks: any codes are looked up without a conflict
-    if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[kind][threadIdx.x];
-    __syncthreads();
+    __shared__ float levels[16];
+    load_levels(levels, kind);
     const i64 thread = i64(blockIdx.x) * blockDim.x + threadIdx.x, threads = i64(gridDim.x) * blockDim.x;
     const bool in_words = first % 8 == 0 && aligned(y) && reinterpret_cast<uintptr_t>(packed + first / 2) % 4 == 0;
     const i64 worded = in_words ? n / 8 * 8 : 0;
@@ -110,7 +120,7 @@ __device__ void dequantize(const uint8_t* packed, Scales scales, T* y, i64 first
         const uint32_t word = *reinterpret_cast<const uint32_t*>(packed + (first + i) / 2);
         const float absmax = scales[(first + i) / QUANT_BLOCK];
         float v[8];
-        for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(levels[word >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15], absmax);
+        for (int j = 0; j < 8; ++j) v[j] = value_of(word, j, levels, absmax);
         store<8>(y + i, v);
     }
     for (i64 i = worded + thread; i < n; i += threads) {
@@ -135,16 +145,6 @@ struct FewRows {
     i64 ldx, ldy;
     bool accumulate;
 };
-
-// The value j of the eight that a word of codes holds; the first of a byte is its high half.
-__device__ __forceinline__ float value_of(uint32_t word, int j, const float* levels, float absmax) {
-    return __fmul_rn(levels[word >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15], absmax);
-}
-
-__device__ __forceinline__ void load_levels(float* levels, int kind) {
-    if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[kind][threadIdx.x];
-    __syncthreads();
-}
 
 template <class T>
 __device__ __forceinline__ void put(T* y, float sum, bool accumulate) {

@@ -139,14 +139,20 @@ struct Measured {
     sha: String,
 }
 
+/// A micro batch whose every token is learned.
+fn batch(rows: &[&[u32]]) -> Tokens {
+    let mut batch = Tokens::default();
+    for ids in rows {
+        batch.push(ids, &ids.iter().map(|id| *id as i32).collect::<Vec<_>>(), -100);
+    }
+    batch
+}
+
 /// The longest micro batch once, as a run does: what it needs of memory is then there.
 fn rehearse(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) {
     let longest = sequences.iter().max_by_key(|ids| ids.len()).unwrap();
     gpt.prepare(longest.len());
-    let mut batch = Tokens::default();
-    for _ in 0..args.micro_batch {
-        batch.push(longest, &longest.iter().map(|id| *id as i32).collect::<Vec<_>>(), -100);
-    }
+    let batch = batch(&vec![&longest[..]; args.micro_batch]);
     let mut grads = gpt.parameters.zeros_like(1, gpt.parameters.cols());
     let training = Training { grads: &mut grads, weight: 1.0, seed: 0, checkpointing: args.checkpointing };
     let _ = in_pool(|| gpt.loss(&batch, Some(training)));
@@ -170,10 +176,7 @@ fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
         }
         let at = iteration * args.micro_batch;
         let rows: Vec<&[u32]> = (at..at + args.micro_batch).map(|row| &sequences[row % sequences.len()][..]).collect();
-        let mut batch = Tokens::default();
-        for ids in &rows {
-            batch.push(ids, &ids.iter().map(|id| *id as i32).collect::<Vec<_>>(), -100);
-        }
+        let batch = batch(&rows);
         let seen = if iteration < args.warmup { python(&rows) } else { format!("[{}, {}]", rows.len(), rows[0].len()) };
         hash.update(seen.as_bytes());
         // The mean of the micro batches' means, as the peers have it.
