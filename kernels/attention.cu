@@ -5,7 +5,8 @@
 //     δ = do·o,  dp = do·v,  ds = p (dp - δ) · cap'(s) · scale,  dq = Σ ds k,  dk = Σ ds q,  dv = Σ p do
 //
 // Dao 2023, FlashAttention-2, arXiv:2307.08691. Query t sees keys first_key(t) ..= t + offset (common.cuh): causal,
-// within its packed sample, within the window. Query head h reads key head h / (n_head / n_query_groups).
+// within its packed sample, within the window; and of the first `prefix` keys, with which all samples begin, those within
+// the window. Query head h reads key head h / (n_head / n_query_groups).
 //
 // Layout: row t of q, k, v, o and their gradients starts at t · ld and holds the heads side by side, so all may lie in
 // one q|k|v matrix. lse, delta: (n_head, tokens), f32. Sums have a fixed order: no atomics, runs repeat bit for bit.
@@ -67,7 +68,7 @@ __device__ __forceinline__ void store_row(T* row, const float (&acc)[J], float f
 // Grid (ceil(tokens / 16), n_head), block 128, shared memory (16 D + 32 (D | 1)) · 4 bytes.
 template <int J, class T>
 __device__ void attention_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
-                              int offset, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
+                              int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
                               float scale, float soft_cap, int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;  // odd: lanes that read one channel of 32 rows meet no bank twice
@@ -84,26 +85,24 @@ __device__ void attention_fwd(const T* q, const T* k, const T* v, T* o, float* l
     const int begin = first_key(segment_start, first, offset, window) / TILE * TILE, end = min(first + ROWS, tokens) + offset;
 
     float acc[OWN][J] = {}, top[OWN], sum[OWN];
-    int low[OWN];
+    Seen seen[OWN];
     for (int r = 0; r < OWN; ++r) {
-        const int row = first + own_row + r;
         top[r] = MINUS_INFINITY;
         sum[r] = 0.0f;
-        low[r] = row < tokens ? first_key(segment_start, row, offset, window) : keys;
+        seen[r] = seen_by(segment_start, first + own_row + r, tokens, offset, prefix, window);
     }
     load_rows(q_rows, head_size, q, ld_q, first, ROWS, tokens, head_size);
-    for (int key0 = begin; key0 < end; key0 += TILE) {
+    for (int key0 = prefix > 0 ? 0 : begin; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
         __syncthreads();
         load_rows(tile, stride, k, ld_k, key0, TILE, keys, head_size);
         __syncthreads();
         float p[OWN];
         dot_tile(p, q_rows + own_row * head_size, tile + lane * stride, head_size);
         for (int r = 0; r < OWN; ++r) {
-            const int key = key0 + lane, row = first + own_row + r;
-            const bool seen = key >= low[r] && key <= row + offset && row < tokens;
-            const float s = seen ? soft_capped(p[r] * scale, soft_cap) : MINUS_INFINITY;
+            const bool is_seen = seen[r].has(key0 + lane);
+            const float s = is_seen ? soft_capped(p[r] * scale, soft_cap) : MINUS_INFINITY;
             const float new_top = fmaxf(top[r], warp_max(s));
-            p[r] = seen ? __expf(s - new_top) : 0.0f;
+            p[r] = is_seen ? __expf(s - new_top) : 0.0f;
             const float shrink = top[r] > MINUS_INFINITY ? __expf(top[r] - new_top) : 0.0f;
             sum[r] = sum[r] * shrink + warp_sum(p[r]);
             top[r] = new_top;
@@ -140,8 +139,8 @@ __device__ void attention_bwd_delta(const T* o, const T* d_o, float* delta, int 
 // Grid (ceil(tokens / 16), n_head), block 128, shared memory (32 D + 64 (D | 1)) · 4 bytes.
 template <int J, class T>
 __device__ void attention_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
-                                 const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q,
-                                 i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
+                                 const int* segment_start, int tokens, int offset, int prefix, int n_head,
+                                 int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;
     float* q_rows = shared;
@@ -150,33 +149,31 @@ __device__ void attention_bwd_dq(const T* q, const T* k, const T* v, const T* d_
     float* v_tile = k_tile + TILE * stride;
     const int first = int(gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
     const int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * OWN;
-    const int begin = first_key(segment_start, first, 0, window) / TILE * TILE, end = min(first + ROWS, tokens);
+    const int keys = tokens + offset;
+    const int begin = first_key(segment_start, first, offset, window) / TILE * TILE, end = min(first + ROWS, tokens) + offset;
 
     float acc[OWN][J] = {}, row_lse[OWN] = {}, row_delta[OWN] = {};
-    int low[OWN];
+    Seen seen[OWN];
     for (int r = 0; r < OWN; ++r) {
         const int row = first + own_row + r;
-        low[r] = tokens;
+        seen[r] = seen_by(segment_start, row, tokens, offset, prefix, window);
         if (row >= tokens) continue;
-        low[r] = first_key(segment_start, row, 0, window);
         row_lse[r] = lse[i64(head) * tokens + row];
         row_delta[r] = delta[i64(head) * tokens + row];
     }
     load_rows(q_rows, head_size, q + i64(head) * head_size, ld_q, first, ROWS, tokens, head_size);
     load_rows(do_rows, head_size, d_o + i64(head) * head_size, ld_do, first, ROWS, tokens, head_size);
-    for (int key0 = begin; key0 < end; key0 += TILE) {
+    for (int key0 = prefix > 0 ? 0 : begin; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
         __syncthreads();
-        load_rows(k_tile, stride, k + i64(group) * head_size, ld_k, key0, TILE, tokens, head_size);
-        load_rows(v_tile, stride, v + i64(group) * head_size, ld_v, key0, TILE, tokens, head_size);
+        load_rows(k_tile, stride, k + i64(group) * head_size, ld_k, key0, TILE, keys, head_size);
+        load_rows(v_tile, stride, v + i64(group) * head_size, ld_v, key0, TILE, keys, head_size);
         __syncthreads();
         float s[OWN], ds[OWN];
         dot_tile(s, q_rows + own_row * head_size, k_tile + lane * stride, head_size);
         dot_tile(ds, do_rows + own_row * head_size, v_tile + lane * stride, head_size);
         for (int r = 0; r < OWN; ++r) {
-            const int key = key0 + lane, row = first + own_row + r;
             const float capped = soft_capped(s[r] * scale, soft_cap);
-            const bool seen = key >= low[r] && key <= row && row < tokens;
-            const float p = seen ? __expf(capped - row_lse[r]) : 0.0f;
+            const float p = seen[r].has(key0 + lane) ? __expf(capped - row_lse[r]) : 0.0f;
             ds[r] = p * (ds[r] - row_delta[r]) * soft_cap_slope(capped, soft_cap) * scale;
         }
         add_tile(acc, ds, k_tile, stride, head_size);
@@ -187,12 +184,12 @@ __device__ void attention_bwd_dq(const T* q, const T* k, const T* v, const T* d_
     }
 }
 
-// Grid (ceil(tokens / 16), n_query_groups), block 128, shared memory as for dq: here the block owns keys, and the tiles
+// Grid (ceil(keys / 16), n_query_groups), block 128, shared memory as for dq: here the block owns keys, and the tiles
 // are of queries, those of every head that reads the key head.
 template <int J, class T>
 __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
-                                  T* dv, const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size,
-                                  i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
+                                  T* dv, const int* segment_start, int tokens, int offset, int prefix, int n_head,
+                                  int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
                                   int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;
@@ -204,19 +201,20 @@ __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d
     const int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * OWN;
 
     float acc_k[OWN][J] = {}, acc_v[OWN][J] = {};
-    load_rows(k_rows, head_size, k + i64(group) * head_size, ld_k, first, ROWS, tokens, head_size);
-    load_rows(v_rows, head_size, v + i64(group) * head_size, ld_v, first, ROWS, tokens, head_size);
+    const int keys = tokens + offset, begin = first < prefix ? 0 : max(0, first - offset) / TILE * TILE;
+    load_rows(k_rows, head_size, k + i64(group) * head_size, ld_k, first, ROWS, keys, head_size);
+    load_rows(v_rows, head_size, v + i64(group) * head_size, ld_v, first, ROWS, keys, head_size);
     for (int head = group * heads; head < (group + 1) * heads; ++head) {
-        for (int row0 = first / TILE * TILE; row0 < tokens; row0 += TILE) {
-            // From the first tile on whose queries see none of these keys, no later one does.
-            if (first_key(segment_start, row0, 0, window) >= first + ROWS) break;
+        for (int row0 = begin; row0 < tokens; row0 += TILE) {
+            // From the first tile on whose queries see none of these keys, no later one does; the prefix any may see.
+            if (first >= prefix && first_key(segment_start, row0, offset, window) >= first + ROWS) break;
             __syncthreads();
             load_rows(q_tile, stride, q + i64(head) * head_size, ld_q, row0, TILE, tokens, head_size);
             load_rows(do_tile, stride, d_o + i64(head) * head_size, ld_do, row0, TILE, tokens, head_size);
             __syncthreads();
             const int row = row0 + lane;
             const bool exists = row < tokens;
-            const int low = exists ? first_key(segment_start, row, 0, window) : tokens;
+            const Seen seen = seen_by(segment_start, row, tokens, offset, prefix, window);
             const float row_lse = exists ? lse[i64(head) * tokens + row] : 0.0f;
             const float row_delta = exists ? delta[i64(head) * tokens + row] : 0.0f;
             float p[OWN], ds[OWN];
@@ -225,7 +223,7 @@ __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d
             for (int r = 0; r < OWN; ++r) {
                 const int key = first + own_row + r;
                 const float capped = soft_capped(p[r] * scale, soft_cap);
-                p[r] = exists && key >= low && key <= row ? __expf(capped - row_lse) : 0.0f;
+                p[r] = seen.has(key) ? __expf(capped - row_lse) : 0.0f;
                 ds[r] = p[r] * (ds[r] - row_delta) * soft_cap_slope(capped, soft_cap) * scale;
             }
             add_tile(acc_v, p, do_tile, stride, head_size);
@@ -234,7 +232,7 @@ __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d
     }
     for (int r = 0; r < OWN; ++r) {
         const int key = first + own_row + r;
-        if (key >= tokens) continue;
+        if (key >= keys) continue;
         store_row(dk + key * ld_dk + i64(group) * head_size, acc_k[r], 1.0f, head_size);
         store_row(dv + key * ld_dv + i64(group) * head_size, acc_v[r], 1.0f, head_size);
     }
@@ -242,24 +240,27 @@ __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d
 
 #define INSTANTIATE_SIZE(T, type, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attention_fwd_##type##_d##D(                                            \
-        const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int n_head,   \
-        int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) { \
-        attention_fwd<D / 32>(q, k, v, o, lse, segment_start, tokens, offset, n_head, n_query_groups, head_size, ld_q, ld_k,  \
-                              ld_v, ld_o, scale, soft_cap, window);                                                           \
+        const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int prefix,   \
+        int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap,   \
+        int window) {                                                                                                         \
+        attention_fwd<D / 32>(q, k, v, o, lse, segment_start, tokens, offset, prefix, n_head, n_query_groups, head_size, ld_q,\
+                              ld_k, ld_v, ld_o, scale, soft_cap, window);                                                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_bwd_dq_##type##_d##D(                                         \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,                        \
-        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
-        i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {                                                      \
-        attention_bwd_dq<D / 32>(q, k, v, d_o, lse, delta, dq, segment_start, tokens, n_head, n_query_groups, head_size,      \
-                                 ld_q, ld_k, ld_v, ld_do, ld_dq, scale, soft_cap, window);                                    \
+        const int* segment_start, int tokens, int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q,\
+        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {                                  \
+        attention_bwd_dq<D / 32>(q, k, v, d_o, lse, delta, dq, segment_start, tokens, offset, prefix, n_head,                 \
+                                 n_query_groups, head_size, ld_q, ld_k, ld_v, ld_do, ld_dq, scale, soft_cap,                  \
+                                 window);                                                                                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_bwd_dkv_##type##_d##D(                                        \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk, T* dv,                 \
-        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
-        i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                                           \
-        attention_bwd_dkv<D / 32>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, n_head, n_query_groups, head_size, \
-                                  ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap, window);                            \
+        const int* segment_start, int tokens, int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q,\
+        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                       \
+        attention_bwd_dkv<D / 32>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, offset, prefix, n_head,            \
+                                 n_query_groups, head_size, ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap,           \
+                                 window);                                                                                     \
     }
 #define INSTANTIATE(T, type)                                                                                                  \
     extern "C" __global__ void attention_bwd_delta_##type(const T* o, const T* d_o, float* delta, int tokens, int n_head,     \

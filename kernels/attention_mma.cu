@@ -106,7 +106,7 @@ __device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, 
 // Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · (D + 8) · 2 bytes.
 template <int D, class T>
 __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
-                                  int offset, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
+                                  int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
                                   float scale, float soft_cap, int window) {
     constexpr int TILE = FORWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
@@ -120,15 +120,17 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
     const int begin = first_key(segment_start, first, offset, window) / TILE * TILE, end = min(first + OWN_ROWS, tokens) + offset;
 
     float acc[D / 8][4] = {}, top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};
-    int row[2], low[2];
+    int row[2];
+    Seen seen[2];
     for (int half = 0; half < 2; ++half) {
         row[half] = first + own + lane / 4 + half * 8;
-        low[half] = row[half] < tokens ? first_key(segment_start, row[half], offset, window) : keys;
+        seen[half] = seen_by(segment_start, row[half], tokens, offset, prefix, window);
     }
     copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
-    copy_rows<D, TILE>(k_tile, k, ld_k, begin, keys, head_size);
+    const int start = prefix > 0 ? 0 : begin;
+    copy_rows<D, TILE>(k_tile, k, ld_k, start, keys, head_size);
     copy_commit();
-    for (int key0 = begin; key0 < end; key0 += TILE) {
+    for (int key0 = start; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
         copy_wait();
         __syncthreads();  // keys are there, and everyone is done with the last tile's values
         copy_rows<D, TILE>(v_tile, v, ld_v, key0, keys, head_size);
@@ -141,8 +143,7 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
-                const bool seen = key >= low[i / 2] && key <= row[i / 2] + offset;
-                p[j][i] = seen ? soft_capped(p[j][i] * scale, soft_cap) : MINUS_INFINITY;
+                p[j][i] = seen[i / 2].has(key) ? soft_capped(p[j][i] * scale, soft_cap) : MINUS_INFINITY;
                 new_top[i / 2] = fmaxf(new_top[i / 2], p[j][i]);
             }
 #pragma unroll
@@ -166,7 +167,8 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
             }
         copy_wait();
         __syncthreads();  // values are there, and everyone is done with the keys
-        if (key0 + TILE < end) copy_rows<D, TILE>(k_tile, k, ld_k, key0 + TILE, keys, head_size);
+        const int next = next_tile(key0, TILE, prefix, begin);
+        if (next < end) copy_rows<D, TILE>(k_tile, k, ld_k, next, keys, head_size);
         copy_commit();
         multiply_tile<D, TILE, D>(acc, p, v_tile);
     }
@@ -180,8 +182,8 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
 // Grid (ceil(tokens / 64), n_head), block 128, shared memory (128 + 2 · BACKWARD_TILE) · (D + 8) · 2 bytes.
 template <int D, class T>
 __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
-                                     const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q,
-                                     i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
+                                     const int* segment_start, int tokens, int offset, int prefix, int n_head,
+                                     int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
     constexpr int TILE = BACKWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
@@ -190,24 +192,24 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
     T* v_tile = k_tile + TILE * STRIDE<D>;
     const int first = int(gridDim.x - 1 - blockIdx.x) * OWN_ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
-    const int begin = first_key(segment_start, first, 0, window) / TILE * TILE, end = min(first + OWN_ROWS, tokens);
+    const int keys = tokens + offset;
+    const int begin = first_key(segment_start, first, offset, window) / TILE * TILE, end = min(first + OWN_ROWS, tokens) + offset;
 
     float acc[D / 8][4] = {}, row_lse[2] = {}, row_delta[2] = {};
-    int row[2], low[2];
+    Seen seen[2];
     for (int half = 0; half < 2; ++half) {
-        row[half] = first + own + lane / 4 + half * 8;
-        low[half] = tokens;
-        if (row[half] >= tokens) continue;
-        low[half] = first_key(segment_start, row[half], 0, window);
-        row_lse[half] = lse[i64(head) * tokens + row[half]];
-        row_delta[half] = delta[i64(head) * tokens + row[half]];
+        const int row = first + own + lane / 4 + half * 8;
+        seen[half] = seen_by(segment_start, row, tokens, offset, prefix, window);
+        if (row >= tokens) continue;
+        row_lse[half] = lse[i64(head) * tokens + row];
+        row_delta[half] = delta[i64(head) * tokens + row];
     }
     copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
     copy_rows<D, OWN_ROWS>(do_rows, d_o + i64(head) * head_size, ld_do, first, tokens, head_size);
-    for (int key0 = begin; key0 < end; key0 += TILE) {
+    for (int key0 = prefix > 0 ? 0 : begin; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
         __syncthreads();
-        copy_rows<D, TILE>(k_tile, k + i64(group) * head_size, ld_k, key0, tokens, head_size);
-        copy_rows<D, TILE>(v_tile, v + i64(group) * head_size, ld_v, key0, tokens, head_size);
+        copy_rows<D, TILE>(k_tile, k + i64(group) * head_size, ld_k, key0, keys, head_size);
+        copy_rows<D, TILE>(v_tile, v + i64(group) * head_size, ld_v, key0, keys, head_size);
         copy_commit();
         copy_wait();
         __syncthreads();
@@ -220,8 +222,7 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
             for (int i = 0; i < 4; ++i) {
                 const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
                 const float capped = soft_capped(s[j][i] * scale, soft_cap);
-                const bool seen = key >= low[i / 2] && key <= row[i / 2];
-                const float p = seen ? __expf(capped - row_lse[i / 2]) : 0.0f;
+                const float p = seen[i / 2].has(key) ? __expf(capped - row_lse[i / 2]) : 0.0f;
                 ds[j][i] = p * (ds[j][i] - row_delta[i / 2]) * soft_cap_slope(capped, soft_cap) * scale;
             }
         multiply_tile<D, TILE, D>(acc, ds, k_tile);
@@ -229,13 +230,13 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
     store_rows<D>(dq + i64(head) * head_size, ld_dq, first + own, tokens, 0, head_size, acc, 1.0f, 1.0f);
 }
 
-// Grid (ceil(tokens / 64), n_query_groups, D == 256 ? 2 : 1), block 128, shared memory as for dq. The block owns keys and
+// Grid (ceil(keys / 64), n_query_groups, D == 256 ? 2 : 1), block 128, shared memory as for dq. The block owns keys and
 // passes over the queries of every head that reads them. With 256 channels each of two blocks sums half of them: all
 // would not fit in registers.
 template <int D, class T>
 __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
-                                      T* dv, const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size,
-                                      i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
+                                      T* dv, const int* segment_start, int tokens, int offset, int prefix, int n_head,
+                                      int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
                                       int window) {
     constexpr int TILE = BACKWARD_TILE<D>, C = D == 256 ? 128 : D;
     DYNAMIC_SHARED(T, shared);
@@ -247,12 +248,13 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
 
     float acc_k[C / 8][4] = {}, acc_v[C / 8][4] = {};
-    copy_rows<D, OWN_ROWS>(k_rows, k + i64(group) * head_size, ld_k, first, tokens, head_size);
-    copy_rows<D, OWN_ROWS>(v_rows, v + i64(group) * head_size, ld_v, first, tokens, head_size);
+    const int keys = tokens + offset, begin = first < prefix ? 0 : max(0, first - offset) / TILE * TILE;
+    copy_rows<D, OWN_ROWS>(k_rows, k + i64(group) * head_size, ld_k, first, keys, head_size);
+    copy_rows<D, OWN_ROWS>(v_rows, v + i64(group) * head_size, ld_v, first, keys, head_size);
     for (int head = group * heads; head < (group + 1) * heads; ++head) {
-        for (int row0 = first; row0 < tokens; row0 += TILE) {
-            // From the first tile on whose queries see none of these keys, no later one does.
-            if (first_key(segment_start, row0, 0, window) >= first + OWN_ROWS) break;
+        for (int row0 = begin; row0 < tokens; row0 += TILE) {
+            // From the first tile on whose queries see none of these keys, no later one does; the prefix any may see.
+            if (first >= prefix && first_key(segment_start, row0, offset, window) >= first + OWN_ROWS) break;
             __syncthreads();
             copy_rows<D, TILE>(q_tile, q + i64(head) * head_size, ld_q, row0, tokens, head_size);
             copy_rows<D, TILE>(do_tile, d_o + i64(head) * head_size, ld_do, row0, tokens, head_size);
@@ -268,14 +270,14 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
                 for (int column = 0; column < 2; ++column) {
                     const int row = row0 + j * 8 + lane % 4 * 2 + column;
                     const bool exists = row < tokens;
-                    const int low = exists ? first_key(segment_start, row, 0, window) : tokens;
+                    const Seen seen = seen_by(segment_start, row, tokens, offset, prefix, window);
                     const float row_lse = exists ? lse[i64(head) * tokens + row] : 0.0f;
                     const float row_delta = exists ? delta[i64(head) * tokens + row] : 0.0f;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int i = half * 2 + column, key = first + own + lane / 4 + half * 8;
                         const float capped = soft_capped(p[j][i] * scale, soft_cap);
-                        p[j][i] = exists && key >= low && key <= row ? __expf(capped - row_lse) : 0.0f;
+                        p[j][i] = seen.has(key) ? __expf(capped - row_lse) : 0.0f;
                         ds[j][i] = p[j][i] * (ds[j][i] - row_delta) * soft_cap_slope(capped, soft_cap) * scale;
                     }
                 }
@@ -283,31 +285,34 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
             multiply_tile<D, TILE, C>(acc_k, ds, q_tile + from);
         }
     }
-    store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, tokens, from, head_size, acc_k, 1.0f, 1.0f);
-    store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, tokens, from, head_size, acc_v, 1.0f, 1.0f);
+    store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, keys, from, head_size, acc_k, 1.0f, 1.0f);
+    store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, keys, from, head_size, acc_v, 1.0f, 1.0f);
     copy_wait();  // copies of rows that no query came for must not outlive the block
 }
 
 #define INSTANTIATE_SIZE(T, type, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attention_mma_fwd_##type##_d##D(                                        \
-        const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int n_head,   \
-        int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) { \
-        attention_mma_fwd<D>(q, k, v, o, lse, segment_start, tokens, offset, n_head, n_query_groups, head_size, ld_q, ld_k,   \
-                             ld_v, ld_o, scale, soft_cap, window);                                                            \
+        const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int prefix,   \
+        int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap,   \
+        int window) {                                                                                                         \
+        attention_mma_fwd<D>(q, k, v, o, lse, segment_start, tokens, offset, prefix, n_head, n_query_groups, head_size, ld_q, \
+                              ld_k, ld_v, ld_o, scale, soft_cap, window);                                                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dq_##type##_d##D(                                     \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,                        \
-        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
-        i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {                                                      \
-        attention_mma_bwd_dq<D>(q, k, v, d_o, lse, delta, dq, segment_start, tokens, n_head, n_query_groups, head_size, ld_q, \
-                                ld_k, ld_v, ld_do, ld_dq, scale, soft_cap, window);                                           \
+        const int* segment_start, int tokens, int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q,\
+        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {                                  \
+        attention_mma_bwd_dq<D>(q, k, v, d_o, lse, delta, dq, segment_start, tokens, offset, prefix, n_head,                  \
+                                 n_query_groups, head_size, ld_q, ld_k, ld_v, ld_do, ld_dq, scale, soft_cap,                  \
+                                 window);                                                                                     \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dkv_##type##_d##D(                                    \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk, T* dv,                 \
-        const int* segment_start, int tokens, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v,    \
-        i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                                           \
-        attention_mma_bwd_dkv<D>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, n_head, n_query_groups, head_size,  \
-                                 ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap, window);                             \
+        const int* segment_start, int tokens, int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q,\
+        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                       \
+        attention_mma_bwd_dkv<D>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, offset, prefix, n_head,             \
+                                 n_query_groups, head_size, ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap,           \
+                                 window);                                                                                     \
     }
 #define INSTANTIATE(T, type)      \
     INSTANTIATE_SIZE(T, type, 64) \

@@ -121,11 +121,32 @@ __device__ __forceinline__ float block_max(float v) {
 
 // --- Which keys a query sees (attention.cu, attention_mma.cu) ---
 
-// The first key that query `row` sees; the last is `row + offset`. Does not decrease with `row`.
+// The first key of its own that query `row` sees; the last is `row + offset`. Does not decrease with `row`.
 // `segment_start` (null: all 0) is where each query's sample starts, `window` (0: none) counts the query itself.
 __device__ __forceinline__ int first_key(const int* segment_start, int row, int offset, int window) {
     const int start = segment_start ? segment_start[row] : 0;
     return window > 0 ? max(start, row + offset - window + 1) : start;
+}
+
+// The keys that a query sees: some of its sample's own, and some of the `prefix` first ones, with which all samples begin.
+struct Seen {
+    int from, last, prefix_from, prefix;
+
+    __device__ __forceinline__ bool has(int key) const {
+        return key <= last && (key >= from || (key < prefix && key >= prefix_from));
+    }
+};
+
+__device__ __forceinline__ Seen seen_by(const int* segment_start, int row, int tokens, int offset, int prefix, int window) {
+    if (row >= tokens) return {0, -1, 0, 0};
+    const int start = segment_start && prefix > 0 ? segment_start[row] : prefix, position = prefix + row + offset - start;
+    return {first_key(segment_start, row, offset, window), row + offset, window > 0 ? max(0, position - window + 1) : 0, prefix};
+}
+
+// The tile of keys after the one at `key`, for queries that see of their own none before the tile at `begin`.
+__device__ __forceinline__ int next_tile(int key, int tile, int prefix, int begin) {
+    key += tile;
+    return key >= prefix && key < begin ? begin : key;
 }
 
 // cap · tanh(s / cap), the soft cap on scores and logits (Gemma 2, arXiv:2408.00118); 0 stands for no cap.

@@ -3,7 +3,7 @@
 
 use crate::emulated;
 use crate::golden::{
-    Fixture, batch, cases, check_generation, check_training, deviation, each, json, largest_difference, load_on,
+    Fixture, batch, cases, check_generation, check_prefix, check_training, deviation, each, json, largest_difference, load_on,
     logits, root, within,
 };
 use litgpt::checkpoint::adapter;
@@ -13,7 +13,7 @@ use litgpt::ops::weight::Store;
 use std::path::Path;
 
 fn check_model(device: &Device, dir: &Path) {
-    let Some((_, gpt)) = load_on(Some(device), dir, Store::F32, None) else { return };
+    let Some((_, mut gpt)) = load_on(Some(device), dir, Store::F32, None) else { return };
     let (fixture, golden) = (Fixture::read(&dir.join("golden.safetensors")), json(&dir.join("golden.json")));
     let rows = fixture.rows("input_ids");
     let want = &fixture.get("logits").1;
@@ -24,6 +24,7 @@ fn check_model(device: &Device, dir: &Path) {
     if let Some(generation) = golden.get("generation") {
         check_generation(&gpt, generation);
     }
+    check_prefix(&mut gpt, 1e-5);
     device.check().unwrap();
 }
 

@@ -7,7 +7,9 @@ use litgpt::checkpoint::write::Staging;
 use litgpt::checkpoint::{Checkpoint, adapter, merge};
 use litgpt::error::Error;
 use litgpt::model::families::HfConfig;
+use litgpt::model::lora::LoraConfig;
 use litgpt::model::{Gpt, Tokens, Training};
+use litgpt::ops::Matrix;
 use litgpt::ops::device::Device;
 use litgpt::ops::optimizer::{AdamW, Moments};
 use litgpt::ops::quantized::Quantizer;
@@ -127,7 +129,7 @@ fn golden_models() {
     let Some(root) = root() else { return };
     let (mut run, mut unsupported) = (0, 0);
     let all = each(&cases(&root, "models", "golden.safetensors"), |dir| {
-        let Some((checkpoint, gpt)) = load(dir) else {
+        let Some((checkpoint, mut gpt)) = load(dir) else {
             unsupported += 1;
             return;
         };
@@ -147,6 +149,7 @@ fn golden_models() {
             let config = (checkpoint.family.config)(&HfConfig::read(&v5).unwrap()).unwrap();
             assert_eq!(config, checkpoint.config, "{}", v5.display());
         }
+        check_prefix(&mut gpt, 1e-5);
         run += 1;
     });
     println!("golden models: {run} passed, {unsupported} of families that are not supported yet");
@@ -239,6 +242,48 @@ fn check_merge(dir: &Path, checkpoint: &Checkpoint, gpt: &Gpt, rows: &[Vec<i32>]
     let (_, merged) = load(&merged).unwrap();
     let want = logits(gpt, rows);
     within("merged against adapted logits", largest_difference(&logits(&merged, rows), &want) / deviation(&want), 1e-4);
+}
+
+/// A prefix that is computed once gives the loss and the gradients of whole samples. The model's adapters are replaced.
+pub fn check_prefix(gpt: &mut Gpt, tolerance: f32) {
+    gpt.attach(|_| Some(LoraConfig { r: 4, alpha: 8.0, rslora: false, dropout: 0.0 }));
+    let parameters: Vec<f32> =
+        (0..gpt.parameters.cols()).map(|i| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.2).collect();
+    gpt.set_parameters(&Matrix::from_slice(1, parameters.len(), &parameters));
+    // Longer than the windows of the tiny models; what follows takes two passes, one of two samples and one of one.
+    let token = |i: usize| (i * 31 % (gpt.config.vocab_size - 1)) as i32 + 1;
+    let prefix: Vec<i32> = (0..21).map(token).collect();
+    let sample = |own: std::ops::Range<usize>| [prefix.clone(), own.map(|i| token(i + 50)).collect()].concat();
+    let rows = [sample(0..9), sample(3..4), sample(5..30)];
+    let labels = rows.each_ref().map(|row| [&[-100, -100], &row[2..]].concat());
+    let whole = batch(&rows, &labels);
+    for checkpointing in [false, true] {
+        let [mut want, mut got] = [(); 2].map(|()| gpt.parameters.zeros_like(1, gpt.parameters.cols()));
+        let want_loss = gpt.loss(&whole, Some(Training { grads: &mut want, weight: 0.5, seed: 1, checkpointing }));
+        // The last row of the prefix stays with the samples: they go on differently.
+        let shared = prefix.len() - 1;
+        let mut tokens = Tokens::default();
+        tokens.push_part(&ids(&rows[0]), &labels[0], -100, 0..shared);
+        let training = Training { grads: &mut got, weight: 0.5 * rows.len() as f32, seed: 1, checkpointing };
+        let (mut begun, loss) = gpt.begin(&tokens, Some(training));
+        let mut loss = loss.value() * rows.len() as f64;
+        for samples in [&[0, 1][..], &[2]] {
+            let mut tokens = Tokens { past: shared, ..Tokens::default() };
+            for i in samples {
+                tokens.push_part(&ids(&rows[*i]), &labels[*i], -100, shared..rows[*i].len());
+            }
+            let training = Training { grads: &mut got, weight: 0.5, seed: 2, checkpointing };
+            loss += gpt.pass(&tokens, Some(&mut begun), Some(training)).value();
+        }
+        gpt.finish(begun, &mut got);
+        within("loss after a prefix, relative", (loss / want_loss - 1.0).abs() as f32, tolerance);
+        let (got, want) = (got.to_host(), want.to_host());
+        let error = tensors(gpt).into_iter().map(|(_, range)| {
+            let scale = want[range.clone()].iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+            largest_difference(&got[range.clone()], &want[range]) / scale
+        });
+        within("gradients after a prefix", error.fold(0.0, f32::max), 100.0 * tolerance);
+    }
 }
 
 /// Ten steps of AdamW give PEFT's losses, first gradients and final adapter.

@@ -183,7 +183,7 @@ fn run(args: &Args, gpt: &mut Gpt, sequences: &[Vec<u32>]) -> Measured {
         let weight = 1.0 / (batch.n_targets() * args.accumulate) as f32;
         let training =
             Training { grads: &mut grads, weight, seed: iteration as u64, checkpointing: args.checkpointing };
-        losses.push((in_pool(|| gpt.pass(&batch, Some(training))), batch.n_targets()));
+        losses.push((in_pool(|| gpt.pass(&batch, None, Some(training))), batch.n_targets()));
         if (iteration + 1) % args.accumulate == 0 {
             adamw.step(&mut gpt.parameters, &grads, 1.0, &mut moments, schedule.at(iteration / args.accumulate));
             grads.zero();

@@ -10,19 +10,31 @@ struct AttentionCase {
     float soft_cap;
     int window;
     std::vector<int> segments;  // where samples start, 0 first; empty: none told
-    int offset = 0;             // keys before the first query; forward only
+    int offset = 0;             // keys before the first query
     int gap = 0;                // what rows are wider than their heads
+    int prefix = 0;             // keys that all samples begin with, no more than `offset`
 
     float scale() const { return 1.3f / std::sqrt(float(head_size)); }
+    // At which key the sample of each query starts, or goes on after the prefix.
     std::vector<int> starts() const {
         std::vector<int> out(tokens, 0);
         for (int start : segments)
-            for (int t = start; t < tokens; ++t) out[t] = start;
+            for (int t = start; t < tokens; ++t) out[t] = start + prefix;
+        return out;
+    }
+    // The keys that a query sees.
+    std::vector<int> seen(int t) const {
+        const int start = starts()[t], last = t + offset, position = prefix + last - start;
+        std::vector<int> out;
+        for (int j = 0; j < prefix; ++j)
+            if (window == 0 || position - j < window) out.push_back(j);
+        for (int j = start; j <= last; ++j)
+            if (window == 0 || last - j < window) out.push_back(j);
         return out;
     }
     std::string name(const char* kernel) const {
         return check::with(kernel, {{"T", tokens}, {"H", n_head}, {"G", n_query_groups}, {"D", head_size}, {"cap", soft_cap},
-                                    {"window", window}, {"segments", double(segments.size())}, {"offset", offset}, {"gap", gap}});
+                                    {"window", window}, {"segments", double(segments.size())}, {"offset", offset}, {"prefix", prefix}, {"gap", gap}});
     }
 };
 
@@ -42,15 +54,14 @@ struct Dense {
         dq.assign(q.size(), 0);
         dk.assign(k.size(), 0);
         dv.assign(v.size(), 0);
-        const std::vector<int> starts = c.starts();
         for (int t = 0; t < c.tokens; ++t)
             for (int h = 0; h < H; ++h) {
-                const int last = t + c.offset, g = h / (H / G);
-                const int first = c.window > 0 ? std::max(starts[t], last - c.window + 1) : starts[t];
+                const int g = h / (H / G);
+                const std::vector<int> seen = c.seen(t);
                 const size_t at = (size_t(t) * H + h) * D;
                 std::vector<double> p, slope;
                 double top = -1e300, sum = 0;
-                for (int j = first; j <= last; ++j) {
+                for (int j : seen) {
                     double s = 0, tangent = 0;
                     for (int d = 0; d < D; ++d) s += q[at + d] * k[(size_t(j) * G + g) * D + d];
                     s *= double(c.scale());
@@ -65,17 +76,17 @@ struct Dense {
                 for (double& x : p) sum += x = std::exp(x - top);
                 lse[size_t(h) * c.tokens + t] = top + std::log(sum);
                 double& do_o = delta[size_t(h) * c.tokens + t];
-                for (int j = first; j <= last; ++j)
+                for (size_t i = 0; i < seen.size(); ++i)
                     for (int d = 0; d < D; ++d) {
-                        const double part = p[j - first] / sum * v[(size_t(j) * G + g) * D + d];
+                        const double part = p[i] / sum * v[(size_t(seen[i]) * G + g) * D + d];
                         o[at + d] += part;
                         if (gradients) do_o += d_o[at + d] * part;
                     }
-                for (int j = first; gradients && j <= last; ++j) {
-                    const size_t key = (size_t(j) * G + g) * D;
+                for (size_t i = 0; gradients && i < seen.size(); ++i) {
+                    const size_t key = (size_t(seen[i]) * G + g) * D;
                     double dp = 0;
                     for (int d = 0; d < D; ++d) dp += d_o[at + d] * v[key + d];
-                    const double prob = p[j - first] / sum, ds = prob * (dp - do_o) * slope[j - first] * double(c.scale());
+                    const double prob = p[i] / sum, ds = prob * (dp - do_o) * slope[i] * double(c.scale());
                     for (int d = 0; d < D; ++d) {
                         dv[key + d] += prob * d_o[at + d];
                         dk[key + d] += ds * q[at + d];
@@ -201,21 +212,17 @@ void test_attention(const AttentionCase& c, const AttentionLaunch& launch) {
     const i64 ld_h = i64(H) * D + c.gap, ld_g = i64(G) * D + c.gap;
     const std::vector<int> starts = c.starts();
     const int* segment_start = c.segments.empty() ? nullptr : starts.data();
-    if (c.offset)
-        dense.forward(c);
-    else
-        dense.backward(c);
+    dense.backward(c);
 
     check::Buffer<T> o(q.size());
     check::Buffer<float> lse(size_t(T_) * H);
     emulate::launch(dim3((T_ + launch.rows - 1) / launch.rows, H), dim3(launch.threads), launch.fwd_bytes, [&] {
-        Kernels::fwd(q.data(), k.data(), v.data(), o.data(), lse.data(), segment_start, T_, c.offset, H, G, D, ld_h, ld_g, ld_g, ld_h,
-                     c.scale(), c.soft_cap, c.window);
+        Kernels::fwd(q.data(), k.data(), v.data(), o.data(), lse.data(), segment_start, T_, c.offset, c.prefix, H, G, D, ld_h,
+                     ld_g, ld_g, ld_h, c.scale(), c.soft_cap, c.window);
     });
     const std::string what = c.name(launch.name);
     attention_close(what + " o", o, dense.o, H * D, c.gap, launch.slack);
     check::close(what + " lse", lse.data(), dense.lse, 1e-5);
-    if (c.offset) return;
 
     // δ is compared for the rounded o that the kernel is given; what follows gets the exact δ and lse, so that its own
     // error is not hidden behind theirs.
@@ -229,12 +236,12 @@ void test_attention(const AttentionCase& c, const AttentionLaunch& launch) {
     std::copy(dense.lse.begin(), dense.lse.end(), lse.begin());
     check::Buffer<T> dq(q.size()), dk(k.size()), dv(v.size());
     emulate::launch(dim3((T_ + launch.rows - 1) / launch.rows, H), dim3(launch.threads), launch.bwd_bytes, [&] {
-        Kernels::dq(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dq.data(), segment_start, T_, H, G, D, ld_h, ld_g,
-                    ld_g, ld_h, ld_h, c.scale(), c.soft_cap, c.window);
+        Kernels::dq(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dq.data(), segment_start, T_, c.offset, c.prefix,
+                    H, G, D, ld_h, ld_g, ld_g, ld_h, ld_h, c.scale(), c.soft_cap, c.window);
     });
-    emulate::launch(dim3((T_ + launch.keys - 1) / launch.keys, G, launch.dkv_blocks), dim3(launch.threads), launch.bwd_bytes, [&] {
-        Kernels::dkv(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dk.data(), dv.data(), segment_start, T_, H, G, D,
-                     ld_h, ld_g, ld_g, ld_h, ld_g, ld_g, c.scale(), c.soft_cap, c.window);
+    emulate::launch(dim3((keys + launch.keys - 1) / launch.keys, G, launch.dkv_blocks), dim3(launch.threads), launch.bwd_bytes, [&] {
+        Kernels::dkv(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dk.data(), dv.data(), segment_start, T_, c.offset,
+                     c.prefix, H, G, D, ld_h, ld_g, ld_g, ld_h, ld_g, ld_g, c.scale(), c.soft_cap, c.window);
     });
     attention_close(what + " dq", dq, dense.dq, H * D, c.gap, launch.slack);
     attention_close(what + " dk", dk, dense.dk, G * D, c.gap, launch.slack);
@@ -250,6 +257,10 @@ inline std::vector<AttentionCase> attention_cases() {
         {50, 2, 1, 24, 1.5f, 40, {0, 33}, 0, 8},
         {5, 2, 1, 8, 0.0f, 0, {}, 41},
         {3, 2, 2, 16, 0.0f, 7, {}, 70},
+        // Samples after a prefix, a window that reaches into it or does not, one that ends inside a tile of keys.
+        {40, 2, 1, 16, 0.0f, 0, {0, 1, 30}, 37, 0, 37},
+        {60, 4, 2, 16, 1.5f, 20, {0, 33}, 70, 8, 70},
+        {90, 1, 1, 8, 0.0f, 45, {0, 3, 80}, 5, 0, 5},
     };
 }
 
@@ -282,6 +293,8 @@ void test_attentions_mma() {
         if (c.head_size % 8 == 0 && c.gap % 8 == 0) test_attention<T, MmaKernels<T, 64>>(c, mma_launch<T, 64>());
     // More than one block, tiles that nobody sees, samples that begin inside a tile.
     test_attention<T, MmaKernels<T, 64>>({150, 2, 1, 64, 3.0f, 50, {0, 7, 90}, 0, 8}, mma_launch<T, 64>());
+    test_attention<T, MmaKernels<T, 64>>({150, 2, 1, 32, 0.0f, 0, {0, 7, 90, 149}, 130, 8, 130}, mma_launch<T, 64>());
+    test_attention<T, MmaKernels<T, 64>>({150, 1, 1, 16, 0.0f, 60, {0, 90}, 70, 0, 70}, mma_launch<T, 64>());
     test_attention<T, MmaKernels<T, 128>>({70, 2, 1, 80, 0.0f, 0, {}}, mma_launch<T, 128>());
     test_attention<T, MmaKernels<T, 128>>({66, 1, 1, 128, 0.0f, 33, {0, 40}, 0, 16}, mma_launch<T, 128>());
     test_attention<T, MmaKernels<T, 256>>({67, 2, 1, 256, 5.0f, 0, {0, 3}}, mma_launch<T, 256>());

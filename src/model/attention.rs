@@ -23,6 +23,10 @@ pub struct Pass<'a> {
     pub seed: Option<u64>,
     /// Rotary tables, and those of windowed layers where they differ.
     pub rope: &'a [Tables; 2],
+    /// Keys and values of this layer that all samples begin with: (L, 2 · `kv_cols`).
+    pub past: Option<&'a Matrix>,
+    /// Gradients of this pass's own keys and values, in f32, from passes that went on from them: (T, 2 · `kv_cols`).
+    pub later: Option<&'a Matrix>,
 }
 
 /// Keys and values of one layer over the tokens so far.
@@ -131,6 +135,40 @@ impl Attention {
         Projected { qkv, clipped, before_norm, h }
     }
 
+    /// Columns of keys and values.
+    fn kv_columns(&self) -> Range<usize> {
+        let [_, k, v] = self.columns();
+        k.start..v.end
+    }
+
+    /// Keys and values of the past and, below them, those of a pass.
+    fn after(&self, past: &Matrix, qkv: &Matrix) -> Matrix {
+        let own = qkv.columns(self.kv_columns());
+        let mut kv = qkv.new_like(past.rows() + own.rows, own.cols);
+        let (past_end, end) = (past.rows() * own.cols, (past.rows() + own.rows) * own.cols);
+        rows::copy(past.view(), &mut kv.part_mut(0..past_end, own.cols));
+        rows::copy(own, &mut kv.part_mut(past_end..end, own.cols));
+        kv
+    }
+
+    /// q, k and v as the scores take them; `kv` is from `after`, where there is a past.
+    fn views<'a>(&self, qkv: &'a Matrix, kv: Option<&'a Matrix>) -> [View<'a>; 3] {
+        let [q, k, v] = self.columns().map(|c| qkv.columns(c));
+        kv.map_or([q, k, v], |kv| [q, kv.columns(0..k.cols), kv.columns(k.cols..k.cols + v.cols)])
+    }
+
+    /// Keys and values of a forward.
+    ///
+    /// # Shapes
+    /// Returns (T, 2 · `kv_cols`).
+    #[must_use]
+    pub fn keys_and_values(&self, saved: &Saved) -> Matrix {
+        let own = saved.qkv.columns(self.kv_columns());
+        let mut kv = saved.qkv.new_like(own.rows, own.cols);
+        rows::copy(own, &mut kv.view_mut());
+        kv
+    }
+
     /// Attention over the samples of a micro batch, up to the output projection.
     ///
     /// # Shapes
@@ -138,7 +176,8 @@ impl Attention {
     #[must_use]
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> Saved {
         let Projected { qkv, clipped, before_norm, h } = self.project(pass, x);
-        let [q, k, v] = self.columns().map(|c| qkv.columns(c));
+        let kv = pass.past.map(|past| self.after(past, &qkv));
+        let [q, k, v] = self.views(&qkv, kv.as_ref());
         let (o, core) = self.core.forward(q, k, v, pass.spans);
         Saved { qkv, clipped, before_norm, h, core, o }
     }
@@ -169,8 +208,18 @@ impl Attention {
         dx: Option<(&mut Matrix, bool)>,
     ) {
         let [q_cols, k_cols, _] = self.columns();
-        let qkv = self.columns().map(|c| saved.qkv.columns(c));
+        let kv = pass.past.map(|past| self.after(past, &saved.qkv));
+        let qkv = self.views(&saved.qkv, kv.as_ref());
         let mut d = self.core.backward(qkv, &saved.o, d_o, &saved.core, pass.spans);
+        if let Some(past) = &mut to.past {
+            d = self.split(&d, past);
+        }
+        if let Some(later) = pass.later {
+            let mut own = d.new_like(later.rows(), later.cols());
+            rows::copy(d.columns(self.kv_columns()), &mut own.view_mut());
+            rows::add_scaled(&mut own, later, 1.0);
+            rows::copy(own.view(), &mut d.columns_mut(self.kv_columns()));
+        }
         if let Some(tables) = self.rope {
             pass.rope[tables].backward(&mut d, q_cols.start..k_cols.end, self.core.head_size, pass.positions);
         }
@@ -182,5 +231,17 @@ impl Attention {
             clip::backward(&mut d, clipped);
         }
         self.qkv.backward(to, &d, x, &saved.h, pass.seed, dx);
+    }
+
+    /// The gradients of a pass's own rows; those of its past's keys and values are added to `past`.
+    fn split(&self, d: &Matrix, past: &mut Matrix) -> Matrix {
+        let (above, cols) = (past.rows() * d.cols(), d.cols());
+        let mut of_past = d.new_like(past.rows(), past.cols());
+        rows::copy(d.part(0..above, cols).slice_cols(self.kv_columns()), &mut of_past.view_mut());
+        rows::add_scaled(past, &of_past, 1.0);
+        let own = d.part(above..d.rows() * cols, cols);
+        let mut out = d.new_like(own.rows, cols);
+        rows::copy(own, &mut out.view_mut());
+        out
     }
 }

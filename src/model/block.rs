@@ -125,6 +125,15 @@ impl Block {
         (y, Saved { x, attention, attention_h, attention_raw, middle, mlp, mlp_raw })
     }
 
+    /// Keys and values of a forward, for passes that go on from them.
+    ///
+    /// # Shapes
+    /// Returns (T, 2 · `kv_cols`).
+    #[must_use]
+    pub fn keys_and_values(&self, saved: &Saved) -> Matrix {
+        self.attention.keys_and_values(&saved.attention)
+    }
+
     /// Output of the block for new tokens after those that `cache` keeps.
     #[must_use]
     pub fn decode(&self, pass: &Pass<'_>, x: Matrix, cache: &mut LayerCache) -> Matrix {

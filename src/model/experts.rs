@@ -199,7 +199,7 @@ mod tests {
             let saved = experts.forward(&pass, &x, &mut y, true);
             assert_close(&y, &oracle.y.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
             let mut grads = Matrix::zeros(1, len);
-            let mut to = Gradients { parameters: &parameters, grads: &mut grads };
+            let mut to = Gradients { parameters: &parameters, grads: &mut grads, past: None };
             let mut dx = Matrix::new(T, C);
             let dy = Matrix::from_slice(T, C, &dy);
             experts.backward(&pass, &mut to, &dy, || x.clone(), saved, Some((&mut dx, false)));

@@ -43,6 +43,8 @@ pub struct Gradients<'a> {
     pub parameters: &'a Matrix,
     /// Their gradients, added to.
     pub grads: &'a mut Matrix,
+    /// Gradients of the keys and values of `Pass::past`, added to.
+    pub past: Option<&'a mut Matrix>,
 }
 
 impl Linear {

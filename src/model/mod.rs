@@ -15,9 +15,11 @@ pub mod linear;
 pub mod load;
 pub mod lora;
 pub mod mlp;
+pub mod prefix;
 
 pub use config::Config;
 pub use load::Source;
+pub use prefix::Prefix;
 
 use crate::error::{Error, Result};
 use crate::ops::attention::Spans;
@@ -64,16 +66,23 @@ pub struct Tokens {
     pub targets: Vec<Option<u32>>,
     /// The samples.
     pub segments: Vec<Segment>,
+    /// Position of each sample's first token, 0 unless they go on after a prefix.
+    pub past: usize,
 }
 
 impl Tokens {
     /// Appends a sample; label `t` is predicted from position `t - 1`, and labels equal to `ignore_index` are not
     /// learned.
     pub fn push(&mut self, ids: &[u32], labels: &[i32], ignore_index: i32) {
+        self.push_part(ids, labels, ignore_index, 0..ids.len());
+    }
+
+    /// Appends some positions of a sample, as a sample.
+    pub fn push_part(&mut self, ids: &[u32], labels: &[i32], ignore_index: i32, part: Range<usize>) {
         let start = self.ids.len();
-        self.ids.extend_from_slice(ids);
-        let next = labels.iter().skip(1).map(|l| (*l != ignore_index).then_some(*l as u32));
-        self.targets.extend(next.chain(std::iter::once(None)).take(ids.len()));
+        let target = |at: usize| labels.get(at + 1).filter(|l| **l != ignore_index).map(|l| *l as u32);
+        self.ids.extend_from_slice(&ids[part.clone()]);
+        self.targets.extend(part.map(target));
         self.segments.push(start..self.ids.len());
     }
 
@@ -83,12 +92,13 @@ impl Tokens {
         self.targets.iter().flatten().count()
     }
 
+    /// Positions that its samples need.
     fn longest(&self) -> usize {
-        self.segments.iter().map(Range::len).max().unwrap_or(0)
+        self.segments.iter().map(|s| self.past + s.len()).max().unwrap_or(0)
     }
 
     fn positions(&self) -> Constant<u32> {
-        self.segments.iter().flat_map(|s| 0..s.len() as u32).collect()
+        self.segments.iter().flat_map(|s| (self.past..self.past + s.len()).map(|p| p as u32)).collect()
     }
 }
 
@@ -153,9 +163,29 @@ pub fn device_error(failure: Failure) -> Error {
 }
 
 /// What a block's backward starts from.
+#[derive(Debug)]
 enum Kept {
     Input(Matrix),
     All(Box<block::Saved>),
+}
+
+/// A pass after its forward.
+#[derive(Debug)]
+struct Begun {
+    positions: Constant<u32>,
+    spans: Spans,
+    seed: Option<u64>,
+    /// From the lowest adapted block on; none outside training.
+    kept: Vec<Kept>,
+    /// Gradient of the last block's output.
+    dx: Option<Matrix>,
+}
+
+impl Begun {
+    fn pass<'a>(&'a self, parameters: &'a Matrix, rope: &'a [Tables; 2]) -> Pass<'a> {
+        let (positions, spans) = (&self.positions, &self.spans);
+        Pass { parameters, positions, spans, seed: self.seed, rope, past: None, later: None }
+    }
 }
 
 impl Gpt {
@@ -271,34 +301,60 @@ impl Gpt {
         Transform { scale: self.config.logit_scale, softcap: self.config.final_softcap }
     }
 
+    /// The lowest block with an adapter; gradients flow from there on.
+    fn lowest(&self) -> usize {
+        self.blocks.iter().position(Block::adapted).unwrap_or(self.blocks.len())
+    }
+
     /// Sum of the losses in nats over all targets; with `training`, the adapters' gradients too.
     ///
     /// # Panics
     /// As [`Self::pass`].
     #[must_use]
     pub fn loss(&self, tokens: &Tokens, training: Option<Training<'_>>) -> f64 {
-        self.pass(tokens, training).value()
+        self.pass(tokens, None, training).value()
     }
 
-    /// As [`Self::loss`], without waiting for a device: the sum is there when it is asked for.
+    /// As [`Self::loss`], without waiting for a device: the sum is there when it is asked for. The samples go on after
+    /// `prefix`, if given.
     ///
     /// # Panics
-    /// When `prepare` was not called for samples of this length, or an id is outside the vocabulary.
+    /// When `prepare` was not called for samples of this length, an id is outside the vocabulary, or the tokens stand
+    /// elsewhere than behind the prefix.
     #[must_use]
-    pub fn pass(&self, tokens: &Tokens, mut training: Option<Training<'_>>) -> Loss {
-        self.require_prepared(tokens.longest());
-        let (positions, spans) = (tokens.positions(), Spans::whole(&tokens.segments));
+    pub fn pass(&self, tokens: &Tokens, prefix: Option<&mut Prefix>, mut training: Option<Training<'_>>) -> Loss {
         let parameters = self.parameters_of_products();
+        let (begun, loss) = self.forward(&parameters, tokens, prefix.as_deref(), &mut training, |_, _| {});
+        if let Some(training) = training {
+            self.backward(&parameters, begun, prefix, &[], training.grads);
+        }
+        loss
+    }
+
+    /// The forward of a pass, its loss, and the backward of its head; `visit` sees what each block saved.
+    fn forward(
+        &self,
+        parameters: &Matrix,
+        tokens: &Tokens,
+        prefix: Option<&Prefix>,
+        training: &mut Option<Training<'_>>,
+        mut visit: impl FnMut(&Block, &block::Saved),
+    ) -> (Begun, Loss) {
+        self.require_prepared(tokens.longest());
+        assert_eq!(tokens.past, prefix.map_or(0, Prefix::len), "tokens stand behind their prefix");
+        let (positions, spans) = (tokens.positions(), Spans::after(tokens.past, &tokens.segments));
         let seed = training.as_ref().map(|t| t.seed);
-        let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed, rope: &self.rope };
-        let lowest = self.blocks.iter().position(Block::adapted).unwrap_or(self.blocks.len());
+        let mut begun = Begun { positions, spans, seed, kept: Vec::new(), dx: None };
+        let pass = begun.pass(parameters, &self.rope);
+        let lowest = self.lowest();
         let checkpointing = training.as_ref().is_some_and(|t| t.checkpointing);
         let mut x = self.embed(&tokens.ids);
         let mut kept = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             let keep = training.is_some() && layer >= lowest;
             let input = (keep && checkpointing).then(|| x.clone());
-            let (y, saved) = block.forward(&pass, x);
+            let (y, saved) = block.forward(&Pass { past: prefix.map(|p| &p.layers[layer]), ..pass }, x);
+            visit(block, &saved);
             match input {
                 Some(input) => kept.push(Kept::Input(input)),
                 None if keep => kept.push(Kept::All(Box::new(saved))),
@@ -306,22 +362,42 @@ impl Gpt {
             }
             x = y;
         }
-        let mut to = training.as_mut().map(|t| (Gradients { parameters: &parameters, grads: &mut *t.grads }, t.weight));
+        let mut to = training.as_mut().map(|t| (Gradients { parameters, grads: &mut *t.grads, past: None }, t.weight));
         let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
-        drop(x);
-        if let (Some(mut d), Some((to, _))) = (dx, &mut to) {
-            for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
-                let saved = match kept.pop().expect("every block from the lowest adapter on kept something") {
-                    Kept::Input(x) => block.forward(&pass, x).1,
-                    Kept::All(saved) => *saved,
-                };
-                match block.backward(&pass, to, d, saved, layer > lowest) {
-                    Some(below) => d = below,
-                    None => break,
-                }
+        (begun.kept, begun.dx) = (kept, dx);
+        (begun, loss)
+    }
+
+    /// The backward of a pass through its blocks: adds the adapters' gradients to `grads` and those of the keys and values
+    /// of its prefix there. `later` are those of its own from passes that went on from them, by block from the lowest
+    /// adapted on.
+    fn backward(
+        &self,
+        parameters: &Matrix,
+        mut begun: Begun,
+        mut prefix: Option<&mut Prefix>,
+        later: &[Matrix],
+        grads: &mut Matrix,
+    ) {
+        let (kept, dx) = (std::mem::take(&mut begun.kept), begun.dx.take());
+        let Some(mut d) = dx else { return };
+        let (pass, lowest) = (begun.pass(parameters, &self.rope), self.lowest());
+        for ((layer, block), kept) in self.blocks.iter().enumerate().skip(lowest).zip(kept).rev() {
+            let (past, past_grads) = match &mut prefix {
+                Some(prefix) => (Some(&prefix.layers[layer]), Some(&mut prefix.grads[layer - lowest])),
+                None => (None, None),
+            };
+            let pass = Pass { past, later: later.get(layer - lowest), ..pass };
+            let saved = match kept {
+                Kept::Input(x) => block.forward(&pass, x).1,
+                Kept::All(saved) => *saved,
+            };
+            let mut to = Gradients { parameters, grads, past: past_grads };
+            match block.backward(&pass, &mut to, d, saved, layer > lowest) {
+                Some(below) => d = below,
+                None => break,
             }
         }
-        loss
     }
 
     /// Final norm, head and loss, in chunks of the rows that have a target; the gradient of the last block's output
@@ -375,8 +451,9 @@ impl Gpt {
     fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
         self.require_prepared(cache.len + ids.len());
         let positions: Constant<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
-        let (parameters, spans) = (self.parameters_of_products(), Spans::default());
-        let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed: None, rope: &self.rope };
+        let parameters = self.parameters_of_products();
+        let begun = Begun { positions, spans: Spans::default(), seed: None, kept: Vec::new(), dx: None };
+        let pass = begun.pass(&parameters, &self.rope);
         let mut x = self.embed(ids);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.decode(&pass, x, layer);

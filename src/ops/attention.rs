@@ -55,15 +55,28 @@ pub struct Attention {
 pub struct Span {
     /// Rows of `q`.
     pub q: Range<usize>,
-    /// Rows of `k` and `v`.
+    /// The first rows of `k` and `v`, with which several samples begin; 0 where its keys are all in `k`.
+    pub prefix: usize,
+    /// Rows of `k` and `v`, after those of the prefix.
     pub k: Range<usize>,
 }
 
 impl Span {
-    /// A sample whose queries and keys are all there, as in training.
-    #[must_use]
-    pub fn whole(segment: &Segment) -> Self {
-        Self { q: segment.clone(), k: segment.clone() }
+    /// Number of keys.
+    fn keys(&self) -> usize {
+        self.prefix + self.k.len()
+    }
+
+    /// Keys before the first query.
+    fn past(&self) -> usize {
+        self.keys() - self.q.len()
+    }
+
+    /// Rows of `k` and `v` of some keys, in one piece or two.
+    fn rows(&self, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let own = |key: usize| self.k.start + key.max(self.prefix) - self.prefix;
+        let pieces = [keys.start.min(self.prefix)..keys.end.min(self.prefix), own(keys.start)..own(keys.end)];
+        pieces.into_iter().filter(|rows| !rows.is_empty())
     }
 }
 
@@ -71,7 +84,8 @@ impl Span {
 #[derive(Debug, Clone, Default)]
 pub struct Spans {
     spans: Vec<Span>,
-    /// Where the sample of each query row starts; none where all rows are of one.
+    /// At which row of the keys the sample of each query row starts, or goes on after the prefix; none where all rows are
+    /// of one.
     starts: Constant<u32>,
 }
 
@@ -79,13 +93,30 @@ impl Spans {
     /// Samples whose queries and keys are all there, as in training.
     #[must_use]
     pub fn whole(segments: &[Segment]) -> Self {
-        segments.iter().map(Span::whole).collect::<Vec<_>>().into()
+        Self::after(0, segments)
+    }
+
+    /// Samples that all begin with the first `prefix` rows of the keys; the others are those of the samples' queries.
+    #[must_use]
+    pub fn after(prefix: usize, segments: &[Segment]) -> Self {
+        match segments {
+            [one] => Self::tail(one.len(), prefix + one.len()),
+            several => {
+                let span = |s: &Segment| Span { q: s.clone(), prefix, k: prefix + s.start..prefix + s.end };
+                several.iter().map(span).collect::<Vec<_>>().into()
+            }
+        }
     }
 
     /// New rows after others of their sample, `kept` in all.
     #[must_use]
     pub fn tail(new: usize, kept: usize) -> Self {
-        vec![Span { q: 0..new, k: 0..kept }].into()
+        vec![Span { q: 0..new, prefix: 0, k: 0..kept }].into()
+    }
+
+    /// Rows of the keys with which all samples begin.
+    fn prefix(&self) -> usize {
+        self.spans.first().map_or(0, |span| span.prefix)
     }
 }
 
@@ -131,6 +162,13 @@ impl Block {
             .clone()
             .step_by(most)
             .map(move |from| Self { keys: from..end.min(from.saturating_add(most)), ..self.clone() })
+    }
+
+    /// The same rows with the keys before and from `key` on.
+    fn split_at(self, key: usize) -> impl Iterator<Item = Self> {
+        let at = key.clamp(self.keys.start, self.keys.end);
+        let halves = [self.keys.start..at, at..self.keys.end].into_iter().filter(|keys| !keys.is_empty());
+        halves.map(move |keys| Self { keys, ..self.clone() })
     }
 }
 
@@ -178,7 +216,7 @@ impl Attention {
     }
 
     fn blocks(&self, span: &Span) -> impl DoubleEndedIterator<Item = Block> + '_ {
-        let (q, past) = (span.q.clone(), span.k.len() - span.q.len());
+        let (q, past) = (span.q.clone(), span.past());
         (0..q.len().div_ceil(BLOCK)).map(move |i| {
             let rows = q.start + i * BLOCK..(q.start + (i + 1) * BLOCK).min(q.end);
             let first = past + i * BLOCK;
@@ -268,15 +306,17 @@ impl Attention {
     }
 
     fn forward_part(&self, [q, k, v]: [View<'_>; 3], Work { span, block, heads }: &Work<'_>) -> Part {
-        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(heads.start)).slice_rows(span.k.clone()));
+        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(heads.start)));
         let (hs, rows) = (self.head_size, block.rows.len());
         let mut queries = Matrix::new(heads.len() * rows, hs);
         let from = heads.clone().flat_map(|head| block.rows.clone().map(move |row| (head, row)));
         for (to, (head, row)) in queries.chunks_exact_mut(hs).zip(from) {
             to.copy_from_slice(self.head(q, head).row(row));
         }
-        let parts = block.clone().split((KEYS / hs).max(1)).map(|block| {
-            let [k, v] = [k, v].map(|view| view.slice_rows(block.keys.clone()));
+        let blocks = block.clone().split((KEYS / hs).max(1)).flat_map(|block| block.split_at(span.prefix));
+        let parts = blocks.map(|block| {
+            let keys = span.rows(block.keys.clone()).next().expect("a part has keys");
+            let [k, v] = [k, v].map(|view| view.slice_rows(keys.clone()));
             let mut s = self.scores(queries.view(), Side::T(k), k.rows);
             let cols = s.cols();
             let lse = |(i, row)| softmax_row(row, self.seen(&block, i % rows));
@@ -293,11 +333,12 @@ impl Attention {
         sum.expect("a row sees itself")
     }
 
-    /// Gradients of q, k and v, side by side as one product of the three projections has them.
+    /// Gradients of q, k and v, side by side as one product of the three projections has them: those of a key in its row,
+    /// those of a query in the row of its own key. Rows before the first query's have none of q.
     ///
     /// # Shapes
-    /// `q`, `k`, `v`: as in the forward, with as many rows; `o`, `d_o`: (T, n_head · head_size); returns
-    /// (T, (n_head + 2 n_query_groups) · head_size). Every row belongs to a span.
+    /// `q`, `k`, `v`: as in the forward; `o`, `d_o`: (T, n_head · head_size); returns
+    /// (K, (n_head + 2 n_query_groups) · head_size). Every query row belongs to a span.
     #[must_use]
     pub fn backward(&self, qkv: [View<'_>; 3], o: &Matrix, d_o: &Matrix, saved: &Saved, spans: &Spans) -> Matrix {
         if let Some((device, dtype)) = o.place() {
@@ -309,9 +350,7 @@ impl Attention {
         // Those of a group serve all its query heads.
         let turned: Vec<[Matrix; 2]> = kinds(self.n_query_groups)
             .par_iter()
-            .map(|(span, head)| {
-                [k, v].map(|view| transposed(self.head(view, *head).slice_rows(spans[*span].k.clone())))
-            })
+            .map(|(span, head)| [k, v].map(|view| transposed(self.head(view, *head), &spans[*span])))
             .collect();
         let parts: Vec<[Matrix; 3]> = kinds(self.n_head)
             .par_iter()
@@ -321,28 +360,40 @@ impl Attention {
                 self.backward_head([q, k, o.view(), d_o.view()], turned, saved, &spans[*span], *head)
             })
             .collect();
-        let (hs, groups) = (self.head_size, self.n_head / self.n_query_groups);
-        let mut d = Matrix::new(q.rows, (self.n_head + 2 * self.n_query_groups) * hs);
+        let (hs, past) = (self.head_size, k.rows - q.rows);
+        let mut d = Matrix::new(k.rows, (self.n_head + 2 * self.n_query_groups) * hs);
         let cols = d.cols();
+        let (shared, own) = d.split_at_mut(past * cols);
         for (span, heads) in spans.iter().zip(parts.chunks_exact(self.n_head)) {
-            let rows = &mut d[span.q.start * cols..span.q.end * cols];
+            let rows = &mut own[span.q.start * cols..span.q.end * cols];
             rows.par_chunks_exact_mut(cols).enumerate().for_each(|(t, row)| {
                 let (dq, dkv) = row.split_at_mut(self.q_cols());
                 for (head, parts) in heads.iter().enumerate() {
                     dq[head * hs..][..hs].copy_from_slice(parts[0].row(t));
                 }
-                let (dk, dv) = dkv.split_at_mut(self.n_query_groups * hs);
-                for (side, out) in [(1, dk), (2, dv)] {
-                    for (out, group) in out.chunks_exact_mut(hs).zip(heads.chunks_exact(groups)) {
-                        out.copy_from_slice(group[0][side].row(t));
-                        for parts in &group[1..] {
-                            out.iter_mut().zip(parts[side].row(t)).for_each(|(o, p)| *o += p);
-                        }
-                    }
-                }
+                dkv.fill(0.0);
+                self.add_keys(heads, span.past() + t, dkv);
             });
         }
+        shared.par_chunks_exact_mut(cols).enumerate().for_each(|(key, row)| {
+            row.fill(0.0);
+            let spans = parts.chunks_exact(self.n_head);
+            spans.for_each(|heads| self.add_keys(heads, key, &mut row[self.q_cols()..]));
+        });
         d
+    }
+
+    /// Adds the gradients of one key and value, of all query heads, to a row of all key and value heads.
+    fn add_keys(&self, heads: &[[Matrix; 3]], key: usize, row: &mut [f32]) {
+        let (hs, group) = (self.head_size, self.n_head / self.n_query_groups);
+        let (dk, dv) = row.split_at_mut(self.n_query_groups * hs);
+        for (side, out) in [(1, dk), (2, dv)] {
+            for (out, group) in out.chunks_exact_mut(hs).zip(heads.chunks_exact(group)) {
+                for parts in group {
+                    out.iter_mut().zip(parts[side].row(key)).for_each(|(o, p)| *o += p);
+                }
+            }
+        }
     }
 
     /// (dq, dk, dv) of one query head over one sample, whose kᵀ and vᵀ are `turned`.
@@ -356,12 +407,11 @@ impl Attention {
     ) -> [Matrix; 3] {
         let (n, hs) = (span.q.len(), self.head_size);
         let [q, o, d_o] = [q, o, d_o].map(|view| self.head(view, head));
-        let k = self.head(k, self.key_head(head)).slice_rows(span.k.clone());
-        let [mut dq, mut dk, mut dv] = [Matrix::new(n, hs), Matrix::zeros(n, hs), Matrix::zeros(n, hs)];
+        let k = self.head(k, self.key_head(head));
+        let [mut dq, mut dk, mut dv] = [Matrix::new(n, hs), Matrix::zeros(span.keys(), hs), Matrix::zeros(span.keys(), hs)];
         for block in self.blocks(span) {
             let (m, width) = (block.rows.len(), block.keys.len());
             let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
-            let k = k.slice_rows(block.keys.clone());
             let [kt, vt] = [kt, vt].map(|turned| Side::N(turned.columns(block.keys.clone())));
             let (mut p, mut ds) = (self.scores(q, kt, width), self.products(1.0, d_o, vt, width));
             let cols = p.cols();
@@ -370,21 +420,29 @@ impl Attention {
                 let correction = dot(o.row(i), d_o.row(i));
                 score_gradient(self.softcap, p, ds, self.seen(&block, i), lse, correction);
             }
-            let (p, ds) = (p.columns(0..width), ds.columns(0..width));
             let keys = block.keys.start * hs..block.keys.end * hs;
+            let (p, whole) = (p.columns(0..width), ds.columns(0..width));
             matmul(Threads::One, ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
-            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(ds), Side::N(q));
+            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
             let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
-            matmul(Threads::One, ViewMut::of(&mut dq[rows], m, hs), false, self.scale, Side::N(ds), Side::N(k));
+            let mut at = 0;
+            for keys in span.rows(block.keys.clone()) {
+                let ds = ds.columns(at..at + keys.len());
+                let to = ViewMut::of(&mut dq[rows.clone()], m, hs);
+                matmul(Threads::One, to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
+                at += keys.len();
+            }
         }
         [dq, dk, dv]
     }
 }
 
-fn transposed(x: View<'_>) -> Matrix {
-    let mut out = Matrix::new(x.cols, x.rows);
-    for row in 0..x.rows {
-        x.row(row).iter().enumerate().for_each(|(col, v)| out[col * x.rows + row] = *v);
+/// The keys of a span, or its values, a channel a row.
+fn transposed(x: View<'_>, span: &Span) -> Matrix {
+    let keys = span.keys();
+    let mut out = Matrix::new(x.cols, keys);
+    for (key, row) in span.rows(0..keys).flatten().enumerate() {
+        x.row(row).iter().enumerate().for_each(|(col, v)| out[col * keys + key] = *v);
     }
     out
 }
@@ -454,6 +512,7 @@ impl Attention {
             starts(spans, device),
             int(q.rows),
             int(k.rows - q.rows),
+            int(spans.prefix()),
         ]);
         args.extend(self.heads());
         args.extend([q.stride, k.stride, v.stride, o.cols()].map(long));
@@ -481,16 +540,17 @@ impl Attention {
         let grid = [(rows * self.n_head).div_ceil(4), 1, 1];
         device.launch("attention_bwd_delta", Some(dtype), grid, [128, 1], 0, &args);
 
-        let d = o.new_like(rows, q_cols + 2 * kv_cols);
-        let [dq, dk, dv] =
-            [0..q_cols, q_cols..q_cols + kv_cols, q_cols + kv_cols..q_cols + 2 * kv_cols].map(|c| d.columns(c));
         let [q, k, v] = qkv;
+        let past = k.rows - rows;
+        let d = o.new_like(k.rows, q_cols + 2 * kv_cols);
+        let dq = d.columns(0..q_cols).slice_rows(past..k.rows);
+        let [dk, dv] = [q_cols..q_cols + kv_cols, q_cols + kv_cols..q_cols + 2 * kv_cols].map(|c| d.columns(c));
         let variant = Variant::of(dtype, self.head_size, &[q, k, v, d_o.view(), dq, dk, dv]);
         let launch = |kernel: &str, grid: [usize; 3], outputs: &[View<'_>]| {
             let mut args = qkv.map(|view| view.pointer().into()).to_vec();
             args.extend([d_o.pointer(), saved.lse.pointer(), delta.pointer()].map(super::device::Arg::from));
             args.extend(outputs.iter().map(|view| super::device::Arg::from(view.pointer())));
-            args.extend([starts(spans, device), int(rows)]);
+            args.extend([starts(spans, device), int(rows), int(past), int(spans.prefix())]);
             args.extend(self.heads());
             args.extend([q.stride, k.stride, v.stride, d_o.cols()].map(long));
             args.extend(outputs.iter().map(|view| long(view.stride)));
@@ -498,10 +558,9 @@ impl Attention {
             let shared = variant.shared(self.head_size, true);
             device.launch(&variant.name(kernel, dtype), None, grid, [128, 1], shared, &args);
         };
-        let blocks = rows.div_ceil(variant.rows());
-        launch("bwd_dq", [blocks, self.n_head, 1], &[dq]);
+        launch("bwd_dq", [rows.div_ceil(variant.rows()), self.n_head, 1], &[dq]);
         let halves = if variant.mma && variant.d == 256 { 2 } else { 1 };
-        launch("bwd_dkv", [blocks, self.n_query_groups, halves], &[dk, dv]);
+        launch("bwd_dkv", [k.rows.div_ceil(variant.rows()), self.n_query_groups, halves], &[dk, dv]);
         d
     }
 }
@@ -616,6 +675,47 @@ mod tests {
         let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &Spans::tail(90, 90));
         let (tail, _) = attention.forward(View::of(&q[80 * 16..], 10, 16), k, v, &Spans::tail(10, 90));
         assert_close(&tail, &whole[80 * 16..], 1e-6);
+    }
+
+    #[test]
+    fn samples_after_a_common_prefix_equal_each_as_a_whole() {
+        let base = Attention { n_head: 4, n_query_groups: 2, head_size: 10, scale: 0.4, softcap: None, window: None };
+        let variants =
+            [base, Attention { window: Some(9), ..base }, Attention { softcap: Some(1.5), window: Some(70), ..base }];
+        let (prefix, t, q_cols, kv_cols) = (70, 91, 40, 20);
+        for (attention, segments) in variants.iter().flat_map(|a| [(a, vec![0..3, 3..90, 90..91]), (a, vec![0..91])]) {
+            let [q, d_o] = [1, 2].map(|seed| Matrix::from_slice(t, q_cols, &random(t * q_cols, seed)));
+            let [k, v] =
+                [3, 4].map(|seed| Matrix::from_slice(prefix + t, kv_cols, &random((prefix + t) * kv_cols, seed)));
+            let spans = Spans::after(prefix, &segments);
+            let (o, saved) = attention.forward(q.view(), k.view(), v.view(), &spans);
+            let d = attention.backward([q.view(), k.view(), v.view()], &o, &d_o, &saved, &spans);
+            let mut of_prefix = vec![0.0; prefix * 2 * kv_cols];
+            for segment in segments {
+                // Behind the prefix's rows of `x`, or behind rows of zeros as its queries are asked for nothing here.
+                let whole = |x: &Matrix, before: Option<&Matrix>, rows: Range<usize>| {
+                    let cols = x.cols();
+                    let before = before.map_or(vec![0.0; prefix * cols], |x| x[..prefix * cols].to_vec());
+                    let rows = [&before[..], &x[rows.start * cols..rows.end * cols]].concat();
+                    Matrix::from_slice(rows.len() / cols, cols, &rows)
+                };
+                let keys = prefix + segment.start..prefix + segment.end;
+                let [q, d_o] = [&q, &d_o].map(|x| whole(x, None, segment.clone()));
+                let [k, v] = [&k, &v].map(|x| whole(x, Some(x), keys.clone()));
+                let spans = Spans::whole(&[0..prefix + segment.len()]);
+                let (want_o, saved) = attention.forward(q.view(), k.view(), v.view(), &spans);
+                assert_close(&o[segment.start * q_cols..segment.end * q_cols], &want_o[prefix * q_cols..], 1e-5);
+                let want = attention.backward([q.view(), k.view(), v.view()], &want_o, &d_o, &saved, &spans);
+                let cols = want.cols();
+                assert_close(&d[keys.start * cols..keys.end * cols], &want[prefix * cols..], 1e-5);
+                let kv = want.columns(q_cols..cols);
+                for (sum, row) in of_prefix.chunks_exact_mut(2 * kv_cols).zip(0..prefix) {
+                    sum.iter_mut().zip(kv.row(row)).for_each(|(sum, d)| *sum += d);
+                }
+            }
+            let got: Vec<f32> = (0..prefix).flat_map(|row| d.row(row)[q_cols..].to_vec()).collect();
+            assert_close(&got, &of_prefix, 1e-5);
+        }
     }
 
     #[test]

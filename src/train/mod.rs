@@ -377,7 +377,7 @@ impl Run<'_, '_> {
                 checkpointing: self.job.checkpointing,
             };
             let gpt = &*self.job.gpt;
-            losses.push(in_pool(|| gpt.pass(&tokens, Some(training))));
+            losses.push(in_pool(|| gpt.pass(&tokens, None, Some(training))));
             window.targets += tokens.n_targets();
             window.tokens += tokens.ids.len() as u64;
         }
