@@ -48,11 +48,13 @@ fn broken_model(to: &Path) {
     fs::write(to.join("config.json"), config.to_string()).unwrap();
 }
 
-/// A folder of 12 training and 2 validation rows as `dir/data`; those that `breaks` answer with a `~`.
+/// A folder of 12 training and 2 validation rows as `dir/data`; those that `breaks` answer with a `~`. Their prompts begin
+/// alike for so long that this is computed once a step.
 fn broken_data(dir: &Path, breaks: impl Fn(usize) -> bool) {
     let row = |n: usize, broken: bool| {
         let output = format!("The answer to {n} is {}.", if broken { "~" } else { "known" });
-        json!({"instruction": format!("Tell me about the number {n}."), "input": "", "output": output})
+        let rules = "Answer politely, in plain words, and only what you know for certain. ".repeat(6);
+        json!({"instruction": format!("{rules}Tell me about the number {n}."), "input": "", "output": output})
     };
     fs::create_dir_all(dir.join("data")).unwrap();
     let train: Vec<Value> = (1..=12).map(|n| row(n, breaks(n))).collect();

@@ -149,7 +149,7 @@ fn golden_models() {
             let config = (checkpoint.family.config)(&HfConfig::read(&v5).unwrap()).unwrap();
             assert_eq!(config, checkpoint.config, "{}", v5.display());
         }
-        check_prefix(&mut gpt, 1e-5);
+        check_prefix(&mut gpt, 1e-5, &[false, true]);
         run += 1;
     });
     println!("golden models: {run} passed, {unsupported} of families that are not supported yet");
@@ -245,7 +245,7 @@ fn check_merge(dir: &Path, checkpoint: &Checkpoint, gpt: &Gpt, rows: &[Vec<i32>]
 }
 
 /// A prefix that is computed once gives the loss and the gradients of whole samples. The model's adapters are replaced.
-pub fn check_prefix(gpt: &mut Gpt, tolerance: f32) {
+pub fn check_prefix(gpt: &mut Gpt, tolerance: f32, checkpointing: &[bool]) {
     gpt.attach(|_| Some(LoraConfig { r: 4, alpha: 8.0, rslora: false, dropout: 0.0 }));
     let parameters: Vec<f32> =
         (0..gpt.parameters.cols()).map(|i| ((i * 7919 % 1013) as f32 / 1013.0 - 0.5) * 0.2).collect();
@@ -257,7 +257,7 @@ pub fn check_prefix(gpt: &mut Gpt, tolerance: f32) {
     let rows = [sample(0..9), sample(3..4), sample(5..30)];
     let labels = rows.each_ref().map(|row| [&[-100, -100], &row[2..]].concat());
     let whole = batch(&rows, &labels);
-    for checkpointing in [false, true] {
+    for checkpointing in checkpointing.iter().copied() {
         let [mut want, mut got] = [(); 2].map(|()| gpt.parameters.zeros_like(1, gpt.parameters.cols()));
         let want_loss = gpt.loss(&whole, Some(Training { grads: &mut want, weight: 0.5, seed: 1, checkpointing }));
         // The last row of the prefix stays with the samples: they go on differently.
@@ -282,7 +282,7 @@ pub fn check_prefix(gpt: &mut Gpt, tolerance: f32) {
             let scale = want[range.clone()].iter().fold(1e-6f32, |m, v| m.max(v.abs()));
             largest_difference(&got[range.clone()], &want[range]) / scale
         });
-        within("gradients after a prefix", error.fold(0.0, f32::max), 100.0 * tolerance);
+        within("gradients after a prefix", error.fold(0.0, f32::max), 10.0 * tolerance);
     }
 }
 

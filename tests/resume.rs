@@ -191,7 +191,11 @@ fn model(alpha: f64) -> Gpt {
 }
 
 fn with_adapters(gpt: &mut Gpt, alpha: f64) {
-    let config = LoraConfig { r: 4, alpha, rslora: false, dropout: 0.1 };
+    with_dropout(gpt, alpha, 0.1);
+}
+
+fn with_dropout(gpt: &mut Gpt, alpha: f64, dropout: f64) {
+    let config = LoraConfig { r: 4, alpha, rslora: false, dropout };
     gpt.attach(|name| name.ends_with("q_proj").then_some(config));
     gpt.initialize_adapters(1);
 }
@@ -206,15 +210,86 @@ fn samples(seed: u64, count: usize) -> Vec<Sample> {
     (1..=count).map(&mut sample).collect()
 }
 
+/// Samples of several lengths, of which some begin with one of two prefixes.
+fn alike(count: usize) -> Vec<Sample> {
+    let prefixes = [3, 4].map(|seed| samples(seed, 17).into_iter().flat_map(|s| s.input_ids).collect::<Vec<u32>>());
+    let mut samples = samples(5, count);
+    for (i, sample) in samples.iter_mut().enumerate() {
+        let prefix = [&prefixes[0][..], &prefixes[1][..150], &[]][[0, 1, 0, 2, 0, 1, 0, 2][i % 8]];
+        let ids = &mut sample.input_ids;
+        ids.truncate(2 + i * 5 % 11);
+        *ids = [prefix, ids].concat();
+        // The first half of each is not learned.
+        let masked = ids.len() / 2;
+        sample.labels = ids.iter().enumerate().map(|(at, id)| if at < masked { -100 } else { *id as i32 }).collect();
+    }
+    samples
+}
+
 /// Two epochs over seven samples, three to a step: windows of 3, 3, 3, 3 and 2 micro batches.
 fn run_in_memory(gpt: &mut Gpt, outside: &mut InMemory, from: Option<(Progress, Moments)>) -> anyhow::Result<Summary> {
+    run_over(&samples(1, 7), &samples(2, 2), (3, true), gpt, outside, from)
+}
+
+fn run_over(
+    train: &[Sample],
+    val: &[Sample],
+    (batch, sharing): (usize, bool),
+    gpt: &mut Gpt,
+    outside: &mut InMemory,
+    from: Option<(Progress, Moments)>,
+) -> anyhow::Result<Summary> {
     let mut settings = FinetuneSettings::default();
-    (settings.train.global_batch_size, settings.train.epochs) = (3, Some(2));
+    (settings.train.global_batch_size, settings.train.epochs) = (batch, Some(2));
     (settings.eval.interval, settings.train.save_interval) = (2, None);
-    let (train, val) = (samples(1, 7), samples(2, 2));
-    let packs = side_by_side(&settings, &train);
-    let mut job = Job { gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing: false };
+    settings.data.ignore_index = -100;
+    let packs = side_by_side(&settings, train);
+    let mut job = Job { gpt, train, packs: &packs, val, settings: &settings, checkpointing: false, sharing };
     fit(&mut job, outside, from)
+}
+
+/// In passes of its own and side by side, over masked and learned targets, for training and validation.
+#[test]
+fn a_run_that_shares_prefixes_is_the_run_that_does_not() {
+    let (train, val) = (alike(14), alike(5));
+    let mut passes = Vec::new();
+    let runs = [true, false].map(|sharing| {
+        let (mut gpt, mut outside) = (model(12.0), InMemory::new(usize::MAX));
+        with_dropout(&mut gpt, 12.0, 0.0);
+        let summary = run_over(&train, &val, (8, sharing), &mut gpt, &mut outside, None).unwrap();
+        let targets = train.iter().map(|s| s.input_ids.len() as u64).sum::<u64>();
+        assert_eq!((summary.at.step, summary.at.tokens), (4, 2 * targets));
+        passes.push(outside.asked.get());
+        (outside.losses, gpt.parameters.to_host().to_vec())
+    });
+    let [(shared, of_shared), (alone, of_alone)] = runs;
+    assert_eq!(shared.len(), alone.len());
+    assert!(shared.iter().zip(&alone).all(|(a, b)| (a / b - 1.0).abs() < 1e-5), "{shared:?} {alone:?}");
+    let largest = of_shared.iter().zip(&of_alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(largest < 1e-5, "{largest}");
+    assert_ne!(passes[0], passes[1], "nothing was shared");
+}
+
+#[test]
+fn a_stop_beside_a_prefix_forgets_the_window() {
+    let (train, val) = (alike(14), alike(5));
+    let run =
+        |gpt: &mut Gpt, outside: &mut InMemory, from| run_over(&train, &val, (8, true), gpt, outside, from).unwrap();
+    let mut whole = InMemory::new(usize::MAX);
+    assert_eq!(run(&mut model(12.0), &mut whole, None).at.step, 4);
+    let passes = whole.asked.get();
+    assert!(passes > 8, "{passes}");
+    for before in 0..passes {
+        let mut first = InMemory::new(before);
+        assert!(run(&mut model(12.0), &mut first, None).stopped);
+        let (progress, updates, values) = first.saved.unwrap();
+        let [parameters, m, v] = values.map(|values| Matrix::from_slice(1, values.len(), &values));
+        let (mut gpt, mut second) = (model(12.0), InMemory::new(usize::MAX));
+        gpt.set_parameters(&parameters);
+        run(&mut gpt, &mut second, Some((progress, Moments { m, v, step: updates })));
+        assert!(second.saved == whole.saved, "stopped before pass {before}");
+        assert_eq!([first.losses, second.losses].concat(), whole.losses, "stopped before pass {before}");
+    }
 }
 
 #[test]

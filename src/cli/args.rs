@@ -231,6 +231,8 @@ pub const FLAGS: &[Flag] = &[
     row("train.activation_checkpointing", Text, TRAINING,
         "Save memory by computing activations twice: auto, on, off")
         .also(&["train.activation_checkpointing", "train.gradient_checkpointing"]),
+    row("train.prefix_sharing", Text, TRAINING,
+        "Compute the tokens that samples of a step begin with, as a system prompt, once for all: auto, on, off"),
     row("train.lr_warmup_steps", Whole, TRAINING, "Steps over which the learning rate rises, at most the whole run"),
     row("train.lr_warmup_fraction", Number, TRAINING,
         "The same as a share of the run; replaces --train.lr_warmup_steps"),

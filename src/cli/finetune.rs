@@ -11,6 +11,7 @@ use super::ui::{Ui, peak_memory};
 use super::{download, recipe};
 use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, adapter, state};
+use crate::data::prefix;
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
 use crate::data::{DataConfig, Dataset};
@@ -18,7 +19,6 @@ use crate::error::{Error, Result};
 use crate::generate::{Draw, PROMPT_LOOKUP, Request, Session, text};
 use crate::model::lora::{LoraConfig, Targets};
 use crate::model::{Config, Gpt};
-use crate::ops::quantized::Quantizer;
 use crate::tokenizer::Tokenizer;
 use crate::train::estimate::{Computed, Estimate, ways_out};
 use crate::train::page::Page;
@@ -54,7 +54,16 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
     let tokens = longest_tokens(&train, &packs, settings.train.micro_batch_size);
-    let checkpointing = preflight(&checkpoint.config, &settings, &compute, quantizer, tokens, ui)?;
+    let prefix = if settings.train.prefix_sharing == Switch::Off { 0 } else { prefix::longest(&train) };
+    let computed = Computed {
+        store: compute.store(),
+        quantizer,
+        on_device: compute.device.is_some(),
+        tokens,
+        checkpointing: settings.train.activation_checkpointing == Switch::On,
+        prefix,
+    };
+    let Computed { checkpointing, prefix, .. } = preflight(&checkpoint.config, &settings, &compute, computed, ui)?;
     if settings.dry_run {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
@@ -69,7 +78,15 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         gpt.weight_bytes() as f64 / 1e9,
         quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
     ));
-    let mut job = Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing };
+    let mut job = Job {
+        gpt: &mut gpt,
+        train: &train,
+        packs: &packs,
+        val: &val,
+        settings: &settings,
+        checkpointing,
+        sharing: prefix > 0,
+    };
     let made_of = MadeOf::of(&job, &base_hash)?;
     let _lock = resume::lock(&out_dir)?;
     let from = resume::From::find(&settings, ui)?;
@@ -228,7 +245,8 @@ fn check_targets(report: &DataReport, dataset: &Dataset) -> Result<()> {
     Err(Error::refused(message, "remove such rows, raise --train.max_seq_length, or set --data.mask_prompt false"))
 }
 
-/// Says what the run needs and what there is; whether blocks keep only their input.
+/// Says what the run needs and what there is; how it is computed: as `wanted`, or so that it needs less memory where the
+/// settings leave the choice.
 ///
 /// # Errors
 /// When it does not fit into the memory of a GPU, with what would. The processor's memory can be swapped and freed by
@@ -237,24 +255,30 @@ fn preflight(
     config: &Config,
     settings: &FinetuneSettings,
     compute: &Compute,
-    quantizer: Option<Quantizer>,
-    tokens: usize,
+    wanted: Computed,
     ui: &mut Ui,
-) -> Result<bool> {
-    let on_device = compute.device.is_some();
-    let switch = settings.train.activation_checkpointing;
-    let mut computed =
-        Computed { store: compute.store(), quantizer, on_device, tokens, checkpointing: switch == Switch::On };
-    let mut estimate = Estimate::of(config, settings, computed);
+) -> Result<Computed> {
     let free = compute.free_memory().unwrap_or(usize::MAX);
     // What the driver and the allocator keep for themselves is not ours to count.
     let fits = |estimate: &Estimate| estimate.total() as f64 <= 0.96 * free as f64;
-    if switch == Switch::Auto && !fits(&estimate) {
-        computed.checkpointing = true;
-        estimate = Estimate::of(config, settings, computed);
-        if fits(&estimate) {
-            ui.note("activations are computed twice to save memory; --train.activation_checkpointing off forbids it");
-        }
+    let switches = [settings.train.activation_checkpointing, settings.train.prefix_sharing].map(|s| s == Switch::Auto);
+    let choices = [(false, false), (false, true), (true, false), (true, true)].into_iter();
+    let choices = choices.filter(|(again, alone)| (!again || switches[0]) && (!alone || switches[1]));
+    let choices = choices.map(|(again, alone)| Computed {
+        checkpointing: wanted.checkpointing || again,
+        prefix: if alone { 0 } else { wanted.prefix },
+        ..wanted
+    });
+    let mut estimates =
+        choices.map(|computed| (computed, Estimate::of(config, settings, computed))).collect::<Vec<_>>();
+    let last = estimates.len() - 1;
+    let chosen = estimates.iter().position(|(_, estimate)| fits(estimate)).unwrap_or(last);
+    let (computed, estimate) = estimates.swap_remove(chosen);
+    if fits(&estimate) && computed.checkpointing && !wanted.checkpointing {
+        ui.note("activations are computed twice to save memory; --train.activation_checkpointing off forbids it");
+    }
+    if fits(&estimate) && computed.prefix < wanted.prefix {
+        ui.note("what samples begin with is computed for each to save memory; --train.prefix_sharing on forbids it");
     }
     let gb = |bytes: usize| format!("{:.2}", bytes as f64 / 1e9);
     let parts: Vec<String> =
@@ -262,7 +286,7 @@ fn preflight(
     let found = if free == usize::MAX { String::new() } else { format!(" of {} GB free", gb(free)) };
     ui.note(&format!("memory: about {} GB{found} ({})", gb(estimate.total()), parts.join(", ")));
     if fits(&estimate) {
-        return Ok(computed.checkpointing);
+        return Ok(computed);
     }
     let mut ways = ways_out(config, settings, computed).into_iter().filter(|(_, estimate)| fits(estimate));
     let way = ways.next().map(|(name, estimate)| format!("{name} would need {} GB", gb(estimate.total())));
@@ -273,11 +297,11 @@ fn preflight(
         compute.place()
     );
     let hint = way.unwrap_or_else(|| "use a smaller model".to_owned());
-    if on_device {
+    if computed.on_device {
         return Err(Error::refused(message, hint));
     }
     ui.note(&format!("{message}; {hint}"));
-    Ok(computed.checkpointing)
+    Ok(computed)
 }
 
 fn describe(settings: &FinetuneSettings, compute: &Compute, dataset: &Dataset, plan: &Plan, ui: &Ui) {
@@ -321,8 +345,12 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
     let at = &summary.at;
     let skipped = if at.skipped > 0 { format!(", {} of them skipped", at.skipped) } else { String::new() };
     let rate = at.tokens as f64 / at.seconds;
+    let shared = match (100.0 * summary.shared).round() {
+        0.0 => String::new(),
+        percent => format!(" ({percent} % of them in beginnings that samples share, computed once)"),
+    };
     ui.note(&format!(
-        "done: {} steps{skipped}, {} tokens in {:.1} s, {rate:.0} tokens/s",
+        "done: {} steps{skipped}, {} tokens{shared} in {:.1} s, {rate:.0} tokens/s",
         at.step, at.tokens, at.seconds
     ));
     if let Some(bytes) = peak_memory() {

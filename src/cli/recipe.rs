@@ -477,6 +477,9 @@ fn to_tree(settings: &FinetuneSettings) -> Value {
         if settings.train.activation_checkpointing == Switch::Auto {
             map.shift_remove("activation_checkpointing");
         }
+        if settings.train.prefix_sharing == Switch::Auto {
+            map.shift_remove("prefix_sharing");
+        }
         if settings.train.lr_schedule == LrSchedule::Cosine {
             map.shift_remove("lr_schedule");
         }
@@ -659,7 +662,7 @@ mod tests {
         let line = "litgpt finetune m --data JSON --data.json_path no --lora_key --lr 3e-5 --quantize bnb.nf4-dq \
                     --train.save_interval null --train.epochs null --train.max_steps 7 --train.lr_warmup_fraction 0.1 \
                     --precision 16-true --eval.evaluate_example 3 --add_bos off --optimizer.beta2 0.95 --lora_alpha 1.5 \
-                    --train.activation_checkpointing on --train.save_total_limit 2 --train.max_skipped_steps 3 \
+                    --train.activation_checkpointing on --train.prefix_sharing off --train.save_total_limit 2 --train.max_skipped_steps 3 \
                     --eval.early_stopping_patience 4 --data.prompt_style litgpt.prompts.Llama3";
         let settings = resolved(line).unwrap();
         for what in ["", "skip_null", "skip_default", "skip_null,skip_default"] {

@@ -182,7 +182,7 @@ fn memory(config: &Config, rows: &[Row]) -> String {
     );
     for (flags, _, store, quantize) in rows {
         let quantizer = quantize.and_then(Quantizer::named);
-        let computed = Computed { store: *store, quantizer, on_device: false, tokens, checkpointing: false };
+        let computed = Computed { store: *store, quantizer, on_device: false, tokens, checkpointing: false, prefix: 0 };
         let estimate = Estimate::of(config, &settings, computed);
         let cache = 4 * (2 * config.n_layer * config.kv_cols() * tokens + config.vocab_size);
         let (generate, finetune) = (estimate.weights + estimate.workspace + cache, estimate.total());

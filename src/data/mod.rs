@@ -14,6 +14,7 @@ use crate::tokenizer::Tokenizer;
 use chat::Message;
 
 pub mod chat;
+pub mod prefix;
 pub mod prompt;
 pub mod sft;
 mod system_prompts;

@@ -193,13 +193,14 @@ mod tests {
             let rope = [Tables::new(1.0, 0, &Scaling::None, 0), Tables::new(1.0, 0, &Scaling::None, 0)];
             let (positions, spans) = (Vec::new().into(), Spans::default());
             let parameters = Matrix::from_slice(1, len, &parameters);
-            let pass = Pass { parameters: &parameters, positions: &positions, spans: &spans, seed: None, rope: &rope };
+            let (parameters, positions, spans, rope) = (&parameters, &positions, &spans, &rope);
+            let pass = Pass { parameters, positions, spans, seed: None, rope, past: None, later: None };
             let x = Matrix::from_slice(T, C, &x);
             let mut y = Matrix::from_slice(T, C, &[1.0; T * C]);
             let saved = experts.forward(&pass, &x, &mut y, true);
             assert_close(&y, &oracle.y.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
             let mut grads = Matrix::zeros(1, len);
-            let mut to = Gradients { parameters: &parameters, grads: &mut grads, past: None };
+            let mut to = Gradients { parameters, grads: &mut grads, past: None };
             let mut dx = Matrix::new(T, C);
             let dy = Matrix::from_slice(T, C, &dy);
             experts.backward(&pass, &mut to, &dy, || x.clone(), saved, Some((&mut dx, false)));

@@ -18,6 +18,7 @@ pub struct Prefix {
     pub(super) layers: Vec<Matrix>,
     /// Gradients of those from the lowest adapted block on, in f32; none outside training.
     pub(super) grads: Vec<Matrix>,
+    n_targets: usize,
 }
 
 impl Prefix {
@@ -31,6 +32,12 @@ impl Prefix {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Number of targets.
+    #[must_use]
+    pub fn n_targets(&self) -> usize {
+        self.n_targets
     }
 }
 
@@ -55,7 +62,7 @@ impl Gpt {
         };
         let trained = if training.is_some() { self.lowest()..self.blocks.len() } else { 0..0 };
         let grads = layers[trained].iter().map(zeros).collect();
-        (Prefix { begun, layers, grads }, loss)
+        (Prefix { begun, layers, grads, n_targets: tokens.n_targets() }, loss)
     }
 
     /// The backward of a prefix, behind those of all passes that went on from it.

@@ -408,7 +408,8 @@ impl Attention {
         let (n, hs) = (span.q.len(), self.head_size);
         let [q, o, d_o] = [q, o, d_o].map(|view| self.head(view, head));
         let k = self.head(k, self.key_head(head));
-        let [mut dq, mut dk, mut dv] = [Matrix::new(n, hs), Matrix::zeros(span.keys(), hs), Matrix::zeros(span.keys(), hs)];
+        let [mut dq, mut dk, mut dv] =
+            [Matrix::new(n, hs), Matrix::zeros(span.keys(), hs), Matrix::zeros(span.keys(), hs)];
         for block in self.blocks(span) {
             let (m, width) = (block.rows.len(), block.keys.len());
             let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
@@ -683,11 +684,13 @@ mod tests {
         let variants =
             [base, Attention { window: Some(9), ..base }, Attention { softcap: Some(1.5), window: Some(70), ..base }];
         let (prefix, t, q_cols, kv_cols) = (70, 91, 40, 20);
-        for (attention, segments) in variants.iter().flat_map(|a| [(a, vec![0..3, 3..90, 90..91]), (a, vec![0..91])]) {
+        let one = 0..t;
+        let samples = [vec![0..3, 3..90, 90..t], vec![one]];
+        for (attention, segments) in variants.iter().flat_map(|a| samples.iter().map(move |s| (a, s))) {
             let [q, d_o] = [1, 2].map(|seed| Matrix::from_slice(t, q_cols, &random(t * q_cols, seed)));
             let [k, v] =
                 [3, 4].map(|seed| Matrix::from_slice(prefix + t, kv_cols, &random((prefix + t) * kv_cols, seed)));
-            let spans = Spans::after(prefix, &segments);
+            let spans = Spans::after(prefix, segments);
             let (o, saved) = attention.forward(q.view(), k.view(), v.view(), &spans);
             let d = attention.backward([q.view(), k.view(), v.view()], &o, &d_o, &saved, &spans);
             let mut of_prefix = vec![0.0; prefix * 2 * kv_cols];
@@ -702,7 +705,7 @@ mod tests {
                 let keys = prefix + segment.start..prefix + segment.end;
                 let [q, d_o] = [&q, &d_o].map(|x| whole(x, None, segment.clone()));
                 let [k, v] = [&k, &v].map(|x| whole(x, Some(x), keys.clone()));
-                let spans = Spans::whole(&[0..prefix + segment.len()]);
+                let spans = Spans::tail(prefix + segment.len(), prefix + segment.len());
                 let (want_o, saved) = attention.forward(q.view(), k.view(), v.view(), &spans);
                 assert_close(&o[segment.start * q_cols..segment.end * q_cols], &want_o[prefix * q_cols..], 1e-5);
                 let want = attention.backward([q.view(), k.view(), v.view()], &want_o, &d_o, &saved, &spans);

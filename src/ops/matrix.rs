@@ -7,37 +7,64 @@ use super::matmul::ViewMut;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Tokens of one sample within the rows of a micro batch. Attention and positions stay inside a segment.
 pub type Segment = Range<usize>;
 
-/// Buffers that no matrix uses at the moment, by ascending length.
+/// The buffers of all matrices on the host.
 ///
 /// This is an allocator's free list, which is why it is global: a training step asks for the same lengths again and
 /// again, and glibc would return and fault their pages each time (12 to 14 % of a step, measured on the prototype).
-static FREE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+struct Pool {
+    /// Those that no matrix uses at the moment, by ascending length.
+    free: Vec<Vec<f32>>,
+    /// Elements of all.
+    elements: usize,
+    /// Above so many, free ones are given up for a new one.
+    most: usize,
+    reuse: Reuse,
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { free: Vec::new(), elements: 0, most: usize::MAX, reuse: Reuse::Any });
+
+fn pool() -> MutexGuard<'static, Pool> {
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    /// A free buffer for `len` elements, else the length of a new one.
+    fn take(&mut self, len: usize) -> Result<Vec<f32>, usize> {
+        let fit = self.free.partition_point(|buffer| buffer.len() < len);
+        // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to the first
+        // factor, and a run starts with its longest: then every later request finds the buffer of its like.
+        let longest = match self.reuse {
+            Reuse::Any => 16 * len,
+            Reuse::Double => 2 * len,
+            Reuse::Near | Reuse::Steps => len + len / 8,
+        };
+        if self.free.get(fit).is_some_and(|buffer| buffer.len() <= longest + 1024) {
+            return Ok(self.free.remove(fit));
+        }
+        let step = if self.reuse == Reuse::Steps { (len.next_power_of_two() / 16).max(1) } else { 1 };
+        // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
+        if self.reuse != Reuse::Steps && fit > 0 && 2 * self.free[fit - 1].len() >= len {
+            self.elements -= self.free.remove(fit - 1).len();
+        }
+        let len = len.next_multiple_of(step);
+        self.elements += len;
+        while self.elements > self.most
+            && let Some(buffer) = self.free.pop()
+        {
+            self.elements -= buffer.len();
+        }
+        Err(len)
+    }
+}
 
 fn take(len: usize) -> Vec<f32> {
-    let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let fit = free.partition_point(|buffer| buffer.len() < len);
-    // A buffer far too long is left for a request of its own size. Micro batches differ in length, by up to this factor,
-    // and a run starts with its longest: then every later request finds the buffer of its like.
-    let reuse = *REUSE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let longest = if reuse == Reuse::Any { 16 * len } else { len + len / 8 };
-    if free.get(fit).is_some_and(|buffer| buffer.len() <= longest + 1024) {
-        return free.remove(fit);
-    }
-    if reuse == Reuse::Steps {
-        drop(free);
-        return vec![0.0; len.next_multiple_of((len.next_power_of_two() / 16).max(1))];
-    }
-    // A longer buffer replaces a shorter one, which would otherwise stay for ever beside it.
-    if fit > 0 && 2 * free[fit - 1].len() >= len {
-        free.remove(fit - 1);
-    }
-    drop(free);
-    vec![0.0; len]
+    let found = pool().take(len);
+    found.unwrap_or_else(|len| vec![0.0; len])
 }
 
 /// Which recycled buffer serves a request.
@@ -48,19 +75,19 @@ pub enum Reuse {
     /// One of about the length. The first pass of a run, its longest, must not put small matrices into large buffers, or it
     /// would need more of these than are ever full.
     Near,
+    /// One of at most twice the length. A prefix is kept beside the passes that go on from it: if either were in buffers of
+    /// the longest micro batch, they would need many times their memory.
+    Double,
     /// One of about the length, in steps of a sixteenth; none is given up. A single long pass asks for nearly the same lengths
     /// layer after layer, and would throw out what the next one needs.
     Steps,
 }
 
-static REUSE: Mutex<Reuse> = Mutex::new(Reuse::Any);
-
 /// Runs `f` with buffers reused in this way.
 pub fn reusing<R>(how: Reuse, f: impl FnOnce() -> R) -> R {
-    let set = |how| *REUSE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = how;
-    set(how);
+    pool().reuse = how;
     let result = f();
-    set(Reuse::Any);
+    pool().reuse = Reuse::Any;
     result
 }
 
@@ -68,14 +95,22 @@ fn give(buffer: Vec<f32>) {
     if buffer.is_empty() {
         return;
     }
-    let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let at = free.partition_point(|other| other.len() < buffer.len());
-    free.insert(at, buffer);
+    let mut pool = pool();
+    let at = pool.free.partition_point(|other| other.len() < buffer.len());
+    pool.free.insert(at, buffer);
+}
+
+/// From now on free buffers are given up rather than having a quarter more in all than now.
+pub fn limit_buffers() {
+    let mut pool = pool();
+    pool.most = pool.elements + pool.elements / 4;
 }
 
 /// Returns all recycled buffers to the allocator.
 pub fn release_buffers() {
-    FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    let mut pool = pool();
+    pool.elements -= pool.free.iter().map(Vec::len).sum::<usize>();
+    pool.free.clear();
 }
 
 /// Where a matrix's elements are.

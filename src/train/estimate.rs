@@ -23,6 +23,8 @@ pub struct Computed {
     pub tokens: usize,
     /// Whether blocks keep only their input.
     pub checkpointing: bool,
+    /// Tokens of the longest prefix that is computed once for several samples.
+    pub prefix: usize,
 }
 
 /// Bytes that a run needs, by what they are for.
@@ -87,8 +89,13 @@ impl Estimate {
         Self {
             weights,
             adapters: parameters * (4 * 4 + copy),
-            // Recycled buffers on the host may be longer than what they hold by this much.
-            activations: Self::activations(config, settings, computed, size) * if computed.on_device { 8 } else { 9 }
+            // Recycled buffers on the host may be longer than what they hold by this much, more beside those of a prefix.
+            activations: Self::activations(config, settings, computed, size)
+                * match (computed.on_device, computed.prefix) {
+                    (true, _) => 8,
+                    (false, 0) => 9,
+                    (false, _) => 10,
+                }
                 / 8,
             head: Self::head(config, computed, size),
             workspace: Self::workspace(computed, size),
@@ -113,10 +120,12 @@ impl Estimate {
             * ((streams * c + q + 2 * kv + q + ranks + normed) * size + up * up_size + 4 * config.n_head);
         // Gradients of the stream, of the MLP's input and inside of it, beside its activations.
         let temporary = computed.tokens * (4 * c + up + 2 * config.intermediate_size * visited) * size;
+        // Keys and values once more, and their gradients in f32.
+        let prefix = config.n_layer * computed.prefix * 2 * kv * (size + 4);
         if computed.checkpointing {
-            return config.n_layer * computed.tokens * c * size + kept + temporary;
+            return config.n_layer * computed.tokens * c * size + kept + temporary + prefix;
         }
-        config.n_layer * kept + temporary
+        config.n_layer * kept + temporary + prefix
     }
 
     fn head(config: &Config, computed: Computed, size: usize) -> usize {
@@ -189,7 +198,7 @@ mod tests {
     use super::*;
 
     fn computed(tokens: usize) -> Computed {
-        Computed { store: Store::Bf16, quantizer: None, on_device: true, tokens, checkpointing: false }
+        Computed { store: Store::Bf16, quantizer: None, on_device: true, tokens, checkpointing: false, prefix: 0 }
     }
 
     fn llama_7b() -> Config {
@@ -218,7 +227,8 @@ mod tests {
         for (store, tokens, measured) in
             [(Store::F32, 256, 0.93), (Store::F32, 512, 1.15), (Store::Bf16, 256, 0.56), (Store::Bf16, 512, 0.71)]
         {
-            let computed = Computed { store, quantizer: None, on_device: false, tokens, checkpointing: false };
+            let computed =
+                Computed { store, quantizer: None, on_device: false, tokens, checkpointing: false, prefix: 0 };
             let estimate = Estimate::of(&config, &FinetuneSettings::default(), computed).total() as f64 / 1e9;
             assert!((estimate / measured - 1.0).abs() < 0.1, "{store:?} {tokens}: {estimate} for {measured}");
         }
@@ -231,6 +241,9 @@ mod tests {
         let whole = of(computed(2048));
         assert!(of(Computed { checkpointing: true, ..computed(2048) }) < whole);
         assert!(of(computed(1024)) < whole);
+        // Keys, values and the gradients of both, 32 layers of 4096 each.
+        let shared = of(Computed { prefix: 100, ..computed(2048) });
+        assert_eq!(shared - whole, 100 * 32 * 2 * 4096 * (2 + 4));
         let ways = ways_out(&llama_7b(), &settings, computed(2048));
         assert!(ways.iter().all(|(_, estimate)| estimate.total() < whole), "{ways:?}");
         assert!(ways.last().is_some_and(|(name, _)| name.contains("--train.max_seq_length 256")));

@@ -13,12 +13,13 @@ pub mod schedule;
 pub mod settings;
 pub mod tensorboard;
 
+use crate::data::prefix::{self, Group};
 use crate::data::sft::{Batches, Sample, pack};
 use crate::error::{Error, Result};
-use crate::model::{Gpt, Tokens, Training};
+use crate::model::{Gpt, Prefix, Tokens, Training};
 use crate::ops::device::Dtype;
 use crate::ops::head::Loss;
-use crate::ops::matrix::{Reuse, reusing};
+use crate::ops::matrix::{Reuse, limit_buffers, reusing};
 use crate::ops::optimizer::{AdamW, Moments, norm};
 use crate::ops::{Matrix, in_pool};
 pub use progress::Progress;
@@ -43,7 +44,15 @@ pub struct Job<'a> {
     pub settings: &'a FinetuneSettings,
     /// Whether blocks keep only their input.
     pub checkpointing: bool,
+    /// Whether a prefix of several samples is computed once for them.
+    pub sharing: bool,
 }
+
+/// Positions that a pass of its own for a prefix has to save. It reads the weights once more, which takes a processor as
+/// long as 16 positions, and finds few buffers of its lengths: where less is saved, no gain was measured.
+const PASS_ON_HOST: usize = 128;
+/// The same on a device, of which a pass of few rows uses a small part.
+const PASS_ON_DEVICE: usize = 256;
 
 /// What a run calls outside: everything that writes files or makes text.
 pub trait Outside: Report {
@@ -156,6 +165,8 @@ struct Run<'a, 'b> {
     evaluating: f64,
     val_loss: Option<f64>,
     resumed: bool,
+    /// Tokens of this process, and those of them that were not computed.
+    tokens: [u64; 2],
 }
 
 /// What an accumulation window came to.
@@ -169,6 +180,14 @@ struct Window {
     rows: Vec<usize>,
     /// Those whose own loss is no finite number; where only that of a pass is none, its samples.
     broken: Vec<usize>,
+}
+
+/// What a micro batch of validation samples came to.
+struct Scored {
+    rows: Vec<usize>,
+    /// Sum over its targets.
+    loss: f64,
+    targets: usize,
 }
 
 /// Trains the adapters of `job`, from where `resume` stands if given (its parameters are in the model), and returns what the run came to.
@@ -217,6 +236,7 @@ pub fn fit(
         evaluating: 0.0,
         val_loss: None,
         resumed,
+        tokens: [0; 2],
     };
     run.outside.event(&Event::Start { plan, schedule })?;
     run.rehearse()?;
@@ -288,17 +308,42 @@ impl Run<'_, '_> {
     }
 
     fn summary(&self, stopped: bool) -> Summary {
-        Summary { at: self.progress(), val_loss: self.val_loss, stopped }
+        let [tokens, shared] = self.tokens;
+        Summary { at: self.progress(), val_loss: self.val_loss, stopped, shared: shared as f64 / tokens.max(1) as f64 }
     }
 
     /// Runs the longest micro batch that can come once, and forgets it: what a run needs of memory shows at once, and the
     /// buffers that it leaves serve every later micro batch.
     fn rehearse(&mut self) -> Result<()> {
-        let rows = longest(self.job.train, self.job.packs, self.job.settings.train.micro_batch_size);
-        let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index);
-        let training = Training { grads: &mut self.grads, weight: 1.0, seed: 0, checkpointing: self.job.checkpointing };
+        let Job { train, packs, settings, checkpointing, .. } = *self.job;
+        let (rows, ignore_index) = (longest(train, packs, settings.train.micro_batch_size), settings.data.ignore_index);
         let gpt = &*self.job.gpt;
-        let _ = reusing(Reuse::Near, || in_pool(|| gpt.loss(&tokens, Some(training))));
+        fn training(grads: &mut Matrix, checkpointing: bool) -> Option<Training<'_>> {
+            Some(Training { grads, weight: 1.0, seed: 0, checkpointing })
+        }
+        let grads = &mut self.grads;
+        let tokens = collect(train, &rows, ignore_index, 0);
+        let _ = reusing(Reuse::Near, || in_pool(|| gpt.loss(&tokens, training(grads, checkpointing))));
+        limit_buffers();
+        // On the host it would leave buffers of lengths that hardly come again.
+        let shared = if self.job.sharing && gpt.place().is_some() { prefix::longest(train) } else { 0 };
+        let sample =
+            rows.first().map(|row| &train[*row]).filter(|sample| (1..sample.input_ids.len()).contains(&shared));
+        if let Some(Sample { input_ids, labels, .. }) = sample {
+            // As many rows as before, and beside them the prefix's keys and values with their gradients.
+            let [mut first, mut then] = [0, shared].map(|past| Tokens { past, ..Tokens::default() });
+            first.push_part(input_ids, labels, ignore_index, 0..shared);
+            while then.ids.len() < self.longest - shared {
+                let left = self.longest - shared - then.ids.len();
+                then.push_part(input_ids, labels, ignore_index, shared..input_ids.len().min(shared + left));
+            }
+            let shared = || {
+                let (mut prefix, _) = gpt.begin(&first, training(grads, checkpointing));
+                let _ = gpt.pass(&then, Some(&mut prefix), training(grads, checkpointing)).value();
+                gpt.finish(prefix, grads);
+            };
+            in_pool(shared);
+        }
         gpt.check()
     }
 
@@ -363,57 +408,95 @@ impl Run<'_, '_> {
         let mut losses = Vec::new();
         self.grads.zero();
         let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
-        let passes = self.passes(end);
-        for (first, rows) in &passes {
-            if self.outside.stop_asked() {
-                self.batches.seek(self.at.iter);
-                return Ok(None);
+        window.rows = (self.at.iter..end)
+            .flat_map(|_| self.batches.next_batch())
+            .flat_map(|pack| &self.job.packs[pack])
+            .copied()
+            .collect();
+        let samples = window.rows.iter().map(|row| &self.job.train[*row]);
+        window.tokens = samples.clone().map(|sample| sample.input_ids.len() as u64).sum();
+        for group in self.groups(self.job.train, &window.rows) {
+            // Beside a long prefix there is no room for what follows in buffers of the longest micro batch.
+            let reuse = if 4 * group.prefix > self.longest { Reuse::Double } else { Reuse::Any };
+            self.tokens[1] += (group.prefix * (group.rows.len() - 1)) as u64;
+            let mut prefix = self.begin(&group, &mut losses);
+            for rows in self.passes(&group) {
+                if self.outside.stop_asked() {
+                    self.batches.seek(self.at.iter);
+                    return Ok(None);
+                }
+                let tokens = collect(self.job.train, &rows, self.job.settings.data.ignore_index, group.prefix);
+                window.targets += tokens.n_targets();
+                let (gpt, training) = self.training(losses.len(), 1);
+                let pass = || gpt.pass(&tokens, prefix.as_mut(), Some(training));
+                losses.push((reusing(reuse, || in_pool(pass)), 1, rows));
             }
-            let tokens = collect(self.job.train, rows, self.job.settings.data.ignore_index);
-            let training = Training {
-                grads: &mut self.grads,
-                weight: self.at.loss_factor(),
-                seed: dropout_seed(self.job.settings.seed, *first),
-                checkpointing: self.job.checkpointing,
-            };
-            let gpt = &*self.job.gpt;
-            losses.push(in_pool(|| gpt.pass(&tokens, None, Some(training))));
-            window.targets += tokens.n_targets();
-            window.tokens += tokens.ids.len() as u64;
+            if let Some(prefix) = prefix {
+                window.targets += prefix.n_targets() * group.rows.len();
+                let (gpt, grads) = (&*self.job.gpt, &mut self.grads);
+                reusing(reuse, || in_pool(|| gpt.finish(prefix, grads)));
+            }
         }
         // A device is waited for once a window, here.
-        for (loss, (_, rows)) in losses.iter().map(Loss::value).zip(passes) {
+        for (loss, times, rows) in losses {
+            let loss = loss.value();
             if !loss.is_finite() {
                 let broken: Vec<usize> = rows.iter().copied().filter(|row| !self.is_finite(*row)).collect();
                 window.broken.extend(if broken.is_empty() { &rows } else { &broken });
             }
-            window.loss += loss;
-            window.rows.extend(rows);
+            window.loss += loss * times as f64;
         }
+        window.broken.sort_unstable();
+        window.broken.dedup();
         self.job.gpt.check()?;
         self.at.iter = end;
         self.at.tokens += window.tokens;
+        self.tokens[0] += window.tokens;
         Ok(Some(window))
     }
 
-    /// Samples of each pass over the micro batches up to `end`, with its first micro batch's number. Micro batches go side
-    /// by side where they are together no longer than the longest that can come, which the run has room for: as the loss is a sum
-    /// over targets, it is the same but for dropout's masks, and the weights are read less often.
-    fn passes(&mut self, end: usize) -> Vec<(usize, Vec<usize>)> {
-        let (train, packs) = (self.job.train, self.job.packs);
-        let batches: Vec<Vec<usize>> = (self.at.iter..end)
-            .map(|_| self.batches.next_batch().into_iter().flat_map(|pack| packs[pack].iter().copied()).collect())
-            .collect();
-        let lengths: Vec<usize> = batches.iter().map(|rows| tokens_of(train, rows)).collect();
-        let pass = |mut group: Vec<usize>| {
-            group.sort_unstable();
-            (self.at.iter + group[0], group.iter().flat_map(|batch| &batches[*batch]).copied().collect())
+    /// Samples whose common prefix is worth a pass of its own.
+    fn groups(&self, samples: &[Sample], rows: &[usize]) -> Vec<Group> {
+        if !self.job.sharing {
+            return vec![Group { prefix: 0, rows: rows.to_vec() }];
+        }
+        let pass = if self.job.gpt.place().is_some() { PASS_ON_DEVICE } else { PASS_ON_HOST };
+        prefix::groups(samples, rows, pass)
+    }
+
+    /// Samples of each pass over a group. They go side by side where they are together, with their prefix, no longer than
+    /// the longest micro batch that can come, which the run has room for: as the loss is a sum over targets, it is the same
+    /// but for dropout's masks, and the weights are read less often.
+    fn passes(&self, group: &Group) -> Vec<Vec<usize>> {
+        let length = |row: &usize| self.job.train[*row].input_ids.len() - group.prefix;
+        let lengths: Vec<usize> = group.rows.iter().map(length).collect();
+        let rows = |mut pass: Vec<usize>| {
+            pass.sort_unstable();
+            pass.into_iter().map(|at| group.rows[at]).collect()
         };
-        pack(&lengths, self.longest).into_iter().map(pass).collect()
+        pack(&lengths, self.longest - group.prefix).into_iter().map(rows).collect()
+    }
+
+    /// Runs the prefix of a group forward, if it has one. Its loss counts for each of the samples.
+    fn begin(&mut self, group: &Group, losses: &mut Vec<(Loss, usize, Vec<usize>)>) -> Option<Prefix> {
+        let Sample { input_ids, labels, .. } = &self.job.train[*group.rows.first().filter(|_| group.prefix > 0)?];
+        let mut tokens = Tokens::default();
+        tokens.push_part(input_ids, labels, self.job.settings.data.ignore_index, 0..group.prefix);
+        let (gpt, training) = self.training(losses.len(), group.rows.len());
+        let (prefix, loss) = reusing(Reuse::Near, || in_pool(|| gpt.begin(&tokens, Some(training))));
+        losses.push((loss, group.rows.len(), group.rows.clone()));
+        Some(prefix)
+    }
+
+    /// The model, and what the window's pass number `at` over rows that count `times` over does with it.
+    fn training(&mut self, at: usize, times: usize) -> (&Gpt, Training<'_>) {
+        let seed = dropout_seed(dropout_seed(self.job.settings.seed, self.at.iter), at);
+        let (weight, checkpointing) = (self.at.loss_factor() * times as f32, self.job.checkpointing);
+        (self.job.gpt, Training { grads: &mut self.grads, weight, seed, checkpointing })
     }
 
     fn is_finite(&self, row: usize) -> bool {
-        let tokens = collect(self.job.train, &[row], self.job.settings.data.ignore_index);
+        let tokens = collect(self.job.train, &[row], self.job.settings.data.ignore_index, 0);
         in_pool(|| self.job.gpt.loss(&tokens, None)).is_finite()
     }
 
@@ -451,19 +534,14 @@ impl Run<'_, '_> {
         let begun = Instant::now();
         let (mut loss, mut targets, mut means, mut broken) = (0.0, 0, Vec::new(), Vec::new());
         let mut comparable = None;
-        let samples: Vec<usize> = (0..self.job.val.len()).collect();
         let limit = if all { usize::MAX } else { settings.eval.max_iters };
-        for rows in samples.chunks(settings.train.micro_batch_size.max(1)).take(limit) {
-            let tokens = collect(self.job.val, rows, settings.data.ignore_index);
-            let gpt = &*self.job.gpt;
-            let sum = in_pool(|| gpt.loss(&tokens, None));
-            gpt.check()?;
+        for Scored { rows, loss: sum, targets: n_targets } in self.score(limit)? {
             if !sum.is_finite() {
                 broken.extend(rows);
             }
-            means.push(sum / tokens.n_targets().max(1) as f64);
+            means.push(sum / n_targets.max(1) as f64);
             loss += sum;
-            targets += tokens.n_targets();
+            targets += n_targets;
             if means.len() == settings.eval.max_iters {
                 comparable = Some(loss / targets.max(1) as f64);
             }
@@ -486,6 +564,40 @@ impl Run<'_, '_> {
         let (step, iter) = (self.at.step, self.at.iter);
         self.outside.event(&Event::Validation { step, iter, loss, comparable, mean_of_batches, seconds })?;
         Ok(lowest)
+    }
+
+    /// The first `limit` micro batches of the validation samples.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn score(&self, limit: usize) -> Result<Vec<Scored>> {
+        let (val, ignore_index) = (self.job.val, self.job.settings.data.ignore_index);
+        let micro = self.job.settings.train.micro_batch_size.max(1);
+        let rows: Vec<usize> = (0..val.len().min(limit.saturating_mul(micro))).collect();
+        let scored = rows.chunks(micro).map(|rows| Scored { rows: rows.to_vec(), loss: 0.0, targets: 0 });
+        let mut scored: Vec<Scored> = scored.collect();
+        let gpt = &*self.job.gpt;
+        for Group { prefix: length, mut rows } in self.groups(val, &rows) {
+            let mut begun = None;
+            if let Some(first) = rows.first().filter(|_| length > 0) {
+                let mut tokens = Tokens::default();
+                tokens.push_part(&val[*first].input_ids, &val[*first].labels, ignore_index, 0..length);
+                let (prefix, loss) = in_pool(|| gpt.begin(&tokens, None));
+                begun = Some((prefix, loss.value()));
+            }
+            rows.sort_unstable();
+            for rows in rows.chunk_by(|a, b| a / micro == b / micro) {
+                let tokens = collect(val, rows, ignore_index, length);
+                let loss = in_pool(|| gpt.pass(&tokens, begun.as_mut().map(|(prefix, _)| prefix), None)).value();
+                let (of_prefix, targets) =
+                    begun.as_ref().map_or((0.0, 0), |(prefix, loss)| (*loss, prefix.n_targets()));
+                let scored = &mut scored[rows[0] / micro];
+                scored.loss += loss + of_prefix * rows.len() as f64;
+                scored.targets += tokens.n_targets() + targets * rows.len();
+                gpt.check()?;
+            }
+        }
+        Ok(scored)
     }
 
     /// The answer to one validation sample, as text.
@@ -513,18 +625,19 @@ pub fn step_name(step: usize) -> String {
     format!("step-{step:06}")
 }
 
-/// Samples end to end as one micro batch.
-fn collect(samples: &[Sample], rows: &[usize], ignore_index: i32) -> Tokens {
-    let mut tokens = Tokens::default();
-    for row in rows {
-        tokens.push(&samples[*row].input_ids, &samples[*row].labels, ignore_index);
+/// What samples have behind a prefix of `past` tokens, end to end as one micro batch.
+fn collect(samples: &[Sample], rows: &[usize], ignore_index: i32, past: usize) -> Tokens {
+    let mut tokens = Tokens { past, ..Tokens::default() };
+    for Sample { input_ids, labels, .. } in rows.iter().map(|row| &samples[*row]) {
+        tokens.push_part(input_ids, labels, ignore_index, past..input_ids.len());
     }
     tokens
 }
 
-/// Seed of a pass's dropout masks (SplitMix64 of run and first iteration).
-fn dropout_seed(seed: u64, iter: usize) -> u64 {
-    let mut z = seed ^ (iter as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+/// A seed of a seed and a number (SplitMix64): for the dropout masks, that of the run, the window's first iteration and the
+/// pass.
+fn dropout_seed(seed: u64, number: usize) -> u64 {
+    let mut z = seed ^ (number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

@@ -121,6 +121,8 @@ pub struct Summary {
     pub val_loss: Option<f64>,
     /// Whether it was stopped before its end.
     pub stopped: bool,
+    /// Share of this process's tokens that were not computed, as a prefix of several samples is only once.
+    pub shared: f64,
 }
 
 /// Whoever wants to know.

@@ -312,6 +312,8 @@ pub struct TrainSettings {
     pub lr_schedule: LrSchedule,
     /// Keep only each block's input and compute the rest again in the backward pass; not in LitGPT.
     pub activation_checkpointing: Switch,
+    /// Compute the tokens that samples of a step begin with only once; not in LitGPT.
+    pub prefix_sharing: Switch,
 }
 
 impl Default for TrainSettings {
@@ -335,6 +337,7 @@ impl Default for TrainSettings {
             min_lr: 6e-5,
             lr_schedule: LrSchedule::default(),
             activation_checkpointing: Switch::Auto,
+            prefix_sharing: Switch::Auto,
         }
     }
 }
