@@ -405,7 +405,7 @@ impl Run<'_, '_> {
     /// When the device fails.
     fn window(&mut self) -> Result<Option<Window>> {
         let mut window = Window::default();
-        let mut losses = Vec::new();
+        let (mut losses, mut shared) = (Vec::new(), 0);
         self.grads.zero();
         let end = self.plan.iters.min(self.at.iter + self.plan.accumulate);
         window.rows = (self.at.iter..end)
@@ -418,7 +418,7 @@ impl Run<'_, '_> {
         for group in self.groups(self.job.train, &window.rows) {
             // Beside a long prefix there is no room for what follows in buffers of the longest micro batch.
             let reuse = if 4 * group.prefix > self.longest { Reuse::Double } else { Reuse::Any };
-            self.tokens[1] += (group.prefix * (group.rows.len() - 1)) as u64;
+            shared += group.prefix * (group.rows.len() - 1);
             let mut prefix = self.begin(&group, &mut losses);
             for rows in self.passes(&group) {
                 if self.outside.stop_asked() {
@@ -451,7 +451,8 @@ impl Run<'_, '_> {
         self.job.gpt.check()?;
         self.at.iter = end;
         self.at.tokens += window.tokens;
-        self.tokens[0] += window.tokens;
+        let [tokens, not_computed] = &mut self.tokens;
+        (*tokens, *not_computed) = (*tokens + window.tokens, *not_computed + shared as u64);
         Ok(Some(window))
     }
 
