@@ -201,7 +201,7 @@ __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d
     const int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * OWN;
 
     float acc_k[OWN][J] = {}, acc_v[OWN][J] = {};
-    const int keys = tokens + offset, begin = first < prefix ? 0 : max(0, first - offset) / TILE * TILE;
+    const int keys = tokens + offset, begin = max(0, first - offset) / TILE * TILE;
     load_rows(k_rows, head_size, k + i64(group) * head_size, ld_k, first, ROWS, keys, head_size);
     load_rows(v_rows, head_size, v + i64(group) * head_size, ld_v, first, ROWS, keys, head_size);
     for (int head = group * heads; head < (group + 1) * heads; ++head) {

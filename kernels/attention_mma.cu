@@ -248,7 +248,7 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
 
     float acc_k[C / 8][4] = {}, acc_v[C / 8][4] = {};
-    const int keys = tokens + offset, begin = first < prefix ? 0 : max(0, first - offset) / TILE * TILE;
+    const int keys = tokens + offset, begin = max(0, first - offset) / TILE * TILE;
     copy_rows<D, OWN_ROWS>(k_rows, k + i64(group) * head_size, ld_k, first, keys, head_size);
     copy_rows<D, OWN_ROWS>(v_rows, v + i64(group) * head_size, ld_v, first, keys, head_size);
     for (int head = group * heads; head < (group + 1) * heads; ++head) {
@@ -287,6 +287,7 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
     }
     store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, keys, from, head_size, acc_k, 1.0f, 1.0f);
     store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, keys, from, head_size, acc_v, 1.0f, 1.0f);
+    copy_commit();
     copy_wait();  // copies of rows that no query came for must not outlive the block
 }
 

@@ -63,7 +63,12 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         checkpointing: settings.train.activation_checkpointing == Switch::On,
         prefix,
     };
+    let wanted = prefix;
     let Computed { checkpointing, prefix, .. } = preflight(&checkpoint.config, &settings, &compute, computed, ui)?;
+    if prefix < wanted {
+        // Rounding and dropout hang on it: a run that resumes has to do the same.
+        settings.train.prefix_sharing = Switch::Off;
+    }
     if settings.dry_run {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
@@ -263,7 +268,9 @@ fn preflight(
     let fits = |estimate: &Estimate| estimate.total() as f64 <= 0.96 * free as f64;
     let switches = [settings.train.activation_checkpointing, settings.train.prefix_sharing].map(|s| s == Switch::Auto);
     let choices = [(false, false), (false, true), (true, false), (true, true)].into_iter();
-    let choices = choices.filter(|(again, alone)| (!again || switches[0]) && (!alone || switches[1]));
+    // On the processor, whose memory others come and go in, the run itself must not depend on what is free.
+    let [again_allowed, alone_allowed] = [switches[0], switches[1] && wanted.on_device];
+    let choices = choices.filter(|(again, alone)| (!again || again_allowed) && (!alone || alone_allowed));
     let choices = choices.map(|(again, alone)| Computed {
         checkpointing: wanted.checkpointing || again,
         prefix: if alone { 0 } else { wanted.prefix },

@@ -175,6 +175,9 @@ pub fn ways_out(config: &Config, settings: &FinetuneSettings, computed: Computed
     let single = Computed { tokens: computed.tokens.div_ceil(micro), ..checkpointed };
     let one = "--train.micro_batch_size 1".to_owned();
     let short = |tokens: usize| format!("--train.max_seq_length {tokens}");
+    if computed.prefix > 0 {
+        way(&["--train.prefix_sharing off".to_owned()], Computed { prefix: 0, ..computed });
+    }
     way(std::slice::from_ref(&on), checkpointed);
     if computed.quantizer.is_none() {
         way(std::slice::from_ref(&quantize), Computed { quantizer: nf4, ..computed });
@@ -188,7 +191,7 @@ pub fn ways_out(config: &Config, settings: &FinetuneSettings, computed: Computed
     }
     for tokens in [1024, 512, 256].into_iter().filter(|tokens| *tokens < single.tokens) {
         let name = [&smallest[..], &[short(tokens)]].concat();
-        way(&name, Computed { quantizer, tokens, ..single });
+        way(&name, Computed { quantizer, tokens, prefix: single.prefix.min(tokens - 1), ..single });
     }
     ways
 }

@@ -327,8 +327,7 @@ impl Run<'_, '_> {
         limit_buffers();
         // On the host it would leave buffers of lengths that hardly come again.
         let shared = if self.job.sharing && gpt.place().is_some() { prefix::longest(train) } else { 0 };
-        let sample =
-            rows.first().map(|row| &train[*row]).filter(|sample| (1..sample.input_ids.len()).contains(&shared));
+        let sample = train.iter().max_by_key(|sample| sample.input_ids.len()).filter(|_| shared > 0);
         if let Some(Sample { input_ids, labels, .. }) = sample {
             // As many rows as before, and beside them the prefix's keys and values with their gradients.
             let [mut first, mut then] = [0, shared].map(|past| Tokens { past, ..Tokens::default() });
@@ -475,7 +474,13 @@ impl Run<'_, '_> {
             pass.sort_unstable();
             pass.into_iter().map(|at| group.rows[at]).collect()
         };
-        pack(&lengths, self.longest - group.prefix).into_iter().map(rows).collect()
+        let passes: Vec<Vec<usize>> = pack(&lengths, self.longest - group.prefix).into_iter().map(rows).collect();
+        // On the host attention lays out the keys of the prefix for each sample: these, too, have to stay in bounds.
+        let many = match (self.job.gpt.place(), group.prefix) {
+            (None, 1..) => (2 * self.longest / group.prefix).max(1),
+            _ => usize::MAX,
+        };
+        passes.iter().flat_map(|rows| rows.chunks(many)).map(<[usize]>::to_vec).collect()
     }
 
     /// Runs the prefix of a group forward, if it has one. Its loss counts for each of the samples.
