@@ -68,8 +68,8 @@ __device__ __forceinline__ void store_row(T* row, const float (&acc)[J], float f
 // Grid (ceil(tokens / 16), n_head), block 128, shared memory (16 D + 32 (D | 1)) · 4 bytes.
 template <int J, class T>
 __device__ void attention_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
-                              int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
-                              float scale, float soft_cap, int window) {
+                              int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k,
+                              i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;  // odd: lanes that read one channel of 32 rows meet no bank twice
     float* q_rows = shared;
@@ -140,7 +140,8 @@ __device__ void attention_bwd_delta(const T* o, const T* d_o, float* delta, int 
 template <int J, class T>
 __device__ void attention_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
                                  const int* segment_start, int tokens, int offset, int prefix, int n_head,
-                                 int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
+                                 int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq,
+                                 float scale, float soft_cap, int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;
     float* q_rows = shared;
@@ -189,8 +190,8 @@ __device__ void attention_bwd_dq(const T* q, const T* k, const T* v, const T* d_
 template <int J, class T>
 __device__ void attention_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
                                   T* dv, const int* segment_start, int tokens, int offset, int prefix, int n_head,
-                                  int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
-                                  int window) {
+                                  int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk,
+                                  i64 ld_dv, float scale, float soft_cap, int window) {
     DYNAMIC_SHARED(float, shared);
     const int stride = head_size | 1;
     float* k_rows = shared;

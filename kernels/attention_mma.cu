@@ -106,8 +106,8 @@ __device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, 
 // Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · (D + 8) · 2 bytes.
 template <int D, class T>
 __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
-                                  int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o,
-                                  float scale, float soft_cap, int window) {
+                                  int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k,
+                                  i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) {
     constexpr int TILE = FORWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
@@ -183,7 +183,8 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
 template <int D, class T>
 __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
                                      const int* segment_start, int tokens, int offset, int prefix, int n_head,
-                                     int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq, float scale, float soft_cap, int window) {
+                                     int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dq,
+                                     float scale, float soft_cap, int window) {
     constexpr int TILE = BACKWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
@@ -236,8 +237,8 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
 template <int D, class T>
 __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
                                       T* dv, const int* segment_start, int tokens, int offset, int prefix, int n_head,
-                                      int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap,
-                                      int window) {
+                                      int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk,
+                                      i64 ld_dv, float scale, float soft_cap, int window) {
     constexpr int TILE = BACKWARD_TILE<D>, C = D == 256 ? 128 : D;
     DYNAMIC_SHARED(T, shared);
     T* k_rows = shared;

@@ -83,15 +83,8 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         gpt.weight_bytes() as f64 / 1e9,
         quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
     ));
-    let mut job = Job {
-        gpt: &mut gpt,
-        train: &train,
-        packs: &packs,
-        val: &val,
-        settings: &settings,
-        checkpointing,
-        sharing: prefix > 0,
-    };
+    let mut job =
+        Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing, prefix };
     let made_of = MadeOf::of(&job, &base_hash)?;
     let _lock = resume::lock(&out_dir)?;
     let from = resume::From::find(&settings, ui)?;

@@ -44,8 +44,8 @@ pub struct Job<'a> {
     pub settings: &'a FinetuneSettings,
     /// Whether blocks keep only their input.
     pub checkpointing: bool,
-    /// Whether a prefix of several samples is computed once for them.
-    pub sharing: bool,
+    /// Tokens of the longest prefix that two training samples have in common; 0 where each sample is computed alone.
+    pub prefix: usize,
 }
 
 /// Positions that a pass of its own for a prefix has to save. It reads the weights once more, which takes a processor as
@@ -326,12 +326,13 @@ impl Run<'_, '_> {
         let _ = reusing(Reuse::Near, || in_pool(|| gpt.loss(&tokens, training(grads, checkpointing))));
         limit_buffers();
         // On the host it would leave buffers of lengths that hardly come again.
-        let shared = if self.job.sharing && gpt.place().is_some() { prefix::longest(train) } else { 0 };
+        let shared = if gpt.place().is_some() { self.job.prefix } else { 0 };
         let sample = train.iter().max_by_key(|sample| sample.input_ids.len()).filter(|_| shared > 0);
-        if let Some(Sample { input_ids, labels, .. }) = sample {
+        if let Some(sample) = sample {
+            let Sample { input_ids, labels, .. } = sample;
             // As many rows as before, and beside them the prefix's keys and values with their gradients.
-            let [mut first, mut then] = [0, shared].map(|past| Tokens { past, ..Tokens::default() });
-            first.push_part(input_ids, labels, ignore_index, 0..shared);
+            let first = beginning(sample, ignore_index, shared);
+            let mut then = Tokens { past: shared, ..Tokens::default() };
             while then.ids.len() < self.longest - shared {
                 let left = self.longest - shared - then.ids.len();
                 then.push_part(input_ids, labels, ignore_index, shared..input_ids.len().min(shared + left));
@@ -457,7 +458,7 @@ impl Run<'_, '_> {
 
     /// Samples whose common prefix is worth a pass of its own.
     fn groups(&self, samples: &[Sample], rows: &[usize]) -> Vec<Group> {
-        if !self.job.sharing {
+        if self.job.prefix == 0 {
             return vec![Group { prefix: 0, rows: rows.to_vec() }];
         }
         let pass = if self.job.gpt.place().is_some() { PASS_ON_DEVICE } else { PASS_ON_HOST };
@@ -485,9 +486,8 @@ impl Run<'_, '_> {
 
     /// Runs the prefix of a group forward, if it has one. Its loss counts for each of the samples.
     fn begin(&mut self, group: &Group, losses: &mut Vec<(Loss, usize, Vec<usize>)>) -> Option<Prefix> {
-        let Sample { input_ids, labels, .. } = &self.job.train[*group.rows.first().filter(|_| group.prefix > 0)?];
-        let mut tokens = Tokens::default();
-        tokens.push_part(input_ids, labels, self.job.settings.data.ignore_index, 0..group.prefix);
+        let sample = &self.job.train[*group.rows.first().filter(|_| group.prefix > 0)?];
+        let tokens = beginning(sample, self.job.settings.data.ignore_index, group.prefix);
         let (gpt, training) = self.training(losses.len(), group.rows.len());
         let (prefix, loss) = reusing(Reuse::Near, || in_pool(|| gpt.begin(&tokens, Some(training))));
         losses.push((loss, group.rows.len(), group.rows.clone()));
@@ -586,8 +586,7 @@ impl Run<'_, '_> {
         for Group { prefix: length, mut rows } in self.groups(val, &rows) {
             let mut begun = None;
             if let Some(first) = rows.first().filter(|_| length > 0) {
-                let mut tokens = Tokens::default();
-                tokens.push_part(&val[*first].input_ids, &val[*first].labels, ignore_index, 0..length);
+                let tokens = beginning(&val[*first], ignore_index, length);
                 let (prefix, loss) = in_pool(|| gpt.begin(&tokens, None));
                 begun = Some((prefix, loss.value()));
             }
@@ -629,6 +628,13 @@ pub const FINAL: &str = "final";
 #[must_use]
 pub fn step_name(step: usize) -> String {
     format!("step-{step:06}")
+}
+
+/// The first `length` tokens of a sample.
+fn beginning(sample: &Sample, ignore_index: i32, length: usize) -> Tokens {
+    let mut tokens = Tokens::default();
+    tokens.push_part(&sample.input_ids, &sample.labels, ignore_index, 0..length);
+    tokens
 }
 
 /// What samples have behind a prefix of `past` tokens, end to end as one micro batch.
