@@ -122,9 +122,9 @@ pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, 
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if super::simd::is_small(k, n) && super::simd::level().is_some() {
+    if let Some(level) = super::simd::level().filter(|_| super::simd::is_small(k, n)) {
         // SAFETY: `fits` checked that every element of the three views lies inside its data.
-        return unsafe { super::simd::small(threads, dst, accumulate, alpha, lhs, rhs) };
+        return unsafe { super::simd::small(level, threads, dst, accumulate, alpha, lhs, rhs) };
     }
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,

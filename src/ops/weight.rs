@@ -344,7 +344,7 @@ impl Weight {
                 let shape = (rows.len(), self.cols);
                 let y = ViewMut::columns(y, total, rows);
                 if x.rows <= FEW {
-                    simd::few_rows(x, w, shape, y, accumulate);
+                    simd::few_rows(level, x, w, shape, y, accumulate);
                 } else {
                     simd::forward(level, x, w, shape, y, accumulate);
                 }
@@ -382,7 +382,7 @@ impl Weight {
                 let (shape, add) = ((rows.len(), self.cols), accumulate || rows.start > 0);
                 let (dy, dx) = (dy.slice_cols(rows), ViewMut::columns(dx, total, 0..total));
                 match simd::NonZeros::of(dy) {
-                    Some(dy) => simd::sparse_backward(&dy, w, shape, dx, add),
+                    Some(dy) => simd::sparse_backward(level, &dy, w, shape, dx, add),
                     None => simd::backward(level, dy, w, shape, dx, add),
                 }
             });

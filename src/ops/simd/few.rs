@@ -1,7 +1,8 @@
 //! `y = x Wᵀ` for a few rows of x, as in decoding: the weight is read once, in its own order, as fast as memory gives it.
 
-use super::tile::LINE;
-use super::{PANEL, Panels, Shared, checked, packed_len};
+use super::tile::{LINE, prefetch};
+use super::wide::{Halves, LANES, Wide, for_each_width};
+use super::{Level, PANEL, Panels, Shared, checked, packed_len};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
 use half::{bf16, f16};
@@ -28,43 +29,37 @@ pub trait Element: Copy + Sync {
     /// The two halves of a row of a panel.
     ///
     /// # Safety
-    /// They can be read, and the processor has the instructions of `level`.
-    unsafe fn halves(from: *const Self) -> [__m512; 2];
+    /// They can be read, and the processor has the instructions.
+    unsafe fn halves<W: Wide>(from: *const Self) -> [W; 2];
 }
 
 impl Element for f32 {
     const SPLIT: bool = false;
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn halves(from: *const Self) -> [__m512; 2] {
+    #[inline(always)]
+    unsafe fn halves<W: Wide>(from: *const Self) -> [W; 2] {
         // SAFETY: passed on.
-        unsafe { [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))] }
+        unsafe { [W::load(from), W::load(from.add(LANES))] }
     }
 }
 
 impl Element for bf16 {
     const SPLIT: bool = true;
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn halves(from: *const Self) -> [__m512; 2] {
+    #[inline(always)]
+    unsafe fn halves<W: Wide>(from: *const Self) -> [W; 2] {
         // SAFETY: passed on.
-        let both = unsafe { _mm512_loadu_si512(from.cast()) };
-        let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+        unsafe { W::load_split(from) }
     }
 }
 
 impl Element for f16 {
     const SPLIT: bool = false;
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn halves(from: *const Self) -> [__m512; 2] {
-        let from: *const __m256i = from.cast();
+    #[inline(always)]
+    unsafe fn halves<W: Wide>(from: *const Self) -> [W; 2] {
         // SAFETY: passed on.
-        unsafe { [_mm512_cvtph_ps(_mm256_loadu_si256(from)), _mm512_cvtph_ps(_mm256_loadu_si256(from.add(1)))] }
+        unsafe { [W::load_f16(from), W::load_f16(from.add(LANES))] }
     }
 }
 
@@ -72,15 +67,22 @@ impl Element for f16 {
 ///
 /// # Panics
 /// When the shapes do not fit together.
-pub fn few_rows(x: View<'_>, w: Panels<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+pub fn few_rows(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
     match w {
-        Panels::F32(w) => few_rows_of(x, w, shape, y, accumulate),
-        Panels::Bf16(w) => few_rows_of(x, w, shape, y, accumulate),
-        Panels::F16(w) => few_rows_of(x, w, shape, y, accumulate),
+        Panels::F32(w) => few_rows_of(level, x, w, shape, y, accumulate),
+        Panels::Bf16(w) => few_rows_of(level, x, w, shape, y, accumulate),
+        Panels::F16(w) => few_rows_of(level, x, w, shape, y, accumulate),
     }
 }
 
-fn few_rows_of<E: Element>(x: View<'_>, w: &[E], (rows, cols): (usize, usize), y: ViewMut<'_>, accumulate: bool) {
+fn few_rows_of<E: Element>(
+    level: Level,
+    x: View<'_>,
+    w: &[E],
+    (rows, cols): (usize, usize),
+    y: ViewMut<'_>,
+    accumulate: bool,
+) {
     let fit = w.len() == packed_len(rows, cols) && x.cols == cols && y.cols == rows && y.rows == x.rows;
     assert!(fit, "product: shapes do not fit");
     if x.rows == 0 || w.is_empty() {
@@ -98,8 +100,12 @@ fn few_rows_of<E: Element>(x: View<'_>, w: &[E], (rows, cols): (usize, usize), y
         // SAFETY: `level` found the instructions before this is called; the rows are inside the weight, and each is in one
         // block.
         unsafe {
-            let y = Rows { at: out.at(y_at + first), stride, accumulate };
-            block_of_rows(w.as_ptr().add(first * PANEL), rows, len, &x, y);
+            let (w, y) = (w.as_ptr().add(first * PANEL), Rows { at: out.at(y_at + first), stride, accumulate });
+            if level == Level::Avx2 {
+                block_of_rows::<Halves, E>(w, rows, len, &x, y);
+            } else {
+                block_of_rows::<__m512, E>(w, rows, len, &x, y);
+            }
         }
     });
 }
@@ -127,62 +133,60 @@ fn in_panels<E: Element>(x: View<'_>) -> Matrix {
     out
 }
 
-/// Products of each row of `x`, in panels, with `len` rows from `w` on of a weight of `rows` rows, panel after panel.
-///
-/// # Safety
-/// Those rows can be read, and as many elements of each row of `y` written; the processor has the instructions of `level`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn block_of_rows<E: Element>(w: *const E, rows: usize, len: usize, x: &Matrix, to: Rows) {
-    let mut sums = vec![_mm512_setzero_ps(); x.rows() * len];
-    let (panels, whole) = (x.cols() / PANEL, x.cols() / PANEL / TOGETHER * TOGETHER);
-    // SAFETY: x has whole panels, and the weight a panel of all rows for each.
-    unsafe {
-        for panel in (0..whole).step_by(TOGETHER) {
-            add_to_all::<E, TOGETHER>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
-        }
-        for panel in whole..panels {
-            add_to_all::<E, 1>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
-        }
-    }
-    for (t, sums) in sums.chunks_exact(len).enumerate() {
-        for (row, sum) in sums.iter().enumerate() {
-            // SAFETY: passed on.
-            unsafe {
-                let (y, sum) = (to.at.add(t * to.stride + row), _mm512_reduce_add_ps(*sum));
-                *y = if to.accumulate { *y + sum } else { sum };
+for_each_width! {
+    /// Products of each row of `x`, in panels, with `len` rows from `w` on of a weight of `rows` rows, panel after panel.
+    ///
+    /// # Safety
+    /// Those rows can be read, and as many elements of each row of `y` written; the processor has the instructions.
+    unsafe fn block_of_rows<W, E: Element>(w: *const E, rows: usize, len: usize, x: &Matrix, to: Rows) {
+        let (panels, whole) = (x.cols() / PANEL, x.cols() / PANEL / TOGETHER * TOGETHER);
+        // SAFETY: x has whole panels, and the weight a panel of all rows for each.
+        unsafe {
+            let mut sums = vec![W::zero(); x.rows() * len];
+            for panel in (0..whole).step_by(TOGETHER) {
+                add_to_all::<W, E, TOGETHER>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
+            }
+            for panel in whole..panels {
+                add_to_all::<W, E, 1>(w.add(panel * rows * PANEL), rows, x, panel, &mut sums);
+            }
+            for (t, sums) in sums.chunks_exact(len).enumerate() {
+                for (row, sum) in sums.iter().enumerate() {
+                    let (y, sum) = (to.at.add(t * to.stride + row), sum.sum());
+                    *y = if to.accumulate { *y + sum } else { sum };
+                }
             }
         }
     }
 }
 
-/// Adds the products of `P` panels side by side from `panel` on, `NEAR` rows of the weight at a time: memory gives them to the
-/// first row of x, the first-level cache to the others.
-///
-/// # Safety
-/// As for `block_of_rows`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn add_to_all<E: Element, const P: usize>(
-    w: *const E,
-    rows: usize,
-    x: &Matrix,
-    panel: usize,
-    sums: &mut [__m512],
-) {
-    let (len, cols) = (sums.len() / x.rows(), x.cols());
-    let x = |t: usize| &x[t * cols + panel * PANEL..];
-    for first in (0..len).step_by(NEAR) {
-        let (near, w) = (first..len.min(first + NEAR), w.wrapping_add(first * PANEL));
-        for (pair, sums) in sums.chunks_mut(2 * len).enumerate() {
-            let (one, other) = sums.split_at_mut(len);
-            let one = &mut one[near.clone()];
-            // SAFETY: passed on.
-            unsafe {
-                if other.is_empty() {
-                    add_panels::<E, P, 1>(w, rows, [x(2 * pair)], [one]);
-                } else {
-                    let sums = [one, &mut other[near.clone()]];
-                    add_panels::<E, P, 2>(w, rows, [x(2 * pair), x(2 * pair + 1)], sums);
+for_each_width! {
+    /// Adds the products of `P` panels side by side from `panel` on, `NEAR` rows of the weight at a time: memory gives them to
+    /// the first row of x, the first-level cache to the others.
+    ///
+    /// # Safety
+    /// As for `block_of_rows`.
+    unsafe fn add_to_all<W, E: Element; const P: usize>(
+        w: *const E,
+        rows: usize,
+        x: &Matrix,
+        panel: usize,
+        sums: &mut [W],
+    ) {
+        let (len, cols) = (sums.len() / x.rows(), x.cols());
+        let x = |t: usize| &x[t * cols + panel * PANEL..];
+        for first in (0..len).step_by(NEAR) {
+            let (near, w) = (first..len.min(first + NEAR), w.wrapping_add(first * PANEL));
+            for (pair, sums) in sums.chunks_mut(2 * len).enumerate() {
+                let (one, other) = sums.split_at_mut(len);
+                let one = &mut one[near.clone()];
+                // SAFETY: passed on.
+                unsafe {
+                    if other.is_empty() {
+                        add_panels::<W, E, P, 1>(w, rows, [x(2 * pair)], [one]);
+                    } else {
+                        let sums = [one, &mut other[near.clone()]];
+                        add_panels::<W, E, P, 2>(w, rows, [x(2 * pair), x(2 * pair + 1)], sums);
+                    }
                 }
             }
         }
@@ -193,39 +197,39 @@ unsafe fn add_to_all<E: Element, const P: usize>(
 ///
 /// # Safety
 /// As for `block_of_rows`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn add_panels<E: Element, const P: usize, const R: usize>(
+#[inline(always)]
+unsafe fn add_panels<W: Wide, E: Element, const P: usize, const R: usize>(
     w: *const E,
     rows: usize,
     x: [&[f32]; R],
-    sums: [&mut [__m512]; R],
+    sums: [&mut [W]; R],
 ) {
-    // Of each panel, the halves of each row of x.
-    let x: [[[__m512; 2]; R]; P] = std::array::from_fn(|p| {
-        x.map(|x| {
-            let (x, _) = x[p * PANEL..][..PANEL].as_chunks::<16>();
-            // SAFETY: a chunk has 16 elements.
-            unsafe { [_mm512_loadu_ps(x[0].as_ptr()), _mm512_loadu_ps(x[1].as_ptr())] }
-        })
-    });
-    for row in 0..sums[0].len() {
-        let mut even: [__m512; R] = std::array::from_fn(|r| sums[r][row]);
-        let mut odd = [_mm512_setzero_ps(); R];
-        for (p, x) in x.iter().enumerate() {
-            let at = w.wrapping_add((p * rows + row) * PANEL);
-            for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD + line));
+    // SAFETY: passed on; a panel of x has two times 16 elements.
+    unsafe {
+        // Of each panel, the halves of each row of x.
+        let x: [[[W; 2]; R]; P] = std::array::from_fn(|p| {
+            x.map(|x| {
+                let x = x[p * PANEL..][..PANEL].as_ptr();
+                [W::load(x), W::load(x.add(LANES))]
+            })
+        });
+        for row in 0..sums[0].len() {
+            let mut even: [W; R] = std::array::from_fn(|r| sums[r][row]);
+            let mut odd = [W::zero(); R];
+            for (p, x) in x.iter().enumerate() {
+                let at = w.wrapping_add((p * rows + row) * PANEL);
+                for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                    prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD + line));
+                }
+                let [w0, w1]: [W; 2] = E::halves(at);
+                for r in 0..R {
+                    even[r] = x[r][0].multiply_add(w0, even[r]);
+                    odd[r] = x[r][1].multiply_add(w1, odd[r]);
+                }
             }
-            // SAFETY: passed on.
-            let [w0, w1] = unsafe { E::halves(at) };
             for r in 0..R {
-                even[r] = _mm512_fmadd_ps(x[r][0], w0, even[r]);
-                odd[r] = _mm512_fmadd_ps(x[r][1], w1, odd[r]);
+                sums[r][row] = even[r].add(odd[r]);
             }
-        }
-        for r in 0..R {
-            sums[r][row] = _mm512_add_ps(even[r], odd[r]);
         }
     }
 }

@@ -1,11 +1,12 @@
-//! Products with a frozen weight by AVX-512, straight from the one copy of it that is kept, in any of a checkpoint's dtypes.
+//! Products with a frozen weight by AVX-512 or AVX2, straight from the one copy of it that is kept, in any of a checkpoint's
+//! dtypes.
 //!
 //! That copy is laid out in panels ([`pack`]): for each 32 columns, those of all rows, row after row. `dy W` takes vectors of
 //! 32 neighbouring columns, one row after the other; `x Wᵀ` takes single elements of some rows, each time 32 of them side
 //! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
 //!
-//! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`); a few rows of
-//! activations (`few`) and gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through
+//! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
+//! what differs between the two is in `wide`. A few rows of activations (`few`) and gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through
 //! FMA, as do narrower weights, widened some at a time; bf16 goes through `vdpbf16ps` (pairs of products, f32 sums) where
 //! the processor is faster with it.
 //!
@@ -18,6 +19,7 @@ mod forward;
 mod small;
 mod sparse;
 mod tile;
+mod wide;
 
 pub use backward::backward;
 pub use few::few_rows;
@@ -33,9 +35,10 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
-use tile::{MR, round_pairs};
+use tile::round_pairs;
+use wide::{Halves, LANES, Wide, for_each_width};
 
-/// Columns of a panel: two registers of 16 floats.
+/// Columns of a panel: twice 16.
 pub const PANEL: usize = 32;
 
 /// Elements of a weight in panels.
@@ -71,13 +74,28 @@ impl Panels<'_> {
 /// Which instructions these products take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
+    /// AVX2, with FMA and F16C.
+    Avx2,
     /// AVX-512 F, BW, VL, DQ.
     Avx512,
     /// And `vdpbf16ps`.
     Avx512Bf16,
 }
 
-/// The level of this processor, `None` without AVX-512.
+/// Calls a function over a [`Wide`] with the one of a level.
+macro_rules! at_level {
+    ($level:expr, $name:ident($($arg:expr),*)) => {
+        match $level {
+            $crate::ops::simd::Level::Avx2 => $name::<$crate::ops::simd::wide::Halves>($($arg),*),
+            $crate::ops::simd::Level::Avx512 | $crate::ops::simd::Level::Avx512Bf16 => {
+                $name::<std::arch::x86_64::__m512>($($arg),*)
+            }
+        }
+    };
+}
+use at_level;
+
+/// The level of this processor, `None` without AVX2.
 #[must_use]
 pub fn level() -> Option<Level> {
     static LEVEL: OnceLock<Option<Level>> = OnceLock::new();
@@ -85,15 +103,16 @@ pub fn level() -> Option<Level> {
 }
 
 fn detect() -> Option<Level> {
-    let base = is_x86_feature_detected!("avx512f")
+    let base = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let wide = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("f16c");
-    match (base, is_x86_feature_detected!("avx512bf16") && !intel()) {
-        (true, true) => Some(Level::Avx512Bf16),
-        (true, false) => Some(Level::Avx512),
-        (false, _) => None,
+        && is_x86_feature_detected!("avx512dq");
+    match (base, wide, is_x86_feature_detected!("avx512bf16") && !intel()) {
+        (true, true, true) => Some(Level::Avx512Bf16),
+        (true, true, false) => Some(Level::Avx512),
+        (true, false, _) => Some(Level::Avx2),
+        (false, ..) => None,
     }
 }
 
@@ -193,18 +212,14 @@ impl<'a> Weight<'a> {
     ///
     /// # Safety
     /// They are inside the weight, and the processor has the instructions of its level.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-    unsafe fn load(&self, at: usize) -> __m512 {
+    #[inline(always)]
+    unsafe fn load<W: Wide>(&self, at: usize) -> W {
         // SAFETY: passed on.
         unsafe {
             match self.w {
-                Panels::F32(w) => _mm512_loadu_ps(w.as_ptr().add(at)),
-                Panels::Bf16(w) => {
-                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(w.as_ptr().add(at).cast()));
-                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-                }
-                Panels::F16(w) => _mm512_cvtph_ps(_mm256_loadu_si256(w.as_ptr().add(at).cast())),
+                Panels::F32(w) => W::load(w.as_ptr().add(at)),
+                Panels::Bf16(w) => W::load_bf16(w.as_ptr().add(at)),
+                Panels::F16(w) => W::load_f16(w.as_ptr().add(at)),
             }
         }
     }
@@ -212,56 +227,47 @@ impl<'a> Weight<'a> {
 
 /// Rows of activations for tiles: those of each of `heights` in panels of 32 units, as a weight is. Units are elements, or
 /// where `pairs` two of them, rounded to bf16; what is missing at the end is zero.
-fn pack_rows(x: View<'_>, pairs: bool, units: usize) -> Matrix {
+fn pack_rows(level: Level, x: View<'_>, pairs: bool, units: usize) -> Matrix {
     let mut out = Matrix::new(x.rows, units.next_multiple_of(PANEL));
-    let (cols, tiles) = (out.cols(), x.rows.div_ceil(MR));
+    let height = if level == Level::Avx2 { Halves::ROWS } else { __m512::ROWS };
+    let (cols, tiles) = (out.cols(), x.rows.div_ceil(height));
     let to = Shared(out.as_mut_ptr());
     in_shares(tiles, |share| {
         for tile in share {
             let rows = tile * x.rows / tiles..(tile + 1) * x.rows / tiles;
-            // SAFETY: only called where the processor has AVX-512, and with pairs where it has avx512bf16; the rows are
-            // inside `out` and in one share.
+            // SAFETY: `level` found the instructions; the rows are inside `out` and in one share.
             unsafe {
                 let out = std::slice::from_raw_parts_mut(to.at(rows.start * cols), rows.len() * cols);
-                pack_tile(x, pairs, rows, out);
+                at_level!(level, pack_tile(x, pairs, rows, out));
             }
         }
     });
     out
 }
 
-/// A tile of `pack_rows`.
-///
-/// # Safety
-/// The processor has AVX-512, and avx512bf16 for pairs.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn pack_tile(x: View<'_>, pairs: bool, rows: Range<usize>, out: &mut [f32]) {
-    let width = if pairs { PANEL } else { PANEL / 2 };
-    for (half, out) in out.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-        for (row, out) in rows.clone().zip(out.as_chunks_mut::<PANEL>().0) {
-            let row = x.row(row);
-            for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                let from = ((2 * half + i) * width).min(row.len());
-                let values = &row[from..(from + width).min(row.len())];
-                // SAFETY: out has 16 units.
-                unsafe {
-                    let units = if pairs { round_pairs(values) } else { load_f32(values) };
-                    _mm512_storeu_ps(out.as_mut_ptr(), units);
+for_each_width! {
+    /// A tile of `pack_rows`.
+    ///
+    /// # Safety
+    /// The processor has the instructions, for pairs as for `Factors::sums`.
+    unsafe fn pack_tile<W>(x: View<'_>, pairs: bool, rows: Range<usize>, out: &mut [f32]) {
+        let width = if pairs { PANEL } else { LANES };
+        for (part, out) in out.chunks_exact_mut(rows.len() * PANEL).enumerate() {
+            for (row, out) in rows.clone().zip(out.as_chunks_mut::<PANEL>().0) {
+                let row = x.row(row);
+                for (i, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                    let from = ((2 * part + i) * width).min(row.len());
+                    let values = &row[from..(from + width).min(row.len())];
+                    // SAFETY: out has 16 units, and what is not there is not read.
+                    unsafe {
+                        let units: W =
+                            if pairs { round_pairs(values) } else { W::load_first(values.as_ptr(), values.len()) };
+                        units.store(out.as_mut_ptr());
+                    }
                 }
             }
         }
     }
-}
-
-/// Up to 16 values, zero where there are none.
-///
-/// # Safety
-/// The processor has AVX-512.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn load_f32(values: &[f32]) -> __m512 {
-    // SAFETY: a masked load stays inside the values.
-    unsafe { _mm512_maskz_loadu_ps(mask16(values.len()), values.as_ptr()) }
 }
 
 /// `units` in equal chunks of at most `most`, but for the last whole panels.
@@ -283,11 +289,6 @@ fn checked(y: &ViewMut<'_>) -> usize {
     y.offset
 }
 
-/// The first `len` of 16 lanes.
-fn mask16(len: usize) -> u16 {
-    if len >= 16 { u16::MAX } else { (1 << len) - 1 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,9 +303,13 @@ mod tests {
     /// This processor may be faster with another level than the best that it has; products of all of them are tested.
     #[test]
     fn both_products_are_those_of_plain_loops_at_every_level() {
-        let mut levels: Vec<Level> = level().map(|_| Level::Avx512).into_iter().collect();
-        levels
-            .extend(is_x86_feature_detected!("avx512bf16").then_some(Level::Avx512Bf16).filter(|_| level().is_some()));
+        let bf16 = is_x86_feature_detected!("avx512bf16");
+        let levels = match level() {
+            None => vec![],
+            Some(Level::Avx2) => vec![Level::Avx2],
+            Some(_) if bf16 => vec![Level::Avx2, Level::Avx512, Level::Avx512Bf16],
+            Some(_) => vec![Level::Avx2, Level::Avx512],
+        };
         // One row to more than a tile, an odd depth, more than a chunk of it, more tokens than go together.
         for (t, rows, cols) in [(1, 1, 1), (17, 25, 35), (33, 1100, 40), (47, 30, 2211), (205, 13, 64)] {
             let (w, x, dy) = (random(rows * cols, 1), random(t * cols, 2), random(t * rows, 3));
@@ -322,7 +327,7 @@ mod tests {
             for level in &levels {
                 for (panels, tolerance) in [
                     (Panels::F32(&wide_packed), 1e-5),
-                    (Panels::Bf16(&narrow), if *level == Level::Avx512 { 1e-5 } else { 8e-3 }),
+                    (Panels::Bf16(&narrow), if *level == Level::Avx512Bf16 { 8e-3 } else { 1e-5 }),
                 ] {
                     let (mut got_y, mut got_dx) = (vec![1.0; t * rows], vec![f32::NAN; t * cols]);
                     let (x, dy) = (View::of(&x, t, cols), View::of(&dy, t, rows));

@@ -2,14 +2,18 @@
 //! but for a right side that is transposed, which is laid out in panels first.
 
 use super::forward::token_panels;
-use super::tile::{LANES, MR, Sums, heights, of_height};
-use super::{PANEL, in_shares, mask16};
+use super::tile::{Sums, heights, of_height, prefetch};
+use super::wide::{LANES, Wide, for_each_width};
+use super::{Level, PANEL, at_level, in_shares};
 use crate::ops::matmul::{Side, Threads, ViewMut};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Elements of a right side up to which it stays in the second-level cache, where every row of the left side reads all of it.
 const RIGHT: usize = 128 << 10;
+
+/// The highest tile.
+const MOST_ROWS: usize = 12;
 
 /// Rows of a tile up to which the right side may wait for memory, as in decoding, and so many of its rows that are asked for.
 const NARROW: usize = 3;
@@ -46,7 +50,15 @@ unsafe impl Sync for Small {}
 ///
 /// # Safety
 /// The shapes fit, every element of the three views is inside its data, and `level` found the instructions.
-pub unsafe fn small(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
+pub unsafe fn small(
+    level: Level,
+    threads: Threads,
+    dst: ViewMut<'_>,
+    accumulate: bool,
+    alpha: f32,
+    lhs: Side<'_>,
+    rhs: Side<'_>,
+) {
     let (m, n) = (dst.rows, dst.cols);
     let (a, k, a_row, a_col) = match lhs {
         Side::N(v) => (v, v.cols, v.stride, 1),
@@ -56,7 +68,7 @@ pub unsafe fn small(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha:
     let (b, b_row, b_panel) = match rhs {
         Side::N(v) => (v.data.as_ptr().wrapping_add(v.offset), v.stride, PANEL),
         Side::T(v) => {
-            panels = token_panels(threads, v, false, k);
+            panels = token_panels(level, threads, v, false, k);
             (panels.as_ptr(), PANEL, k * PANEL)
         }
     };
@@ -66,103 +78,110 @@ pub unsafe fn small(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha:
     // SAFETY: passed on; shares have rows or columns of their own.
     unsafe {
         match threads {
-            Threads::One => job.run(0..m, 0..columns),
-            Threads::All if m >= columns * MR => {
-                let tiles = m.div_ceil(MR);
-                in_shares(tiles, |share| job.run(share.start * m / tiles..share.end * m / tiles, 0..columns));
+            Threads::One => at_level!(level, run(&job, 0..m, 0..columns)),
+            Threads::All if m >= columns * MOST_ROWS => {
+                let tiles = m.div_ceil(MOST_ROWS);
+                let rows = |share: &Range<usize>| share.start * m / tiles..share.end * m / tiles;
+                in_shares(tiles, |share| at_level!(level, run(&job, rows(&share), 0..columns)));
             }
-            Threads::All => in_shares(columns, |share| job.run(0..m, share)),
+            Threads::All => in_shares(columns, |share| at_level!(level, run(&job, 0..m, share.clone()))),
         }
     }
 }
 
-impl Small {
+for_each_width! {
     /// Some rows of y, in some panels of columns.
     ///
     /// # Safety
     /// See `small`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    unsafe fn run(&self, rows: Range<usize>, panels: Range<usize>) {
+    unsafe fn run<W>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
         for panel in panels {
             let mut row = rows.start;
-            for height in heights(rows.len()) {
+            for height in heights::<W>(rows.len()) {
                 // SAFETY: the rows and columns are inside y.
-                unsafe { of_height!(height, self.tile(row, panel)) };
+                unsafe { of_height!(W, height, tile(job, row, panel)) };
                 row += height;
             }
         }
     }
+}
 
+for_each_width! {
     /// `R` rows of a panel of columns.
     ///
     /// # Safety
     /// As for `run`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    unsafe fn tile<const R: usize>(&self, row: usize, panel: usize) {
-        let columns = self.n - panel * PANEL;
-        // SAFETY: passed on; rows side by side have addresses that are known beforehand.
-        unsafe {
-            match (columns > LANES, self.a_row == 1) {
-                (true, true) => self.store(row, panel, &self.sums::<R, 2, true>(row, panel)),
-                (true, false) => self.store(row, panel, &self.sums::<R, 2, false>(row, panel)),
-                (false, true) => self.store(row, panel, &self.sums::<R, 1, true>(row, panel)),
-                (false, false) => self.store(row, panel, &self.sums::<R, 1, false>(row, panel)),
+    unsafe fn tile<W; const R: usize>(job: &Small, row: usize, panel: usize) {
+        let end = job.n.min((panel + 1) * PANEL);
+        for column in (panel * PANEL..end).step_by(W::BESIDE * LANES) {
+            let b = job.b.wrapping_add(panel * job.b_panel + column % PANEL);
+            let at = Place { row, column, columns: end - column, b };
+            // SAFETY: passed on; rows side by side have addresses that are known beforehand.
+            unsafe {
+                match (W::BESIDE > 1 && at.columns > LANES, job.a_row == 1) {
+                    (true, true) => job.store(&at, &job.sums::<W, R, 2, true>(&at)),
+                    (true, false) => job.store(&at, &job.sums::<W, R, 2, false>(&at)),
+                    (false, true) => job.store(&at, &job.sums::<W, R, 1, true>(&at)),
+                    (false, false) => job.store(&at, &job.sums::<W, R, 1, false>(&at)),
+                }
             }
         }
     }
+}
 
-    /// Lanes of a panel that y has columns for.
-    fn masks<const V: usize>(&self, panel: usize) -> [u16; V] {
-        std::array::from_fn(|v| mask16((self.n - panel * PANEL).saturating_sub(v * LANES)))
-    }
+/// A tile's place in y, and how many columns y has there.
+struct Place {
+    row: usize,
+    column: usize,
+    columns: usize,
+    /// Those columns of b.
+    b: *const f32,
+}
 
+impl Small {
     /// # Safety
     /// As for `run`; `BESIDE`: the rows of a are elements side by side.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    unsafe fn sums<const R: usize, const V: usize, const BESIDE: bool>(&self, row: usize, panel: usize) -> Sums<R, V> {
+    #[inline(always)]
+    unsafe fn sums<W: Wide, const R: usize, const V: usize, const BESIDE: bool>(&self, at: &Place) -> Sums<W, R, V> {
         let (a_row, a_col) = if BESIDE { (1, self.a_col) } else { (self.a_row, 1) };
-        let (mut a, mut b) = (self.a.wrapping_add(row * a_row), self.b.wrapping_add(panel * self.b_panel));
-        let masks = self.masks::<V>(panel);
-        let mut sums = [[_mm512_setzero_ps(); V]; R];
-        for _ in 0..self.k {
-            if R <= NARROW {
-                for v in 0..V {
-                    let ahead = b.wrapping_add(AHEAD * self.b_row + v * LANES);
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                }
-            }
-            // SAFETY: both are inside their views; masked loads read only what is there.
-            unsafe {
-                let vectors: [_; V] =
-                    std::array::from_fn(|v| _mm512_maskz_loadu_ps(masks[v], b.wrapping_add(v * LANES)));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let a = _mm512_set1_ps(*a.wrapping_add(row * a_row));
+        let (mut a, mut b) = (self.a.wrapping_add(at.row * a_row), at.b);
+        // SAFETY: both are inside their views; of a row only what is there is read.
+        unsafe {
+            let mut sums = [[W::zero(); V]; R];
+            for _ in 0..self.k {
+                if R <= NARROW {
                     for v in 0..V {
-                        sums[v] = _mm512_fmadd_ps(a, vectors[v], sums[v]);
+                        let ahead = b.wrapping_add(AHEAD * self.b_row + v * LANES);
+                        prefetch::<_MM_HINT_T0>(ahead.cast());
                     }
                 }
+                let vectors: [W; V] = std::array::from_fn(|v| {
+                    W::load_first(b.wrapping_add(v * LANES), at.columns.saturating_sub(v * LANES))
+                });
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let a = W::set(*a.wrapping_add(row * a_row));
+                    for v in 0..V {
+                        sums[v] = a.multiply_add(vectors[v], sums[v]);
+                    }
+                }
+                (a, b) = (a.wrapping_add(a_col), b.wrapping_add(self.b_row));
             }
-            (a, b) = (a.wrapping_add(a_col), b.wrapping_add(self.b_row));
+            sums
         }
-        sums
     }
 
     /// # Safety
     /// As for `run`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-    unsafe fn store<const R: usize, const V: usize>(&self, row: usize, panel: usize, sums: &Sums<R, V>) {
-        let (masks, alpha) = (self.masks::<V>(panel), _mm512_set1_ps(self.alpha));
-        let y = self.y.wrapping_add(row * self.y_row + panel * PANEL);
+    #[inline(always)]
+    unsafe fn store<W: Wide, const R: usize, const V: usize>(&self, at: &Place, sums: &Sums<W, R, V>) {
+        let y = self.y.wrapping_add(at.row * self.y_row + at.column);
         for (row, sums) in sums.iter().enumerate() {
-            for v in 0..V {
-                let y = y.wrapping_add(row * self.y_row + v * LANES);
-                // SAFETY: masked loads and stores touch only what is there.
+            for (v, sum) in sums.iter().enumerate() {
+                let (y, len) = (y.wrapping_add(row * self.y_row + v * LANES), at.columns.saturating_sub(v * LANES));
+                // SAFETY: only what is there is read and written.
                 unsafe {
-                    let old = _mm512_maskz_loadu_ps(if self.accumulate { masks[v] } else { 0 }, y);
-                    _mm512_mask_storeu_ps(y, masks[v], _mm512_fmadd_ps(sums[v], alpha, old));
+                    let old = if self.accumulate { W::load_first(y, len) } else { W::zero() };
+                    sum.multiply_add(W::set(self.alpha), old).store_first(y, len);
                 }
             }
         }

@@ -2,8 +2,9 @@
 //! for the elements of dy that it has, and the others are not read.
 
 use super::few::Element;
-use super::tile::LINE;
-use super::{PANEL, Panels, Shared, checked, in_shares, packed_len};
+use super::tile::{LINE, prefetch};
+use super::wide::{Halves, LANES, Wide, for_each_width};
+use super::{Level, PANEL, Panels, Shared, checked, in_shares, packed_len};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
@@ -81,15 +82,23 @@ fn write_non_zeros(row: &[f32], out: &mut [f32]) {
 ///
 /// # Panics
 /// When the shapes do not fit together.
-pub fn sparse_backward(dy: &NonZeros, w: Panels<'_>, shape: (usize, usize), dx: ViewMut<'_>, accumulate: bool) {
+pub fn sparse_backward(
+    level: Level,
+    dy: &NonZeros,
+    w: Panels<'_>,
+    shape: (usize, usize),
+    dx: ViewMut<'_>,
+    accumulate: bool,
+) {
     match w {
-        Panels::F32(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
-        Panels::Bf16(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
-        Panels::F16(w) => sparse_backward_of(dy, w, shape, dx, accumulate),
+        Panels::F32(w) => sparse_backward_of(level, dy, w, shape, dx, accumulate),
+        Panels::Bf16(w) => sparse_backward_of(level, dy, w, shape, dx, accumulate),
+        Panels::F16(w) => sparse_backward_of(level, dy, w, shape, dx, accumulate),
     }
 }
 
 fn sparse_backward_of<E: Element>(
+    level: Level,
     dy: &NonZeros,
     w: &[E],
     (rows, cols): (usize, usize),
@@ -109,7 +118,8 @@ fn sparse_backward_of<E: Element>(
                 // SAFETY: `level` found the instructions before this is called; the asserts bound the rows of w and the
                 // elements of dx; each panel's columns are in one share.
                 unsafe {
-                    let sums = sums(w, list);
+                    let sums =
+                        if level == Level::Avx2 { sums::<Halves, E>(w, list) } else { sums::<__m512, E>(w, list) };
                     let to = dx.at(dx_at + token * stride + panel * PANEL);
                     for (i, sum) in sums.iter().enumerate().take(width) {
                         let to = to.add(i);
@@ -121,38 +131,39 @@ fn sparse_backward_of<E: Element>(
     });
 }
 
-/// `Σ d w[row]` over a list of rows and factors.
-///
-/// # Safety
-/// `w` is a panel that has these rows; the processor has the instructions of `level`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-unsafe fn sums<E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
-    /// Sums beside one another, so that products need not wait for those before.
-    const CHAINS: usize = 4;
-    let mut sums = [[_mm512_setzero_ps(); 2]; CHAINS];
-    for (at, group) in list.chunks(CHAINS).enumerate() {
-        for [row, _] in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
-            let from = w.wrapping_add(row.to_bits() as usize * PANEL).cast::<i8>();
-            for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line));
+for_each_width! {
+    /// `Σ d w[row]` over a list of rows and factors.
+    ///
+    /// # Safety
+    /// `w` is a panel that has these rows; the processor has the instructions.
+    unsafe fn sums<W, E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
+        /// Sums beside one another, so that products need not wait for those before.
+        const CHAINS: usize = 4;
+        // SAFETY: passed on; the values are 32.
+        unsafe {
+            let mut sums = [[W::zero(); 2]; CHAINS];
+            for (at, group) in list.chunks(CHAINS).enumerate() {
+                for [row, _] in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
+                    let from = w.wrapping_add(row.to_bits() as usize * PANEL).cast::<i8>();
+                    for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                        prefetch::<_MM_HINT_T0>(from.wrapping_add(line));
+                    }
+                }
+                for (sum, [row, factor]) in sums.iter_mut().zip(group) {
+                    let [w0, w1]: [W; 2] = E::halves(w.add(row.to_bits() as usize * PANEL));
+                    let factor = W::set(*factor);
+                    *sum = [factor.multiply_add(w0, sum[0]), factor.multiply_add(w1, sum[1])];
+                }
             }
-        }
-        for (sum, [row, factor]) in sums.iter_mut().zip(group) {
-            // SAFETY: passed on.
-            let [w0, w1] = unsafe { E::halves(w.add(row.to_bits() as usize * PANEL)) };
-            let factor = _mm512_set1_ps(*factor);
-            *sum = [_mm512_fmadd_ps(factor, w0, sum[0]), _mm512_fmadd_ps(factor, w1, sum[1])];
-        }
-    }
-    let mut out = [0.0; PANEL];
-    for half in 0..2 {
-        let all = sums.iter().fold(_mm512_setzero_ps(), |all, sum| _mm512_add_ps(all, sum[half]));
-        let mut values = [0.0; PANEL / 2];
-        // SAFETY: there are 16.
-        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), all) };
-        for (i, value) in values.iter().enumerate() {
-            out[if E::SPLIT { 2 * i + half } else { half * PANEL / 2 + i }] = *value;
+            let mut halves = [0.0; PANEL];
+            for half in 0..2 {
+                let all = sums.iter().fold(W::zero(), |all, sum| all.add(sum[half]));
+                all.store(halves.as_mut_ptr().add(half * LANES));
+            }
+            if !E::SPLIT {
+                return halves;
+            }
+            std::array::from_fn(|i| halves[i / 2 + i % 2 * LANES])
         }
     }
-    out
 }

@@ -1,0 +1,515 @@
+//! Sixteen f32 side by side, by AVX-512 or by AVX2, and functions that are compiled for both.
+//!
+//! Everything is `unsafe` for one reason: the processor has to have the instructions, which `super::level` finds out. What is
+//! behind a pointer has to be there as well.
+
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// How many there are.
+pub const LANES: usize = 16;
+
+/// Sixteen f32, or sixteen units of 32 bits.
+pub trait Wide: Copy {
+    /// Whether it takes AVX-512.
+    const IS_512: bool;
+    /// Rows of a tile of sums, `BESIDE` wide: so many that the sums stay in registers and the loads of a step hide behind
+    /// its products.
+    const ROWS: usize;
+    /// Width of a tile: the two halves of a panel at once, or one.
+    const BESIDE: usize;
+
+    /// All zero.
+    unsafe fn zero() -> Self;
+    /// All `v`.
+    unsafe fn set(v: f32) -> Self;
+    /// 16 elements.
+    unsafe fn load(from: *const f32) -> Self;
+    /// The first `len` of them, zero behind; the others are not read.
+    unsafe fn load_first(from: *const f32, len: usize) -> Self;
+    /// 16 bf16, widened.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// 16 halves, widened.
+    unsafe fn load_f16(from: *const f16) -> Self;
+    /// Of 32 bf16 those at even and those at odd places, widened.
+    unsafe fn load_split(from: *const bf16) -> [Self; 2];
+    /// 16 pairs of bf16, each with one from either place.
+    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self;
+    /// All 16 elements.
+    unsafe fn store(self, to: *mut f32);
+    /// The first `len`; the others are not written.
+    unsafe fn store_first(self, to: *mut f32, len: usize);
+    /// `self + other`.
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self · factor + sum`, rounded once.
+    unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
+    /// `self`, and to each sum the two products of a pair of bf16 and one of `units` added.
+    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self;
+    /// 32 values as pairs of bf16, rounded to nearest even.
+    unsafe fn round_pairs(low: Self, high: Self) -> Self;
+    /// Of all elements.
+    unsafe fn sum(self) -> f32;
+    /// Transposes 16 x 16 units.
+    unsafe fn transpose(block: &mut [Self; LANES]);
+}
+
+/// Defines a function over a [`Wide`] that is compiled with the instructions of each, AVX-512's with what stands before it as
+/// well. What it calls must be inlined into it, or be such a function.
+macro_rules! for_each_width {
+    (
+        $(+ $more:literal)?
+        $(#[$meta:meta])*
+        $visibility:vis unsafe fn $name:ident<$w:ident $(, $t:ident: $bound:ident)* $(; $(const $c:ident: $of:ty),+)?>(
+            $($arg:ident: $type:ty),* $(,)?
+        ) $(-> $out:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        #[inline]
+        $visibility unsafe fn $name<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+            #[inline(always)]
+            unsafe fn plain<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? $body
+
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+            $(#[target_feature(enable = $more)])?
+            unsafe fn of_512_bits<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+                // SAFETY: passed on.
+                unsafe { plain::<$w $(, $t)* $($(, $c)+)?>($($arg),*) }
+            }
+
+            #[target_feature(enable = "avx2,f16c,fma")]
+            unsafe fn of_256_bits<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+                // SAFETY: passed on.
+                unsafe { plain::<$w $(, $t)* $($(, $c)+)?>($($arg),*) }
+            }
+
+            // SAFETY: passed on; the type tells which instructions there are.
+            unsafe {
+                if $w::IS_512 {
+                    of_512_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*)
+                } else {
+                    of_256_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*)
+                }
+            }
+        }
+    };
+}
+pub(super) use for_each_width;
+
+/// The first `len` of 16 lanes.
+fn mask(len: usize) -> u16 {
+    if len >= LANES { u16::MAX } else { (1 << len) - 1 }
+}
+
+// The methods' contract is the trait's, in each line the same: the instructions are there, and what is behind a pointer.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Wide for __m512 {
+    const IS_512: bool = true;
+    /// 24 of 32 registers are sums.
+    const ROWS: usize = 12;
+    const BESIDE: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn zero() -> Self {
+        _mm512_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn set(v: f32) -> Self {
+        _mm512_set1_ps(v)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load_first(from: *const f32, len: usize) -> Self {
+        unsafe { _mm512_maskz_loadu_ps(mask(len), from) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        let wide = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load_split(from: *const bf16) -> [Self; 2] {
+        let both = unsafe { _mm512_loadu_si512(from.cast()) };
+        let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
+        let [low, high] = [low, high].map(|at| _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) }));
+        _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { _mm512_storeu_ps(to, self) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_first(self, to: *mut f32, len: usize) {
+        unsafe { _mm512_mask_storeu_ps(to, mask(len), self) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn add(self, other: Self) -> Self {
+        _mm512_add_ps(self, other)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+        _mm512_fmadd_ps(self, factor, sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self {
+        // 16 units are 32 bf16.
+        let pair: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(pair)) };
+        let units: __m512bh = unsafe { std::mem::transmute(units) };
+        _mm512_dpbf16_ps(self, pair, units)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn round_pairs(low: Self, high: Self) -> Self {
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn sum(self) -> f32 {
+        _mm512_reduce_add_ps(self)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn transpose(block: &mut [Self; LANES]) {
+        let mut a = [_mm512_setzero_ps(); 16];
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_ps(block[2 * i], block[2 * i + 1]);
+            a[2 * i + 1] = _mm512_unpackhi_ps(block[2 * i], block[2 * i + 1]);
+        }
+        let mut b = a;
+        for i in 0..4 {
+            for j in 0..2 {
+                let (low, high) = (_mm512_castps_pd(a[4 * i + j]), _mm512_castps_pd(a[4 * i + j + 2]));
+                b[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+                b[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+            }
+        }
+        // b[4i + c] holds, for rows 4i..4i+4, column c of each group of four columns.
+        for c in 0..4 {
+            let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(b[c], b[4 + c]);
+            let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(b[c], b[4 + c]);
+            let low2 = _mm512_shuffle_f32x4::<0b10_00_10_00>(b[8 + c], b[12 + c]);
+            let high2 = _mm512_shuffle_f32x4::<0b11_01_11_01>(b[8 + c], b[12 + c]);
+            block[c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(low, low2);
+            block[8 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(low, low2);
+            block[4 + c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(high, high2);
+            block[12 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(high, high2);
+        }
+    }
+}
+
+/// Sixteen f32 in two registers of AVX2: the first eight and the last.
+#[derive(Clone, Copy)]
+pub struct Halves(__m256, __m256);
+
+/// Eight lanes, of which those are kept that are among the first `len`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn mask_of_8(len: usize) -> __m256i {
+    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_cmpgt_epi32(_mm256_set1_epi32(len.min(8) as i32), lanes)
+}
+
+/// Writes the first `len` of eight: a masked store takes longer than some small ones.
+///
+/// # Safety
+/// They can be written.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store_first_of_8(values: __m256, mut to: *mut f32, len: usize) {
+    // SAFETY: passed on; only `len` elements are written.
+    unsafe {
+        if len >= 8 {
+            return _mm256_storeu_ps(to, values);
+        }
+        let mut left = _mm256_castps256_ps128(values);
+        if len & 4 != 0 {
+            _mm_storeu_ps(to, left);
+            (to, left) = (to.wrapping_add(4), _mm256_extractf128_ps::<1>(values));
+        }
+        if len & 2 != 0 {
+            _mm_storel_pd(to.cast(), _mm_castps_pd(left));
+            (to, left) = (to.wrapping_add(2), _mm_movehl_ps(left, left));
+        }
+        if len & 1 != 0 {
+            _mm_store_ss(to, left);
+        }
+    }
+}
+
+/// Eight f32 as bf16 in the upper 16 bits of each, rounded to nearest even; NaN stays one.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_8(values: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(values);
+    let even = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
+    _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), upper())
+}
+
+/// The upper 16 bits of eight lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn upper() -> __m256i {
+    _mm256_set1_epi32(0xffff_0000_u32.cast_signed())
+}
+
+/// Of eight pairs of bf16 the lower and the upper, widened.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn split_8(pairs: __m256i) -> [__m256; 2] {
+    [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(_mm256_and_si256(pairs, upper()))]
+}
+
+/// Eight bf16 in the lower 16 bits of each lane.
+///
+/// # Safety
+/// They can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_8(from: *const bf16) -> __m256i {
+    // SAFETY: passed on.
+    _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(from.cast()) })
+}
+
+/// Eight bf16, widened.
+///
+/// # Safety
+/// They can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn widen_8(from: *const bf16) -> __m256 {
+    // SAFETY: passed on.
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(unsafe { load_8(from) }))
+}
+
+/// Eight pairs of bf16.
+///
+/// # Safety
+/// They can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn pair_8(low: *const bf16, high: *const bf16) -> __m256 {
+    // SAFETY: passed on.
+    let (low, high) = unsafe { (load_8(low), load_8(high)) };
+    _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32::<16>(high)))
+}
+
+/// 16 values as eight pairs of neighbours.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_16(first: __m256, last: __m256) -> __m256 {
+    let (first, last) = (_mm256_srli_epi32::<16>(round_8(first)), _mm256_srli_epi32::<16>(round_8(last)));
+    let both = _mm256_packus_epi32(first, last);
+    _mm256_castsi256_ps(_mm256_permute4x64_epi64::<0b11_01_10_00>(both))
+}
+
+/// Eight sums, and the products of a pair of bf16 with eight.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_pairs_8(sums: __m256, [low, high]: [__m256; 2], units: __m256) -> __m256 {
+    let units = split_8(_mm256_castps_si256(units));
+    _mm256_fmadd_ps(high, units[1], _mm256_fmadd_ps(low, units[0], sums))
+}
+
+/// Transposes 8 x 8 units.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_8(block: [__m256; 8]) -> [__m256; 8] {
+    let mut a = block;
+    for i in 0..4 {
+        a[2 * i] = _mm256_unpacklo_ps(block[2 * i], block[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_ps(block[2 * i], block[2 * i + 1]);
+    }
+    let mut b = a;
+    for i in 0..2 {
+        for j in 0..2 {
+            let (low, high) = (_mm256_castps_pd(a[4 * i + j]), _mm256_castps_pd(a[4 * i + j + 2]));
+            b[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+            b[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+        }
+    }
+    // b[4i + c] holds, for rows 4i..4i+4, column c of both groups of four columns.
+    let mut out = b;
+    for c in 0..4 {
+        out[c] = _mm256_permute2f128_ps::<0x20>(b[c], b[4 + c]);
+        out[4 + c] = _mm256_permute2f128_ps::<0x31>(b[c], b[4 + c]);
+    }
+    out
+}
+
+// As above.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Wide for Halves {
+    const IS_512: bool = false;
+    /// 12 of 16 registers are sums.
+    const ROWS: usize = 6;
+    const BESIDE: usize = 1;
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn zero() -> Self {
+        Self(_mm256_setzero_ps(), _mm256_setzero_ps())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn set(v: f32) -> Self {
+        Self(_mm256_set1_ps(v), _mm256_set1_ps(v))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.wrapping_add(8))) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load_first(from: *const f32, len: usize) -> Self {
+        let last = from.wrapping_add(8);
+        unsafe {
+            if len >= LANES {
+                return Self(_mm256_loadu_ps(from), _mm256_loadu_ps(last));
+            }
+            Self(_mm256_maskload_ps(from, mask_of_8(len)), _mm256_maskload_ps(last, mask_of_8(len.saturating_sub(8))))
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        unsafe { Self(widen_8(from), widen_8(from.wrapping_add(8))) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe {
+            Self(
+                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(from.wrapping_add(8).cast())),
+            )
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load_split(from: *const bf16) -> [Self; 2] {
+        let first = split_8(unsafe { _mm256_loadu_si256(from.cast()) });
+        let last = split_8(unsafe { _mm256_loadu_si256(from.wrapping_add(16).cast()) });
+        [Self(first[0], last[0]), Self(first[1], last[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
+        unsafe { Self(pair_8(low, high), pair_8(low.wrapping_add(8), high.wrapping_add(8))) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.wrapping_add(8), self.1);
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn store_first(self, to: *mut f32, len: usize) {
+        unsafe {
+            store_first_of_8(self.0, to, len);
+            store_first_of_8(self.1, to.wrapping_add(8), len.saturating_sub(8));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+        Self(_mm256_fmadd_ps(self.0, factor.0, sum.0), _mm256_fmadd_ps(self.1, factor.1, sum.1))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self {
+        let pair = split_8(_mm256_set1_epi32(pair));
+        Self(add_pairs_8(self.0, pair, units.0), add_pairs_8(self.1, pair, units.1))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn round_pairs(low: Self, high: Self) -> Self {
+        Self(round_16(low.0, low.1), round_16(high.0, high.1))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn sum(self) -> f32 {
+        let eight = _mm256_add_ps(self.0, self.1);
+        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn transpose(block: &mut [Self; LANES]) {
+        let mut parts = [[_mm256_setzero_ps(); 8]; 4];
+        for i in 0..8 {
+            (parts[0][i], parts[1][i]) = (block[i].0, block[i].1);
+            (parts[2][i], parts[3][i]) = (block[8 + i].0, block[8 + i].1);
+        }
+        let [a, b] = [transpose_8(parts[0]), transpose_8(parts[1])];
+        let [c, d] = [transpose_8(parts[2]), transpose_8(parts[3])];
+        for i in 0..8 {
+            (block[i], block[8 + i]) = (Self(a[i], c[i]), Self(b[i], d[i]));
+        }
+    }
+}
