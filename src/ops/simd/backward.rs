@@ -124,7 +124,7 @@ for_each_width! {
             // SAFETY: the tile's tokens are some of dx's.
             unsafe {
                 let target = Target { y: dx.add(token * job.ldy + panel * PANEL), ldy: job.ldy, accumulate };
-                of_height!(W, height, tile(factors, target, width));
+                of_height!(W, height, tile as unsafe fn(Factors, Target, usize))(factors, target, width);
             }
             ahead.at = ahead.at.wrapping_add(ahead.next * depth.div_ceil(PANEL));
             token += height;

@@ -39,6 +39,11 @@ pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), 
     });
 }
 
+/// Rows of the weight, and which of their units and of the panels of tokens.
+type Part = (Rows, Range<usize>, Range<usize>);
+
+type Tiles = unsafe fn(&Forward<'_>, Part, Ahead, *mut f32);
+
 struct Forward<'a> {
     weight: Weight<'a>,
     tokens: usize,
@@ -69,7 +74,7 @@ for_each_width! {
                             let a = rows_of::<W>(job.weight, row..row + height, units.clone(), scratch);
                             let ahead = job.ahead(row + height, W::ROWS, &units, &panels);
                             let part = (a, units.clone(), panels.clone());
-                            of_height!(W, height, tiles(job, part, ahead, y.add(row)));
+                            of_height!(W, height, tiles as Tiles)(job, part, ahead, y.add(row));
                         }
                         row += height;
                     }
@@ -113,7 +118,7 @@ for_each_width! {
     /// `a` has `R` rows of `units`, and y as many columns.
     unsafe fn tiles<W; const R: usize>(
         job: &Forward<'_>,
-        part: (Rows, Range<usize>, Range<usize>),
+        part: Part,
         ahead: Ahead,
         y: *mut f32,
     ) {

@@ -99,7 +99,7 @@ for_each_width! {
             let mut row = rows.start;
             for height in heights::<W>(rows.len()) {
                 // SAFETY: the rows and columns are inside y.
-                unsafe { of_height!(W, height, tile(job, row, panel)) };
+                unsafe { of_height!(W, height, tile as unsafe fn(&Small, usize, usize))(job, row, panel) };
                 row += height;
             }
         }

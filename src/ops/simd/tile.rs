@@ -25,28 +25,17 @@ impl Rows {
     }
 }
 
-/// Calls a function over a [`Wide`] with the height of a tile as its const argument.
+/// A function over a [`Wide`] with the height of a tile as its const argument: one of a table, so that registers are given to
+/// the inner loop of each height alone. A `match` would have all inlined into one function, with sums in memory.
 macro_rules! of_height {
-    ($w:ident, $height:expr, $name:ident($($arg:expr),*)) => {
-        match $height {
-            1 => $name::<$w, 1>($($arg),*),
-            2 => $name::<$w, 2>($($arg),*),
-            3 => $name::<$w, 3>($($arg),*),
-            4 => $name::<$w, 4>($($arg),*),
-            5 => $name::<$w, 5>($($arg),*),
-            6 => $name::<$w, 6>($($arg),*),
-            // Its tiles have 12 rows, the others 6.
-            height if $w::IS_512 => match height {
-                7 => $name::<$w, 7>($($arg),*),
-                8 => $name::<$w, 8>($($arg),*),
-                9 => $name::<$w, 9>($($arg),*),
-                10 => $name::<$w, 10>($($arg),*),
-                11 => $name::<$w, 11>($($arg),*),
-                _ => $name::<$w, 12>($($arg),*),
-            },
-            _ => unreachable!("a tile higher than ROWS"),
-        }
-    };
+    ($w:ident, $height:expr, $name:ident as $type:ty) => {{
+        let low: [$type; 6] =
+            [$name::<$w, 1>, $name::<$w, 2>, $name::<$w, 3>, $name::<$w, 4>, $name::<$w, 5>, $name::<$w, 6>];
+        let high: [$type; 6] =
+            [$name::<$w, 7>, $name::<$w, 8>, $name::<$w, 9>, $name::<$w, 10>, $name::<$w, 11>, $name::<$w, 12>];
+        // Only AVX-512's tiles are higher than 6.
+        if $w::IS_512 && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
+    }};
 }
 pub(super) use of_height;
 
@@ -105,20 +94,23 @@ impl Factors {
     #[inline(always)]
     pub unsafe fn sums<W: Wide, const R: usize, const V: usize>(&self) -> Sums<W, R, V> {
         // SAFETY: passed on.
-        unsafe { if self.pairs { sums_of_pairs::<W, R, V>(self) } else { self.sums_of_f32() } }
+        unsafe { if self.pairs { sums_of_pairs::<W, R, V>(self) } else { sums_of_f32::<W, R, V>(self) } }
     }
+}
 
+for_each_width! {
+    /// `Factors::sums` of f32.
+    ///
     /// # Safety
-    /// As for `sums`.
-    #[inline(always)]
-    unsafe fn sums_of_f32<W: Wide, const R: usize, const V: usize>(&self) -> Sums<W, R, V> {
+    /// As for `Factors::sums`.
+    unsafe fn sums_of_f32<W; const R: usize, const V: usize>(factors: &Factors) -> Sums<W, R, V> {
         // SAFETY: passed on; k is inside the depth of the rows and vectors.
         unsafe {
             let mut sums = [[W::zero(); V]; R];
-            let (mut b, mut left) = (self.b, self.depth);
-            for run in 0..self.depth.div_ceil(PANEL) {
-                self.ahead.ask(run);
-                let a = self.a.at.wrapping_add(run * self.a.next);
+            let (mut b, mut left) = (factors.b, factors.depth);
+            for run in 0..factors.depth.div_ceil(PANEL) {
+                factors.ahead.ask(run);
+                let a = factors.a.at.wrapping_add(run * factors.a.next);
                 let len = left.min(PANEL);
                 for k in 0..len {
                     let vectors: [W; V] = std::array::from_fn(|v| W::load(b.add(v * LANES)));
