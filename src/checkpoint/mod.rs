@@ -21,10 +21,10 @@ pub use safe::{Dtype, Elements, Raw};
 
 use crate::error::{Error, Result};
 use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
-use crate::model::{Config, Source};
+use crate::model::{Config, Source, load};
 use crate::ops::quantized::{Codes, Quantizer};
 use crate::ops::rope::Scaling;
-use crate::ops::weight::Data;
+use crate::ops::weight::{Data, Store};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use litgpt::Qkv;
@@ -255,6 +255,14 @@ impl Checkpoint {
         Ok(self.shards.info(name)?.0)
     }
 
+    /// Whether f32 weights are kept as the bf16 that they are in the files, judged by the embedding's.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn narrow(&self, store: Store, on_device: bool) -> Result<bool> {
+        load::narrow(self, store, on_device, std::iter::once("model.embed_tokens.weight".to_owned()))
+    }
+
     /// How its matrices are quantized, where the files have them in few bits of bitsandbytes.
     #[must_use]
     pub fn quantizer(&self) -> Option<Quantizer> {
@@ -396,6 +404,11 @@ impl Source for Checkpoint {
             (Some(codes), Some(rows)) => codes.select(rows),
             (codes, _) => codes,
         })
+    }
+
+    fn is_bf16(&self, name: &str) -> Result<bool> {
+        let mut pieces = self.locate(name).into_iter();
+        pieces.try_fold(true, |all, piece| Ok(all && self.dtype(&piece.tensor)? == Dtype::Bf16))
     }
 
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {

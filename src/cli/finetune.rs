@@ -57,6 +57,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let prefix = if settings.train.prefix_sharing == Switch::Off { 0 } else { prefix::longest(&train) };
     let computed = Computed {
         store: compute.store(),
+        narrow: checkpoint.narrow(compute.store(), compute.device.is_some())?,
         quantizer,
         on_device: compute.device.is_some(),
         tokens,

@@ -9,7 +9,6 @@ use super::ui::Ui;
 use crate::checkpoint::{Checkpoint, Layout, adapter, litgpt, state};
 use crate::data::chat::ChatTemplate;
 use crate::error::{Error, Result};
-use crate::model::Config;
 use crate::ops::quantized::Quantizer;
 use crate::ops::weight::Store;
 use crate::train::estimate::{Computed, Estimate};
@@ -73,7 +72,7 @@ pub fn run(args: &ValidateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut text = found.lines.join("\n");
     text.push_str(&format!("\nusable for: {}\n", found.uses.join(", ")));
     if let Some(checkpoint) = &checkpoint {
-        text.push_str(&memory(&checkpoint.config, &rows));
+        text.push_str(&memory(checkpoint, &rows)?);
     }
     ui.result(&text)
 }
@@ -173,7 +172,8 @@ fn check_adapter(dir: &Path, checkpoint: Option<&Checkpoint>, found: &mut Findin
 }
 
 /// A table of about how much memory generating and finetuning take.
-fn memory(config: &Config, rows: &[Row]) -> String {
+fn memory(checkpoint: &Checkpoint, rows: &[Row]) -> Result<String> {
+    let config = &checkpoint.config;
     let settings = FinetuneSettings::default();
     let rank = settings.lora.lora_r;
     let tokens = TOKENS.min(config.block_size);
@@ -182,7 +182,9 @@ fn memory(config: &Config, rows: &[Row]) -> String {
     );
     for (flags, _, store, quantize) in rows {
         let quantizer = quantize.and_then(Quantizer::named);
-        let computed = Computed { store: *store, quantizer, on_device: false, tokens, checkpointing: false, prefix: 0 };
+        let narrow = checkpoint.narrow(*store, false)?;
+        let computed =
+            Computed { store: *store, narrow, quantizer, on_device: false, tokens, checkpointing: false, prefix: 0 };
         let estimate = Estimate::of(config, &settings, computed);
         let cache = 4 * (2 * config.n_layer * config.kv_cols() * tokens + config.vocab_size);
         let (generate, finetune) = (estimate.weights + estimate.workspace + cache, estimate.total());
@@ -192,7 +194,7 @@ fn memory(config: &Config, rows: &[Row]) -> String {
             finetune as f64 / 1e9
         ));
     }
-    text
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -35,6 +35,14 @@ pub trait Source {
         Ok(None)
     }
 
+    /// Whether the matrix `name` is all bf16.
+    ///
+    /// # Errors
+    /// When it is missing or broken.
+    fn is_bf16(&self, _name: &str) -> Result<bool> {
+        Ok(false)
+    }
+
     /// The tensor `name` of `len` elements in f32.
     ///
     /// # Errors
@@ -47,6 +55,20 @@ pub trait Source {
             Data::Bf16(_) | Data::F16(_) => unreachable!("`append` keeps the store"),
         }
     }
+}
+
+/// Whether f32 weights of these names are kept as the bf16 that they are in the source.
+///
+/// # Errors
+/// Those of the source.
+pub fn narrow(
+    source: &dyn Source,
+    store: Store,
+    on_device: bool,
+    mut names: impl Iterator<Item = String>,
+) -> Result<bool> {
+    let can = store == Store::F32 && !on_device && Weight::widens();
+    Ok(can && names.try_fold(true, |all, name| Ok::<_, Error>(all && source.is_bf16(&name)?))?)
 }
 
 impl Gpt {
@@ -119,7 +141,10 @@ impl Loader<'_> {
     fn weight(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         let rows: usize = parts.iter().map(|p| p.1).sum();
         let len = rows * cols;
+        let names = parts.iter().map(|(name, _)| format!("{name}.weight"));
+        let narrow = narrow(self.source, self.store, self.device.is_some(), names)?;
         let mut data = match self.store {
+            Store::F32 if narrow => Data::Bf16(Vec::with_capacity(len)),
             Store::F32 => Data::F32(Vec::with_capacity(len)),
             Store::Bf16 => Data::Bf16(Vec::with_capacity(len)),
             Store::F16 => Data::F16(Vec::with_capacity(len)),
@@ -127,9 +152,10 @@ impl Loader<'_> {
         for (name, rows) in parts {
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
         }
-        Ok(match self.device {
-            Some(device) => Weight::resident(Resident::whole(device, self.dtype(), rows, cols, &data)),
-            None => Weight::new(rows, cols, data),
+        Ok(match (self.device, data) {
+            (Some(device), data) => Weight::resident(Resident::whole(device, self.dtype(), rows, cols, &data)),
+            (None, Data::Bf16(elements)) if narrow => Weight::widened(rows, cols, elements),
+            (None, data) => Weight::new(rows, cols, data),
         })
     }
 

@@ -3,7 +3,8 @@
 //!
 //! The elements are kept once: in the panels of [`simd`] where the processor has its instructions, which both products and
 //! the decoding of a single token read in memory's order, else in the checkpoint's order, (out, in). A quantized matrix is
-//! decoded some rows at a time into a scratch, of which the same products are taken.
+//! decoded some rows at a time into a scratch, of which the same products are taken. So are f32 elements that a checkpoint has
+//! in bf16: kept in these 16 bits, widened as they are read, they give the f32 model's results in half its memory.
 
 use super::device::{Constant, Device, Dtype};
 use super::matmul::{Side, Threads, ViewMut, matmul};
@@ -107,9 +108,12 @@ pub enum Store {
 enum Kept {
     /// In the checkpoint's order.
     Whole(Data),
-    /// In the order of [`simd::pack`].
+    /// In the order of [`simd::pack`]. `exact`: bf16 elements stand for the same in f32.
     #[cfg(target_arch = "x86_64")]
-    Panels(Data),
+    Panels {
+        data: Data,
+        exact: bool,
+    },
     /// `parts` are consecutive rows, quantized by themselves. `bf16`: products round the decoded values to bf16, as the
     /// rest of such a model is; else they are f32.
     Quantized {
@@ -138,9 +142,35 @@ impl Weight {
         assert_eq!(len, rows * cols, "weight: {len} elements for ({rows}, {cols})");
         #[cfg(target_arch = "x86_64")]
         if simd::level().is_some() {
-            return Self { rows, cols, kept: Kept::Panels(data.packed(rows, cols)) };
+            return Self { rows, cols, kept: Kept::Panels { data: data.packed(rows, cols), exact: false } };
         }
         Self { rows, cols, kept: Kept::Whole(data) }
+    }
+
+    /// Whether f32 elements can be kept as the bf16 that they are in a checkpoint, by [`Self::widened`].
+    #[must_use]
+    pub fn widens() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return simd::level().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// A matrix of f32 elements, kept as the bf16 that they are where this processor [`widens`](Self::widens).
+    ///
+    /// # Panics
+    /// When `elements` has another length than `rows * cols`.
+    #[must_use]
+    pub fn widened(rows: usize, cols: usize, elements: Vec<bf16>) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if Self::widens() {
+            let mut weight = Self::new(rows, cols, Data::Bf16(elements));
+            if let Kept::Panels { exact, .. } = &mut weight.kept {
+                *exact = true;
+            }
+            return weight;
+        }
+        Self::new(rows, cols, Data::F32(elements.iter().map(|v| v.to_f32()).collect()))
     }
 
     /// A matrix in few bits, its rows those of `parts` one after another; in a model of bf16 weights (`store`) its
@@ -172,7 +202,7 @@ impl Weight {
             Kept::Resident(resident) => resident.is_quantized(),
             Kept::Whole(_) => false,
             #[cfg(target_arch = "x86_64")]
-            Kept::Panels(_) => false,
+            Kept::Panels { .. } => false,
         }
     }
 
@@ -184,7 +214,7 @@ impl Weight {
             Kept::Resident(_) => false,
             Kept::Whole(data) => matches!(data, Data::Bf16(_)),
             #[cfg(target_arch = "x86_64")]
-            Kept::Panels(data) => matches!(data, Data::Bf16(_)),
+            Kept::Panels { data, exact } => matches!(data, Data::Bf16(_)) && !exact,
         }
     }
 
@@ -217,7 +247,7 @@ impl Weight {
         match &self.kept {
             Kept::Whole(data) => data.bytes(),
             #[cfg(target_arch = "x86_64")]
-            Kept::Panels(data) => data.bytes(),
+            Kept::Panels { data, .. } => data.bytes(),
             Kept::Quantized { parts, .. } => parts.iter().map(Codes::bytes).sum(),
             Kept::Resident(resident) => resident.bytes(),
         }
@@ -228,7 +258,7 @@ impl Weight {
         match &self.kept {
             Kept::Whole(data) => data.decode(rows.start * self.cols, out),
             #[cfg(target_arch = "x86_64")]
-            Kept::Panels(data) => {
+            Kept::Panels { data, .. } => {
                 for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
                     for (panel, out) in out.chunks_mut(simd::PANEL).enumerate() {
                         data.decode((panel * self.rows + row) * simd::PANEL, out);
@@ -268,6 +298,12 @@ impl Weight {
         x
     }
 
+    /// The level of its products, where the processor has one.
+    #[cfg(target_arch = "x86_64")]
+    fn level(&self) -> Option<simd::Level> {
+        simd::level().map(|level| if self.is_bf16() { level } else { level.exact() })
+    }
+
     fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let rows = (PANEL / self.cols.max(1)).max(16);
         let all = self.rows;
@@ -288,7 +324,7 @@ impl Weight {
     #[cfg(target_arch = "x86_64")]
     fn each_panel(&self, mut each: impl FnMut(Range<usize>, simd::Panels<'_>)) {
         match &self.kept {
-            Kept::Panels(data) => each(0..self.rows, data.panels()),
+            Kept::Panels { data, .. } => each(0..self.rows, data.panels()),
             Kept::Quantized { parts, bf16: true } => self.each_decoded(
                 |first, scratch: &mut [bf16], rows| {
                     let reader = || {
@@ -338,7 +374,7 @@ impl Weight {
             return resident.forward(x, y, accumulate);
         }
         #[cfg(target_arch = "x86_64")]
-        if let Some(level) = simd::level() {
+        if let Some(level) = self.level() {
             let total = y.cols();
             return self.each_panel(|rows, w| {
                 let shape = (rows.len(), self.cols);
@@ -376,7 +412,7 @@ impl Weight {
             return resident.backward(dy, dx, accumulate);
         }
         #[cfg(target_arch = "x86_64")]
-        if let Some(level) = simd::level() {
+        if let Some(level) = self.level() {
             let total = dx.cols();
             return self.each_panel(|rows, w| {
                 let (shape, add) = ((rows.len(), self.cols), accumulate || rows.start > 0);
@@ -455,6 +491,11 @@ mod tests {
                 check(&weight, t, 1e-5, true);
                 check(&Weight { kept: Kept::Whole(data), ..weight }, t, 1e-5, true);
             }
+            let bf: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+            let widened = Weight::widened(out, inn, bf);
+            assert!(!widened.is_bf16());
+            check(&widened, t, 1e-5, false);
+            check(&widened, t, 1e-5, true);
         }
     }
 

@@ -12,8 +12,12 @@ use crate::ops::weight::Store;
 /// How a run is computed.
 #[derive(Debug, Clone, Copy)]
 pub struct Computed {
-    /// How unquantized weights are kept.
+    /// What unquantized weights are.
     pub store: Store,
+    /// Whether those of f32 are kept in the 16 bits that they have in the files ([`Weight::widened`]).
+    ///
+    /// [`Weight::widened`]: crate::ops::weight::Weight::widened
+    pub narrow: bool,
     /// How the blocks' matrices are quantized.
     pub quantizer: Option<Quantizer>,
     /// Whether on a device, where activations have the type of the weights; on the host they are f32, but for the widest
@@ -75,7 +79,7 @@ impl Estimate {
     /// The estimate for a run.
     #[must_use]
     pub fn of(config: &Config, settings: &FinetuneSettings, computed: Computed) -> Self {
-        let weight_size = if computed.store == Store::F32 { 4 } else { 2 };
+        let weight_size = if computed.store == Store::F32 && !computed.narrow { 4 } else { 2 };
         let size = if computed.on_device { weight_size } else { 4 };
         let matrix = |(inputs, outputs, count): (usize, usize, usize)| {
             count * computed.quantizer.map_or(inputs * outputs * weight_size, |q| quantized_bytes(q, outputs, inputs))
@@ -201,7 +205,15 @@ mod tests {
     use super::*;
 
     fn computed(tokens: usize) -> Computed {
-        Computed { store: Store::Bf16, quantizer: None, on_device: true, tokens, checkpointing: false, prefix: 0 }
+        Computed {
+            store: Store::Bf16,
+            narrow: false,
+            quantizer: None,
+            on_device: true,
+            tokens,
+            checkpointing: false,
+            prefix: 0,
+        }
     }
 
     fn llama_7b() -> Config {
@@ -230,8 +242,7 @@ mod tests {
         for (store, tokens, measured) in
             [(Store::F32, 256, 0.93), (Store::F32, 512, 1.15), (Store::Bf16, 256, 0.56), (Store::Bf16, 512, 0.71)]
         {
-            let computed =
-                Computed { store, quantizer: None, on_device: false, tokens, checkpointing: false, prefix: 0 };
+            let computed = Computed { store, quantizer: None, on_device: false, ..computed(tokens) };
             let estimate = Estimate::of(&config, &FinetuneSettings::default(), computed).total() as f64 / 1e9;
             assert!((estimate / measured - 1.0).abs() < 0.1, "{store:?} {tokens}: {estimate} for {measured}");
         }

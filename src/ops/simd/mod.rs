@@ -82,6 +82,14 @@ pub enum Level {
     Avx512Bf16,
 }
 
+impl Level {
+    /// The same, but for products that round what is multiplied by bf16 elements.
+    #[must_use]
+    pub fn exact(self) -> Self {
+        if self == Self::Avx512Bf16 { Self::Avx512 } else { self }
+    }
+}
+
 /// Calls a function over a [`Wide`] with the one of a level.
 macro_rules! at_level {
     ($level:expr, $name:ident($($arg:expr),*)) => {

@@ -29,10 +29,11 @@ impl Rows {
 /// the inner loop of each height alone. A `match` would have all inlined into one function, with sums in memory.
 macro_rules! of_height {
     ($w:ident, $height:expr, $name:ident as $type:ty) => {{
-        let low: [$type; 6] =
-            [$name::<$w, 1>, $name::<$w, 2>, $name::<$w, 3>, $name::<$w, 4>, $name::<$w, 5>, $name::<$w, 6>];
-        let high: [$type; 6] =
-            [$name::<$w, 7>, $name::<$w, 8>, $name::<$w, 9>, $name::<$w, 10>, $name::<$w, 11>, $name::<$w, 12>];
+        let low: &[$type; 6] =
+            &const { [$name::<$w, 1>, $name::<$w, 2>, $name::<$w, 3>, $name::<$w, 4>, $name::<$w, 5>, $name::<$w, 6>] };
+        let high: &[$type; 6] = &const {
+            [$name::<$w, 7>, $name::<$w, 8>, $name::<$w, 9>, $name::<$w, 10>, $name::<$w, 11>, $name::<$w, 12>]
+        };
         // Only AVX-512's tiles are higher than 6.
         if $w::IS_512 && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
     }};
