@@ -8,7 +8,9 @@ use std::fs;
 use std::path::Path;
 
 use litgpt::checkpoint::write::TensorInfo;
-use litgpt::checkpoint::{Dtype as Kept, pickle};
+use litgpt::checkpoint::{Checkpoint, Dtype as Kept, pickle};
+use litgpt::model::Gpt;
+use litgpt::ops::weight::{Store, Weight};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -483,6 +485,27 @@ fn the_last_partial_window_is_stepped() {
         adapter(dir.path(), out).iter().any(|(name, b)| name.contains("lora_B") && floats(b).iter().any(|v| *v != 0.0))
     };
     assert!(learned("two") && learned("one"));
+}
+
+/// A bf16 checkpoint is kept in 16 bits for a run in f32, where the processor widens them as fast: its results are those of
+/// the same elements in f32.
+#[test]
+fn bf16_weights_train_in_f32_as_if_they_were_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    let wide = dir.path().join("wide");
+    tiny_f32(&wide);
+    let bytes = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| ()).unwrap();
+        gpt.linears().map(|linear| linear.weight().bytes()).sum::<usize>()
+    };
+    assert_eq!(bytes(&wide), bytes(&tiny()) * if Weight::widens() { 2 } else { 1 });
+    finetune(dir.path(), &tiny(), "--precision 32-true --out_dir narrow").ok();
+    finetune(dir.path(), &wide, "--precision 32-true --out_dir wide-run").ok();
+    let [narrow, wide] = ["narrow", "wide-run"].map(|out| column(&dir.path().join(out), "loss"));
+    assert_eq!(narrow, wide);
+    let [narrow, wide] = ["narrow", "wide-run"].map(|out| adapter(dir.path(), out));
+    assert_eq!(narrow, wide);
 }
 
 #[test]

@@ -500,6 +500,23 @@ mod tests {
     }
 
     #[test]
+    fn bf16_elements_kept_for_f32_give_the_bits_of_f32() {
+        let (t, out, inn) = (29, 130, 77);
+        let elements: Vec<bf16> = random(out * inn, 1).iter().map(|v| bf16::from_f32(*v)).collect();
+        let (x, dy) = (random(t * inn, 2), random(t * out, 3));
+        let products = |weight: &Weight| {
+            let (mut y, mut dx) = (Matrix::new(t, out), Matrix::new(t, inn));
+            weight.forward(View::of(&x, t, inn), &mut y, false);
+            weight.backward(View::of(&dy, t, out), &mut dx, false);
+            (y.to_vec(), dx.to_vec())
+        };
+        let narrow = Weight::widened(out, inn, elements.clone());
+        let wide = Weight::new(out, inn, Data::F32(elements.iter().map(|v| v.to_f32()).collect()));
+        assert_eq!(wide.bytes(), narrow.bytes() * if Weight::widens() { 2 } else { 1 });
+        assert_eq!(products(&narrow), products(&wide));
+    }
+
+    #[test]
     fn a_gradient_of_few_elements_goes_back_as_a_full_one() {
         // More rows than `NonZeros` looks at, odd columns; every store.
         let (t, out, inn) = (7, 5003, 77);

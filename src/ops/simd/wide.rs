@@ -100,8 +100,6 @@ fn mask(len: usize) -> u16 {
     if len >= LANES { u16::MAX } else { (1 << len) - 1 }
 }
 
-// The methods' contract is the trait's, in each line the same: the instructions are there, and what is behind a pointer.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Wide for __m512 {
     const IS_512: bool = true;
     /// 24 of 32 registers are sums.
@@ -123,18 +121,21 @@ impl Wide for __m512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: passed on.
         unsafe { _mm512_loadu_ps(from) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load_first(from: *const f32, len: usize) -> Self {
+        // SAFETY: passed on.
         unsafe { _mm512_maskz_loadu_ps(mask(len), from) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: passed on.
         let wide = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
     }
@@ -142,12 +143,14 @@ impl Wide for __m512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: passed on.
         _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load_split(from: *const bf16) -> [Self; 2] {
+        // SAFETY: passed on.
         let both = unsafe { _mm512_loadu_si512(from.cast()) };
         let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
         [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
@@ -156,6 +159,7 @@ impl Wide for __m512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
+        // SAFETY: passed on.
         let [low, high] = [low, high].map(|at| _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) }));
         _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
     }
@@ -163,12 +167,14 @@ impl Wide for __m512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn store(self, to: *mut f32) {
+        // SAFETY: passed on.
         unsafe { _mm512_storeu_ps(to, self) };
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn store_first(self, to: *mut f32, len: usize) {
+        // SAFETY: passed on.
         unsafe { _mm512_mask_storeu_ps(to, mask(len), self) };
     }
 
@@ -188,6 +194,7 @@ impl Wide for __m512 {
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn add_pairs(self, pair: i32, units: Self) -> Self {
         // 16 units are 32 bf16.
+        // SAFETY: passed on.
         let pair: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(pair)) };
         let units: __m512bh = unsafe { std::mem::transmute(units) };
         _mm512_dpbf16_ps(self, pair, units)
@@ -196,6 +203,7 @@ impl Wide for __m512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn round_pairs(low: Self, high: Self) -> Self {
+        // SAFETY: passed on.
         unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
     }
 
@@ -377,8 +385,6 @@ fn transpose_8(block: [__m256; 8]) -> [__m256; 8] {
     out
 }
 
-// As above.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Wide for Halves {
     const IS_512: bool = false;
     /// 12 of 16 registers are sums.
@@ -400,6 +406,7 @@ impl Wide for Halves {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: passed on.
         unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.wrapping_add(8))) }
     }
 
@@ -407,6 +414,7 @@ impl Wide for Halves {
     #[target_feature(enable = "avx2")]
     unsafe fn load_first(from: *const f32, len: usize) -> Self {
         let last = from.wrapping_add(8);
+        // SAFETY: passed on.
         unsafe {
             if len >= LANES {
                 return Self(_mm256_loadu_ps(from), _mm256_loadu_ps(last));
@@ -418,12 +426,14 @@ impl Wide for Halves {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: passed on.
         unsafe { Self(widen_8(from), widen_8(from.wrapping_add(8))) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
     unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: passed on.
         unsafe {
             Self(
                 _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
@@ -435,6 +445,7 @@ impl Wide for Halves {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn load_split(from: *const bf16) -> [Self; 2] {
+        // SAFETY: passed on.
         let first = split_8(unsafe { _mm256_loadu_si256(from.cast()) });
         let last = split_8(unsafe { _mm256_loadu_si256(from.wrapping_add(16).cast()) });
         [Self(first[0], last[0]), Self(first[1], last[1])]
@@ -443,12 +454,14 @@ impl Wide for Halves {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
+        // SAFETY: passed on.
         unsafe { Self(pair_8(low, high), pair_8(low.wrapping_add(8), high.wrapping_add(8))) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn store(self, to: *mut f32) {
+        // SAFETY: passed on.
         unsafe {
             _mm256_storeu_ps(to, self.0);
             _mm256_storeu_ps(to.wrapping_add(8), self.1);
@@ -458,6 +471,7 @@ impl Wide for Halves {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn store_first(self, to: *mut f32, len: usize) {
+        // SAFETY: passed on.
         unsafe {
             store_first_of_8(self.0, to, len);
             store_first_of_8(self.1, to.wrapping_add(8), len.saturating_sub(8));
