@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
-use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, prefetch, round_pairs};
+use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, round_pairs};
 use super::wide::{LANES, Wide, for_each_width};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
 use crate::ops::matmul::{Threads, ViewMut};
@@ -13,8 +13,6 @@ use std::ops::Range;
 const DEPTH: usize = 1024;
 /// Units of the panels of tokens that some rows of W are multiplied by before the next: 768 KB of the second-level cache.
 const TOGETHER: usize = 6 * DEPTH;
-/// The highest tile.
-const MOST_ROWS: usize = 12;
 
 /// `y = x Wᵀ`, added to `y` where `accumulate`; `w` is (rows, cols).
 ///

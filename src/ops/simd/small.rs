@@ -2,7 +2,7 @@
 //! but for a right side that is transposed, which is laid out in panels first.
 
 use super::forward::token_panels;
-use super::tile::{Sums, heights, of_height, prefetch};
+use super::tile::{MOST_ROWS, Sums, heights, of_height, prefetch};
 use super::wide::{LANES, Wide, for_each_width};
 use super::{Level, PANEL, at_level, in_shares};
 use crate::ops::matmul::{Side, Threads, ViewMut};
@@ -11,9 +11,6 @@ use std::ops::Range;
 
 /// Elements of a right side up to which it stays in the second-level cache, where every row of the left side reads all of it.
 const RIGHT: usize = 128 << 10;
-
-/// The highest tile.
-const MOST_ROWS: usize = 12;
 
 /// Rows of a tile up to which the right side may wait for memory, as in decoding, and so many of its rows that are asked for.
 const NARROW: usize = 3;

@@ -4,6 +4,9 @@ use super::PANEL;
 use super::wide::{LANES, Wide, for_each_width};
 use std::arch::x86_64::*;
 
+/// Rows of the highest tile.
+pub const MOST_ROWS: usize = 12;
+
 /// `R` rows of sums, each of `V` times 16.
 pub type Sums<W, const R: usize, const V: usize> = [[W; V]; R];
 
