@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
-use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, round_pairs};
+use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, units_of};
 use super::wide::{LANES, Wide, for_each_width};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
 use crate::ops::matmul::{Threads, ViewMut};
@@ -208,7 +208,7 @@ for_each_width! {
                 let values = &x.row(token)[columns.clone()];
                 // The processor's own prefetcher does not follow columns.
                 prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(LANES * x.stride).cast());
-                *to = if pairs { round_pairs(values) } else { W::load_first(values.as_ptr(), values.len()) };
+                *to = units_of(values, pairs);
             }
             W::transpose(&mut block);
             for (unit, values) in block.iter().enumerate().take(to.1) {

@@ -6,9 +6,9 @@
 //! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
 //!
 //! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
-//! what differs between the two is in `wide`. A few rows of activations (`few`) and gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through
-//! FMA, as do narrower weights, widened some at a time; bf16 goes through `vdpbf16ps` (pairs of products, f32 sums) where
-//! the processor is faster with it.
+//! what differs between the two is in `wide`. A few rows of activations (`few`) and gradients that are mostly zero (`sparse`)
+//! take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened some at a time; bf16 goes through
+//! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it.
 //!
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
 #![allow(unsafe_code)] // SIMD intrinsics, and disjoint parts of one matrix written by several threads
@@ -35,7 +35,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
-use tile::round_pairs;
+use tile::units_of;
 use wide::{Halves, LANES, Wide, for_each_width};
 
 /// Columns of a panel: twice 16.
@@ -268,9 +268,7 @@ for_each_width! {
                     let values = &row[from..(from + width).min(row.len())];
                     // SAFETY: out has 16 units, and what is not there is not read.
                     unsafe {
-                        let units: W =
-                            if pairs { round_pairs(values) } else { W::load_first(values.as_ptr(), values.len()) };
-                        units.store(out.as_mut_ptr());
+                        units_of::<W>(values, pairs).store(out.as_mut_ptr());
                     }
                 }
             }

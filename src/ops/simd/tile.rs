@@ -93,8 +93,7 @@ impl Factors {
     /// `sums[r][v] = Σ_k a[r][k] b[k][v]`.
     ///
     /// # Safety
-    /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions, and for pairs avx512bf16 or
-    /// none of AVX-512.
+    /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions, and for pairs avx512bf16.
     #[inline(always)]
     pub unsafe fn sums<W: Wide, const R: usize, const V: usize>(&self) -> Sums<W, R, V> {
         // SAFETY: passed on.
@@ -243,13 +242,16 @@ impl Target {
     }
 }
 
-/// Up to 32 values as 16 pairs of bf16, an odd end filled with zero.
+/// Up to 16 values as units, or where `pairs` up to 32, rounded to bf16; what is missing is zero.
 ///
 /// # Safety
-/// The processor has the instructions, and avx512bf16 or none of AVX-512.
+/// The processor has the instructions, and avx512bf16 for pairs.
 #[inline(always)]
-pub unsafe fn round_pairs<W: Wide>(x: &[f32]) -> W {
+pub unsafe fn units_of<W: Wide>(x: &[f32], pairs: bool) -> W {
     let (low, high) = x.split_at(x.len().min(LANES));
     // SAFETY: what is not there is not read.
-    unsafe { W::round_pairs(W::load_first(low.as_ptr(), low.len()), W::load_first(high.as_ptr(), high.len())) }
+    unsafe {
+        let low = W::load_first(low.as_ptr(), low.len());
+        if pairs { W::round_pairs(low, W::load_first(high.as_ptr(), high.len())) } else { low }
+    }
 }

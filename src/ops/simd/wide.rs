@@ -34,7 +34,10 @@ pub trait Wide: Copy {
     /// Of 32 bf16 those at even and those at odd places, widened.
     unsafe fn load_split(from: *const bf16) -> [Self; 2];
     /// 16 pairs of bf16, each with one from either place.
-    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self;
+    unsafe fn load_pairs(_low: *const bf16, _high: *const bf16) -> Self {
+        unreachable!("pairs are for avx512bf16")
+    }
+
     /// All 16 elements.
     unsafe fn store(self, to: *mut f32);
     /// The first `len`; the others are not written.
@@ -44,9 +47,15 @@ pub trait Wide: Copy {
     /// `self · factor + sum`, rounded once.
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
     /// `self`, and to each sum the two products of a pair of bf16 and one of `units` added.
-    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self;
+    unsafe fn add_pairs(self, _pair: i32, _units: Self) -> Self {
+        unreachable!("pairs are for avx512bf16")
+    }
+
     /// 32 values as pairs of bf16, rounded to nearest even.
-    unsafe fn round_pairs(low: Self, high: Self) -> Self;
+    unsafe fn round_pairs(_low: Self, _high: Self) -> Self {
+        unreachable!("pairs are for avx512bf16")
+    }
+
     /// Of all elements.
     unsafe fn sum(self) -> f32;
     /// Transposes 16 x 16 units.
@@ -282,18 +291,6 @@ unsafe fn store_first_of_8(values: __m256, mut to: *mut f32, len: usize) {
     }
 }
 
-/// Eight f32 as bf16 in the upper 16 bits of each, rounded to nearest even; NaN stays one.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn round_8(values: __m256) -> __m256i {
-    let bits = _mm256_castps_si256(values);
-    let even = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
-    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
-    _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), upper())
-}
-
 /// The upper 16 bits of eight lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -328,35 +325,6 @@ unsafe fn load_8(from: *const bf16) -> __m256i {
 unsafe fn widen_8(from: *const bf16) -> __m256 {
     // SAFETY: passed on.
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(unsafe { load_8(from) }))
-}
-
-/// Eight pairs of bf16.
-///
-/// # Safety
-/// They can be read.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn pair_8(low: *const bf16, high: *const bf16) -> __m256 {
-    // SAFETY: passed on.
-    let (low, high) = unsafe { (load_8(low), load_8(high)) };
-    _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32::<16>(high)))
-}
-
-/// 16 values as eight pairs of neighbours.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn round_16(first: __m256, last: __m256) -> __m256 {
-    let (first, last) = (_mm256_srli_epi32::<16>(round_8(first)), _mm256_srli_epi32::<16>(round_8(last)));
-    let both = _mm256_packus_epi32(first, last);
-    _mm256_castsi256_ps(_mm256_permute4x64_epi64::<0b11_01_10_00>(both))
-}
-
-/// Eight sums, and the products of a pair of bf16 with eight.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn add_pairs_8(sums: __m256, [low, high]: [__m256; 2], units: __m256) -> __m256 {
-    let units = split_8(_mm256_castps_si256(units));
-    _mm256_fmadd_ps(high, units[1], _mm256_fmadd_ps(low, units[0], sums))
 }
 
 /// Transposes 8 x 8 units.
@@ -453,13 +421,6 @@ impl Wide for Halves {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
-        // SAFETY: passed on.
-        unsafe { Self(pair_8(low, high), pair_8(low.wrapping_add(8), high.wrapping_add(8))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: passed on.
         unsafe {
@@ -488,19 +449,6 @@ impl Wide for Halves {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
         Self(_mm256_fmadd_ps(self.0, factor.0, sum.0), _mm256_fmadd_ps(self.1, factor.1, sum.1))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self {
-        let pair = split_8(_mm256_set1_epi32(pair));
-        Self(add_pairs_8(self.0, pair, units.0), add_pairs_8(self.1, pair, units.1))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn round_pairs(low: Self, high: Self) -> Self {
-        Self(round_16(low.0, low.1), round_16(high.0, high.1))
     }
 
     #[inline]
