@@ -1,8 +1,8 @@
 //! `y = x Wᵀ` for a few rows of x, as in decoding: the weight is read once, in its own order, as fast as memory gives it.
 
 use super::tile::{LINE, prefetch};
-use super::wide::{Halves, LANES, Wide, for_each_width};
-use super::{Level, PANEL, Panels, Shared, checked, packed_len};
+use super::wide::{LANES, Wide, for_each_width};
+use super::{Level, PANEL, Panels, Shared, at_width, checked, packed_len};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
 use half::{bf16, f16};
@@ -101,11 +101,7 @@ fn few_rows_of<E: Element>(
         // block.
         unsafe {
             let (w, y) = (w.as_ptr().add(first * PANEL), Rows { at: out.at(y_at + first), stride, accumulate });
-            if level == Level::Avx2 {
-                block_of_rows::<Halves, E>(w, rows, len, &x, y);
-            } else {
-                block_of_rows::<__m512, E>(w, rows, len, &x, y);
-            }
+            at_width!(level, block_of_rows<E>(w, rows, len, &x, y));
         }
     });
 }
@@ -138,7 +134,7 @@ for_each_width! {
     ///
     /// # Safety
     /// Those rows can be read, and as many elements of each row of `y` written; the processor has the instructions.
-    unsafe fn block_of_rows<W, E: Element>(w: *const E, rows: usize, len: usize, x: &Matrix, to: Rows) {
+    unsafe fn block_of_rows<W: Wide, E: Element>(w: *const E, rows: usize, len: usize, x: &Matrix, to: Rows) {
         let (panels, whole) = (x.cols() / PANEL, x.cols() / PANEL / TOGETHER * TOGETHER);
         // SAFETY: x has whole panels, and the weight a panel of all rows for each.
         unsafe {
@@ -165,7 +161,7 @@ for_each_width! {
     ///
     /// # Safety
     /// As for `block_of_rows`.
-    unsafe fn add_to_all<W, E: Element; const P: usize>(
+    unsafe fn add_to_all<W: Wide, E: Element; const P: usize>(
         w: *const E,
         rows: usize,
         x: &Matrix,

@@ -1,7 +1,7 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
-use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, units_of};
-use super::wide::{LANES, Wide, for_each_width};
+use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, sums};
+use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
 use crate::ops::matmul::{Threads, ViewMut};
 use crate::ops::matrix::{Matrix, View};
@@ -19,21 +19,23 @@ const TOGETHER: usize = 6 * DEPTH;
 /// # Panics
 /// When the shapes do not fit together.
 pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), y: ViewMut<'_>, accumulate: bool) {
-    let (rows, cols) = shape;
-    let weight = Weight::new(level, w, shape);
-    assert!(x.cols == cols && y.cols == rows && y.rows == x.rows, "product: shapes do not fit");
-    if x.rows == 0 || rows == 0 {
-        return;
+    let (weight, level) = Weight::new(level, w, shape);
+    assert!(x.cols == weight.cols && y.cols == weight.rows && y.rows == x.rows, "product: shapes do not fit");
+    if x.rows > 0 && weight.rows > 0 {
+        at_level!(level, product(x, weight, y, accumulate));
     }
-    let y_at = checked(&y);
-    let panels = token_panels(level, Threads::All, x, weight.pairs, cols.div_ceil(weight.per_unit()));
+}
+
+fn product<U: Unit>(x: View<'_>, weight: Weight<'_>, y: ViewMut<'_>, accumulate: bool) {
+    let (y_at, rows) = (checked(&y), weight.rows);
+    let panels = token_panels::<U>(Threads::All, x);
     let job = Forward { weight, tokens: x.rows, panels: &panels, ldy: y.stride, accumulate };
     let y = Shared(y.data.as_mut_ptr());
     in_shares(rows.div_ceil(MOST_ROWS), |groups| {
         let rows = groups.start * MOST_ROWS..(groups.end * MOST_ROWS).min(rows);
-        // SAFETY: `level` found the instructions; the asserts bound what is read of x and w and written of y; each
-        // row of w, which is a column of y, is in one share.
-        unsafe { at_level!(level, run(&job, y.at(y_at), rows)) };
+        // SAFETY: the level found the instructions; the asserts of `forward` bound what is read of x and w and written of y;
+        // each row of w, which is a column of y, is in one share.
+        unsafe { run::<U>(&job, y.at(y_at), rows) };
     });
 }
 
@@ -57,7 +59,7 @@ for_each_width! {
     ///
     /// # Safety
     /// See `forward`.
-    unsafe fn run<W>(job: &Forward<'_>, y: *mut f32, rows: Range<usize>) {
+    unsafe fn run<U: Unit>(job: &Forward<'_>, y: *mut f32, rows: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.resize(MOST_ROWS * DEPTH, 0.0);
             for units in chunks(job.units(), DEPTH) {
@@ -65,14 +67,14 @@ for_each_width! {
                 for first in (0..job.panels.rows()).step_by(together) {
                     let panels = first..(first + together).min(job.panels.rows());
                     let mut row = rows.start;
-                    for height in heights::<W>(rows.len()) {
+                    for height in heights::<U::Wide>(rows.len()) {
                         // SAFETY: the rows and units lie inside the weight; the scratch has room for them; y has all
                         // tokens and rows.
                         unsafe {
-                            let a = rows_of::<W>(job.weight, row..row + height, units.clone(), scratch);
-                            let ahead = job.ahead(row + height, W::ROWS, &units, &panels);
+                            let a = rows_of::<U>(job.weight, row..row + height, units.clone(), scratch);
+                            let ahead = job.ahead::<U>(row + height, &units, &panels);
                             let part = (a, units.clone(), panels.clone());
-                            of_height!(W, height, tiles as Tiles)(job, part, ahead, y.add(row));
+                            of_height!(U, height, tiles as Tiles)(job, part, ahead, y.add(row));
                         }
                         row += height;
                     }
@@ -87,25 +89,20 @@ for_each_width! {
     ///
     /// # Safety
     /// They are inside the weight; `scratch` has room.
-    unsafe fn rows_of<W>(weight: Weight<'_>, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
-        let Weight { w, rows: all, pairs, .. } = weight;
-        let at = |unit: usize| packed_at(all, rows.start, unit * weight.per_unit());
-        match w {
-            Panels::F32(w) => return Rows { at: w[at(units.start)..].as_ptr(), run: PANEL, next: all * PANEL },
-            Panels::Bf16(w) if pairs => {
-                let at = w[at(units.start)..].as_ptr().cast();
-                return Rows { at, run: PANEL / 2, next: all * PANEL / 2 };
-            }
-            Panels::Bf16(_) | Panels::F16(_) => {}
+    unsafe fn rows_of<U: Unit>(weight: Weight<'_>, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
+        let Weight { w, rows: all, .. } = weight;
+        let at = |unit: usize| packed_at(all, rows.start, unit * U::ELEMENTS);
+        if U::ELEMENTS > 1 || matches!(w, Panels::F32(_)) {
+            return Rows { at: w.address(at(units.start)).cast(), next: all * U::RUN };
         }
         let next = rows.len() * PANEL;
         for (unit, out) in units.step_by(PANEL).zip(scratch.chunks_exact_mut(next)) {
             for i in (0..next).step_by(LANES) {
                 // SAFETY: a panel has PANEL elements of each of the rows, side by side.
-                unsafe { weight.load::<W>(at(unit) + i).store(out.as_mut_ptr().add(i)) };
+                unsafe { w.load::<U::Wide>(at(unit) + i).store(out.as_mut_ptr().add(i)) };
             }
         }
-        Rows { at: scratch.as_ptr(), run: PANEL, next }
+        Rows { at: scratch.as_ptr(), next }
     }
 }
 
@@ -114,28 +111,28 @@ for_each_width! {
     ///
     /// # Safety
     /// `a` has `R` rows of `units`, and y as many columns.
-    unsafe fn tiles<W; const R: usize>(
+    unsafe fn tiles<U: Unit; const R: usize>(
         job: &Forward<'_>,
         part: Part,
         ahead: Ahead,
         y: *mut f32,
     ) {
         let ((a, units, panels), mut ahead) = (part, ahead);
-        let (depth, pairs) = (units.len(), job.weight.pairs);
+        let (depth, beside) = (units.len(), U::Wide::BESIDE);
         let accumulate = job.accumulate || units.start > 0;
         for panel in panels {
             let b = job.panels.row(panel)[units.start * PANEL..].as_ptr();
-            for lane in (0..PANEL).step_by(W::BESIDE * LANES) {
-                let factors = Factors { a, b: b.wrapping_add(lane), depth, pairs, ahead };
+            for lane in (0..PANEL).step_by(beside * LANES) {
+                let factors = Factors { a, b: b.wrapping_add(lane), depth, ahead };
                 let token = panel * PANEL + lane;
                 let left = job.tokens.saturating_sub(token);
                 let target = Target { y: y.wrapping_add(token * job.ldy), ldy: job.ldy, accumulate };
                 // SAFETY: y has all tokens.
                 unsafe {
-                    if W::BESIDE > 1 && left > LANES {
-                        target.store_transposed(&factors.sums::<W, R, 2>(), left);
+                    if beside > 1 && left > LANES {
+                        target.store_transposed(&sums::<U, R, 2>(&factors), left);
                     } else if left > 0 {
-                        target.store_transposed(&factors.sums::<W, R, 1>(), left);
+                        target.store_transposed(&sums::<U, R, 1>(&factors), left);
                     }
                 }
                 ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
@@ -149,20 +146,19 @@ impl Forward<'_> {
         self.panels.cols() / PANEL
     }
 
-    /// Those units of the `rows` rows from `row` on, for the tiles before them: some for each panel of tokens.
-    fn ahead(&self, row: usize, count: usize, units: &Range<usize>, panels: &Range<usize>) -> Ahead {
+    /// Those units of a tile's rows from `row` on, for the tiles before them: some for each panel of tokens.
+    fn ahead<U: Unit>(&self, row: usize, units: &Range<usize>, panels: &Range<usize>) -> Ahead {
         let Weight { w, rows, .. } = self.weight;
-        let at = w.address(packed_at(rows, row, units.start * self.weight.per_unit()));
+        let at = w.address(packed_at(rows, row, units.start * U::ELEMENTS));
         let of_row = w.address(PANEL) as usize - w.address(0) as usize;
-        Ahead { at, next: rows * of_row, lines: (count * of_row).div_ceil(LINE * panels.len()) }
+        Ahead { at, next: rows * of_row, lines: (U::Wide::ROWS * of_row).div_ceil(LINE * panels.len()) }
     }
 }
 
-/// `x` in panels of 32 tokens, a panel a row: for each unit its 32 tokens side by side, those that are missing zero. A unit
-/// is an element, or where `pairs` two, rounded to bf16.
-pub fn token_panels(level: Level, threads: Threads, x: View<'_>, pairs: bool, units: usize) -> Matrix {
+/// `x` in panels of 32 tokens, a panel a row: for each unit its 32 tokens side by side, those that are missing zero.
+pub fn token_panels<U: Unit>(threads: Threads, x: View<'_>) -> Matrix {
+    let units = x.cols.div_ceil(U::ELEMENTS);
     let mut out = Matrix::new(x.rows.div_ceil(PANEL), units * PANEL);
-    let per_unit = if pairs { 2 } else { 1 };
     // Parts of a panel, so that there is something for every thread.
     let count = if threads == Threads::All { rayon::current_num_threads() } else { 1 };
     let part = units.div_ceil(count).next_multiple_of(LANES).max(LANES);
@@ -174,11 +170,11 @@ pub fn token_panels(level: Level, threads: Threads, x: View<'_>, pairs: bool, un
             let first = (panel * PANEL + half * LANES).min(x.rows);
             let tokens = first..(first + LANES).min(x.rows);
             for unit in (from..(from + part).min(units)).step_by(LANES) {
-                let columns = unit * per_unit..((unit + LANES) * per_unit).min(x.cols);
+                let columns = unit * U::ELEMENTS..((unit + LANES) * U::ELEMENTS).min(x.cols);
                 let to = to.at((panel * units + unit) * PANEL + half * LANES);
                 let to = (to, LANES.min(units - unit));
-                // SAFETY: `level` found the instructions; the units are inside the panel.
-                unsafe { at_level!(level, fill_block(x, tokens.clone(), columns, pairs, to)) };
+                // SAFETY: the level found the instructions; the units are inside the panel.
+                unsafe { fill_block::<U>(x, tokens.clone(), columns, to) };
             }
         }
     };
@@ -193,24 +189,18 @@ for_each_width! {
     /// Up to 16 units of up to 16 tokens, unit by unit.
     ///
     /// # Safety
-    /// So many units, a panel apart, can be written; the processor has the instructions, for pairs as for `Factors::sums`.
-    unsafe fn fill_block<W>(
-        x: View<'_>,
-        tokens: Range<usize>,
-        columns: Range<usize>,
-        pairs: bool,
-        to: (*mut f32, usize),
-    ) {
+    /// So many units, a panel apart, can be written; the processor has the instructions.
+    unsafe fn fill_block<U: Unit>(x: View<'_>, tokens: Range<usize>, columns: Range<usize>, to: (*mut f32, usize)) {
         // SAFETY: passed on.
         unsafe {
-            let mut block = [W::zero(); LANES];
+            let mut block = [U::Wide::zero(); LANES];
             for (to, token) in block.iter_mut().zip(tokens) {
                 let values = &x.row(token)[columns.clone()];
                 // The processor's own prefetcher does not follow columns.
                 prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(LANES * x.stride).cast());
-                *to = units_of(values, pairs);
+                *to = U::of(values);
             }
-            W::transpose(&mut block);
+            U::Wide::transpose(&mut block);
             for (unit, values) in block.iter().enumerate().take(to.1) {
                 values.store(to.0.add(unit * PANEL));
             }

@@ -35,8 +35,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
-use tile::units_of;
-use wide::{Halves, LANES, Wide, for_each_width};
+use wide::{LANES, Unit, Wide, for_each_width};
 
 /// Columns of a panel: twice 16.
 pub const PANEL: usize = 32;
@@ -58,6 +57,22 @@ impl Panels<'_> {
             Self::F32(w) => w.len(),
             Self::Bf16(w) => w.len(),
             Self::F16(w) => w.len(),
+        }
+    }
+
+    /// 16 values from element `at` on, widened.
+    ///
+    /// # Safety
+    /// They are there, and the processor has the instructions.
+    #[inline(always)]
+    unsafe fn load<W: Wide>(&self, at: usize) -> W {
+        // SAFETY: passed on.
+        unsafe {
+            match self {
+                Self::F32(w) => W::load(w.as_ptr().add(at)),
+                Self::Bf16(w) => W::load_bf16(w.as_ptr().add(at)),
+                Self::F16(w) => W::load_f16(w.as_ptr().add(at)),
+            }
         }
     }
 
@@ -90,18 +105,30 @@ impl Level {
     }
 }
 
-/// Calls a function over a [`Wide`] with the one of a level.
+/// Calls a function over a [`Unit`] with the one of a level.
 macro_rules! at_level {
     ($level:expr, $name:ident($($arg:expr),*)) => {
         match $level {
             $crate::ops::simd::Level::Avx2 => $name::<$crate::ops::simd::wide::Halves>($($arg),*),
-            $crate::ops::simd::Level::Avx512 | $crate::ops::simd::Level::Avx512Bf16 => {
-                $name::<std::arch::x86_64::__m512>($($arg),*)
-            }
+            $crate::ops::simd::Level::Avx512 => $name::<std::arch::x86_64::__m512>($($arg),*),
+            $crate::ops::simd::Level::Avx512Bf16 => $name::<$crate::ops::simd::wide::Pairs>($($arg),*),
         }
     };
 }
 use at_level;
+
+/// Calls a function over a [`Wide`] with the one of a level.
+macro_rules! at_width {
+    ($level:expr, $name:ident $(<$t:ident>)? ($($arg:expr),*)) => {
+        match $level {
+            $crate::ops::simd::Level::Avx2 => $name::<$crate::ops::simd::wide::Halves $(, $t)?>($($arg),*),
+            $crate::ops::simd::Level::Avx512 | $crate::ops::simd::Level::Avx512Bf16 => {
+                $name::<std::arch::x86_64::__m512 $(, $t)?>($($arg),*)
+            }
+        }
+    };
+}
+use at_width;
 
 /// The level of this processor, `None` without AVX2.
 #[must_use]
@@ -194,59 +221,38 @@ where
     });
 }
 
-/// A frozen matrix as the tiles read it: in units of 32 bits, an f32 or a pair of bf16.
+/// A frozen matrix as the tiles read it.
 #[derive(Clone, Copy)]
 struct Weight<'a> {
     w: Panels<'a>,
     rows: usize,
     cols: usize,
-    pairs: bool,
 }
 
 impl<'a> Weight<'a> {
+    /// And the level of its products: only bf16 elements are multiplied in pairs.
+    ///
     /// # Panics
     /// When `w` is not (rows, cols).
-    fn new(level: Level, w: Panels<'a>, (rows, cols): (usize, usize)) -> Self {
+    fn new(level: Level, w: Panels<'a>, (rows, cols): (usize, usize)) -> (Self, Level) {
         assert!(w.len() == packed_len(rows, cols), "product: shapes do not fit");
-        Self { w, rows, cols, pairs: level == Level::Avx512Bf16 && matches!(w, Panels::Bf16(_)) }
-    }
-
-    /// Elements of a unit.
-    fn per_unit(&self) -> usize {
-        if self.pairs { 2 } else { 1 }
-    }
-
-    /// 16 f32 values from element `at`, widened.
-    ///
-    /// # Safety
-    /// They are inside the weight, and the processor has the instructions of its level.
-    #[inline(always)]
-    unsafe fn load<W: Wide>(&self, at: usize) -> W {
-        // SAFETY: passed on.
-        unsafe {
-            match self.w {
-                Panels::F32(w) => W::load(w.as_ptr().add(at)),
-                Panels::Bf16(w) => W::load_bf16(w.as_ptr().add(at)),
-                Panels::F16(w) => W::load_f16(w.as_ptr().add(at)),
-            }
-        }
+        (Self { w, rows, cols }, if matches!(w, Panels::Bf16(_)) { level } else { level.exact() })
     }
 }
 
-/// Rows of activations for tiles: those of each of `heights` in panels of 32 units, as a weight is. Units are elements, or
-/// where `pairs` two of them, rounded to bf16; what is missing at the end is zero.
-fn pack_rows(level: Level, x: View<'_>, pairs: bool, units: usize) -> Matrix {
-    let mut out = Matrix::new(x.rows, units.next_multiple_of(PANEL));
-    let height = if level == Level::Avx2 { Halves::ROWS } else { __m512::ROWS };
-    let (cols, tiles) = (out.cols(), x.rows.div_ceil(height));
+/// Rows of activations for tiles: those of each of `heights` as units in panels, as a weight is; what is missing at the end
+/// is zero.
+fn pack_rows<U: Unit>(x: View<'_>) -> Matrix {
+    let mut out = Matrix::new(x.rows, x.cols.div_ceil(U::ELEMENTS).next_multiple_of(PANEL));
+    let (cols, tiles) = (out.cols(), x.rows.div_ceil(U::Wide::ROWS));
     let to = Shared(out.as_mut_ptr());
     in_shares(tiles, |share| {
         for tile in share {
             let rows = tile * x.rows / tiles..(tile + 1) * x.rows / tiles;
-            // SAFETY: `level` found the instructions; the rows are inside `out` and in one share.
+            // SAFETY: the level found the instructions; the rows are inside `out` and in one share.
             unsafe {
                 let out = std::slice::from_raw_parts_mut(to.at(rows.start * cols), rows.len() * cols);
-                at_level!(level, pack_tile(x, pairs, rows, out));
+                pack_tile::<U>(x, rows, out);
             }
         }
     });
@@ -257,19 +263,16 @@ for_each_width! {
     /// A tile of `pack_rows`.
     ///
     /// # Safety
-    /// The processor has the instructions, for pairs as for `Factors::sums`.
-    unsafe fn pack_tile<W>(x: View<'_>, pairs: bool, rows: Range<usize>, out: &mut [f32]) {
-        let width = if pairs { PANEL } else { LANES };
-        for (part, out) in out.chunks_exact_mut(rows.len() * PANEL).enumerate() {
-            for (row, out) in rows.clone().zip(out.as_chunks_mut::<PANEL>().0) {
+    /// The processor has the instructions.
+    unsafe fn pack_tile<U: Unit>(x: View<'_>, rows: Range<usize>, out: &mut [f32]) {
+        for (part, out) in out.chunks_exact_mut(rows.len() * U::RUN).enumerate() {
+            for (row, out) in rows.clone().zip(out.chunks_exact_mut(U::RUN)) {
                 let row = x.row(row);
                 for (i, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                    let from = ((2 * part + i) * width).min(row.len());
-                    let values = &row[from..(from + width).min(row.len())];
-                    // SAFETY: out has 16 units, and what is not there is not read.
-                    unsafe {
-                        units_of::<W>(values, pairs).store(out.as_mut_ptr());
-                    }
+                    let from = (part * PANEL + i * LANES * U::ELEMENTS).min(row.len());
+                    let values = &row[from..(from + LANES * U::ELEMENTS).min(row.len())];
+                    // SAFETY: out has 16 units.
+                    unsafe { U::of(values).store(out.as_mut_ptr()) };
                 }
             }
         }

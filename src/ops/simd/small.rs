@@ -4,7 +4,7 @@
 use super::forward::token_panels;
 use super::tile::{MOST_ROWS, Sums, heights, of_height, prefetch};
 use super::wide::{LANES, Wide, for_each_width};
-use super::{Level, PANEL, at_level, in_shares};
+use super::{Level, PANEL, at_width, in_shares};
 use crate::ops::matmul::{Side, Threads, ViewMut};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -65,7 +65,7 @@ pub unsafe fn small(
     let (b, b_row, b_panel) = match rhs {
         Side::N(v) => (v.data.as_ptr().wrapping_add(v.offset), v.stride, PANEL),
         Side::T(v) => {
-            panels = token_panels(level, threads, v, false, k);
+            panels = at_width!(level, token_panels(threads, v));
             (panels.as_ptr(), PANEL, k * PANEL)
         }
     };
@@ -75,13 +75,13 @@ pub unsafe fn small(
     // SAFETY: passed on; shares have rows or columns of their own.
     unsafe {
         match threads {
-            Threads::One => at_level!(level, run(&job, 0..m, 0..columns)),
+            Threads::One => at_width!(level, run(&job, 0..m, 0..columns)),
             Threads::All if m >= columns * MOST_ROWS => {
                 let tiles = m.div_ceil(MOST_ROWS);
                 let rows = |share: &Range<usize>| share.start * m / tiles..share.end * m / tiles;
-                in_shares(tiles, |share| at_level!(level, run(&job, rows(&share), 0..columns)));
+                in_shares(tiles, |share| at_width!(level, run(&job, rows(&share), 0..columns)));
             }
-            Threads::All => in_shares(columns, |share| at_level!(level, run(&job, 0..m, share.clone()))),
+            Threads::All => in_shares(columns, |share| at_width!(level, run(&job, 0..m, share.clone()))),
         }
     }
 }
@@ -91,7 +91,7 @@ for_each_width! {
     ///
     /// # Safety
     /// See `small`.
-    unsafe fn run<W>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
+    unsafe fn run<W: Wide>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
         for panel in panels {
             let mut row = rows.start;
             for height in heights::<W>(rows.len()) {
@@ -108,7 +108,7 @@ for_each_width! {
     ///
     /// # Safety
     /// As for `run`.
-    unsafe fn tile<W; const R: usize>(job: &Small, row: usize, panel: usize) {
+    unsafe fn tile<W: Wide; const R: usize>(job: &Small, row: usize, panel: usize) {
         let end = job.n.min((panel + 1) * PANEL);
         for column in (panel * PANEL..end).step_by(W::BESIDE * LANES) {
             let b = job.b.wrapping_add(panel * job.b_panel + column % PANEL);

@@ -3,8 +3,8 @@
 
 use super::few::Element;
 use super::tile::{LINE, prefetch};
-use super::wide::{Halves, LANES, Wide, for_each_width};
-use super::{Level, PANEL, Panels, Shared, checked, in_shares, packed_len};
+use super::wide::{LANES, Wide, for_each_width};
+use super::{Level, PANEL, Panels, Shared, at_width, checked, in_shares, packed_len};
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
@@ -118,8 +118,7 @@ fn sparse_backward_of<E: Element>(
                 // SAFETY: `level` found the instructions before this is called; the asserts bound the rows of w and the
                 // elements of dx; each panel's columns are in one share.
                 unsafe {
-                    let sums =
-                        if level == Level::Avx2 { sums::<Halves, E>(w, list) } else { sums::<__m512, E>(w, list) };
+                    let sums = at_width!(level, sums<E>(w, list));
                     let to = dx.at(dx_at + token * stride + panel * PANEL);
                     for (i, sum) in sums.iter().enumerate().take(width) {
                         let to = to.add(i);
@@ -136,7 +135,7 @@ for_each_width! {
     ///
     /// # Safety
     /// `w` is a panel that has these rows; the processor has the instructions.
-    unsafe fn sums<W, E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
+    unsafe fn sums<W: Wide, E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
         /// Sums beside one another, so that products need not wait for those before.
         const CHAINS: usize = 4;
         // SAFETY: passed on; the values are 32.

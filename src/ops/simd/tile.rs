@@ -1,7 +1,7 @@
 //! The inner loop of the products: a tile of sums, its ways into the result, and the rounding of activations to bf16.
 
 use super::PANEL;
-use super::wide::{LANES, Wide, for_each_width};
+use super::wide::{LANES, Unit, Wide, for_each_width};
 use std::arch::x86_64::*;
 
 /// Rows of the highest tile.
@@ -15,20 +15,11 @@ pub type Sums<W, const R: usize, const V: usize> = [[W; V]; R];
 pub struct Rows {
     /// Units of the first row.
     pub at: *const f32,
-    /// Units of a row that lie side by side: 32 where they are elements.
-    pub run: usize,
     /// Units from one panel to the next.
     pub next: usize,
 }
 
-impl Rows {
-    /// The same from another row and unit on, which begins a panel.
-    pub fn from(self, row: usize, unit: usize) -> Self {
-        Self { at: self.at.wrapping_add(row * self.run + unit / self.run * self.next), ..self }
-    }
-}
-
-/// A function over a [`Wide`] with the height of a tile as its const argument: one of a table, so that registers are given to
+/// A function over a [`Wide`] or [`Unit`] with the height of a tile as its const argument: one of a table, so that registers are given to
 /// the inner loop of each height alone. A `match` would have all inlined into one function, with sums in memory.
 macro_rules! of_height {
     ($w:ident, $height:expr, $name:ident as $type:ty) => {{
@@ -38,7 +29,9 @@ macro_rules! of_height {
             [$name::<$w, 7>, $name::<$w, 8>, $name::<$w, 9>, $name::<$w, 10>, $name::<$w, 11>, $name::<$w, 12>]
         };
         // Only AVX-512's tiles are higher than 6.
-        if $w::IS_512 && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
+        let most =
+            if <$w as $crate::ops::simd::wide::Compiled>::LEVEL == $crate::ops::simd::Level::Avx2 { 6 } else { 12 };
+        if most == 12 && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
     }};
 }
 pub(super) use of_height;
@@ -83,77 +76,30 @@ pub struct Factors {
     pub b: *const f32,
     /// Steps of the contraction.
     pub depth: usize,
-    /// Units are pairs of bf16.
-    pub pairs: bool,
     /// What will be needed next.
     pub ahead: Ahead,
 }
 
-impl Factors {
+for_each_width! {
     /// `sums[r][v] = Σ_k a[r][k] b[k][v]`.
     ///
     /// # Safety
-    /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions, and for pairs avx512bf16.
-    #[inline(always)]
-    pub unsafe fn sums<W: Wide, const R: usize, const V: usize>(&self) -> Sums<W, R, V> {
-        // SAFETY: passed on.
-        unsafe { if self.pairs { sums_of_pairs::<W, R, V>(self) } else { sums_of_f32::<W, R, V>(self) } }
-    }
-}
-
-for_each_width! {
-    /// `Factors::sums` of f32.
-    ///
-    /// # Safety
-    /// As for `Factors::sums`.
-    unsafe fn sums_of_f32<W; const R: usize, const V: usize>(factors: &Factors) -> Sums<W, R, V> {
+    /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions.
+    pub unsafe fn sums<U: Unit; const R: usize, const V: usize>(factors: &Factors) -> Sums<U::Wide, R, V> {
         // SAFETY: passed on; k is inside the depth of the rows and vectors.
         unsafe {
-            let mut sums = [[W::zero(); V]; R];
+            let mut sums = [[U::Wide::zero(); V]; R];
             let (mut b, mut left) = (factors.b, factors.depth);
-            for run in 0..factors.depth.div_ceil(PANEL) {
+            for run in 0..factors.depth.div_ceil(U::RUN) {
                 factors.ahead.ask(run);
                 let a = factors.a.at.wrapping_add(run * factors.a.next);
-                let len = left.min(PANEL);
+                let len = left.min(U::RUN);
                 for k in 0..len {
-                    let vectors: [W; V] = std::array::from_fn(|v| W::load(b.add(v * LANES)));
+                    let vectors: [U::Wide; V] = std::array::from_fn(|v| Wide::load(b.add(v * LANES)));
                     for (row, sums) in sums.iter_mut().enumerate() {
-                        let a = W::set(*a.add(row * PANEL + k));
+                        let unit = *a.add(row * U::RUN + k);
                         for v in 0..V {
-                            sums[v] = a.multiply_add(vectors[v], sums[v]);
-                        }
-                    }
-                    b = b.wrapping_add(PANEL);
-                }
-                left -= len;
-            }
-            sums
-        }
-    }
-}
-
-for_each_width! {
-    + "avx512bf16"
-    /// `Factors::sums` of pairs.
-    ///
-    /// # Safety
-    /// As for `Factors::sums`.
-    unsafe fn sums_of_pairs<W; const R: usize, const V: usize>(factors: &Factors) -> Sums<W, R, V> {
-        // SAFETY: passed on; k is inside the depth of the rows and vectors.
-        unsafe {
-            let mut sums = [[W::zero(); V]; R];
-            let (mut b, mut left) = (factors.b, factors.depth);
-            let run_of = factors.a.run;
-            for run in 0..factors.depth.div_ceil(run_of) {
-                factors.ahead.ask(run);
-                let a = factors.a.at.wrapping_add(run * factors.a.next);
-                let len = left.min(run_of);
-                for k in 0..len {
-                    let vectors: [W; V] = std::array::from_fn(|v| W::load(b.add(v * LANES)));
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let pair = a.add(row * run_of + k).cast::<i32>().read_unaligned();
-                        for v in 0..V {
-                            sums[v] = sums[v].add_pairs(pair, vectors[v]);
+                            sums[v] = U::multiply_add(unit, vectors[v], sums[v]);
                         }
                     }
                     b = b.wrapping_add(PANEL);
@@ -239,19 +185,5 @@ impl Target {
             }
             values.store_first(at, len);
         }
-    }
-}
-
-/// Up to 16 values as units, or where `pairs` up to 32, rounded to bf16; what is missing is zero.
-///
-/// # Safety
-/// The processor has the instructions, and avx512bf16 for pairs.
-#[inline(always)]
-pub unsafe fn units_of<W: Wide>(x: &[f32], pairs: bool) -> W {
-    let (low, high) = x.split_at(x.len().min(LANES));
-    // SAFETY: what is not there is not read.
-    unsafe {
-        let low = W::load_first(low.as_ptr(), low.len());
-        if pairs { W::round_pairs(low, W::load_first(high.as_ptr(), high.len())) } else { low }
     }
 }

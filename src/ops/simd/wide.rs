@@ -1,18 +1,114 @@
-//! Sixteen f32 side by side, by AVX-512 or by AVX2, and functions that are compiled for both.
+//! Sixteen f32 side by side, by AVX-512 or by AVX2, what products multiply, and functions that are compiled for each.
 //!
 //! Everything is `unsafe` for one reason: the processor has to have the instructions, which `super::level` finds out. What is
 //! behind a pointer has to be there as well.
 
+use super::{Level, PANEL, Panels};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// How many there are.
 pub const LANES: usize = 16;
 
+/// A type whose functions are compiled with the instructions of a level.
+pub trait Compiled {
+    /// That level.
+    const LEVEL: Level;
+}
+
+/// What a product multiplies, 32 bits each: f32 elements, or pairs of bf16.
+pub trait Unit: Compiled {
+    /// Their sums, and 16 of themselves.
+    type Wide: Wide;
+    /// Elements of a unit.
+    const ELEMENTS: usize;
+    /// Units of a row of a panel.
+    const RUN: usize = PANEL / Self::ELEMENTS;
+
+    /// The first elements of `x` as 16 units; what is missing is zero.
+    unsafe fn of(x: &[f32]) -> Self::Wide;
+    /// From element `at` of a weight on, 16 elements of a row, or with those of the row after it, which may be missing.
+    unsafe fn of_rows(w: Panels<'_>, at: usize, last: bool) -> Self::Wide;
+    /// `sum`, and the products of `unit` and each of `units` added.
+    unsafe fn multiply_add(unit: f32, units: Self::Wide, sum: Self::Wide) -> Self::Wide;
+}
+
+/// f32 elements.
+macro_rules! unit_of_f32 {
+    ($wide:ty) => {
+        impl Unit for $wide {
+            type Wide = Self;
+            const ELEMENTS: usize = 1;
+
+            #[inline(always)]
+            unsafe fn of(x: &[f32]) -> Self {
+                // SAFETY: what is not there is not read.
+                unsafe { Self::load_first(x.as_ptr(), x.len()) }
+            }
+
+            #[inline(always)]
+            unsafe fn of_rows(w: Panels<'_>, at: usize, _last: bool) -> Self {
+                // SAFETY: passed on.
+                unsafe { w.load(at) }
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_add(unit: f32, units: Self, sum: Self) -> Self {
+                // SAFETY: passed on.
+                unsafe { Self::set(unit).multiply_add(units, sum) }
+            }
+        }
+    };
+}
+
+unit_of_f32!(__m512);
+unit_of_f32!(Halves);
+
+/// Pairs of bf16, whose two products are added to an f32.
+pub struct Pairs;
+
+impl Compiled for Pairs {
+    const LEVEL: Level = Level::Avx512Bf16;
+}
+
+impl Unit for Pairs {
+    type Wide = __m512;
+    const ELEMENTS: usize = 2;
+
+    /// Rounded to nearest even.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn of(x: &[f32]) -> __m512 {
+        let (low, high) = x.split_at(x.len().min(LANES));
+        // SAFETY: what is not there is not read; 16 units are 32 bf16.
+        unsafe {
+            let [low, high] = [low, high].map(|x| __m512::load_first(x.as_ptr(), x.len()));
+            std::mem::transmute(_mm512_cvtne2ps_pbh(high, low))
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn of_rows(w: Panels<'_>, at: usize, last: bool) -> __m512 {
+        static NONE: [bf16; LANES] = [bf16::ZERO; LANES];
+        let low = w.address(at).cast();
+        let high = if last { NONE.as_ptr().cast() } else { w.address(at + PANEL).cast() };
+        // SAFETY: passed on.
+        let [low, high] = [low, high].map(|at| _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at) }));
+        _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn multiply_add(unit: f32, units: __m512, sum: __m512) -> __m512 {
+        // SAFETY: 16 units are 32 bf16.
+        let [unit, units] = unsafe { [_mm512_set1_ps(unit), units].map(|units| std::mem::transmute(units)) };
+        _mm512_dpbf16_ps(sum, unit, units)
+    }
+}
+
 /// Sixteen f32, or sixteen units of 32 bits.
-pub trait Wide: Copy {
-    /// Whether it takes AVX-512.
-    const IS_512: bool;
+pub trait Wide: Copy + Compiled {
     /// Rows of a tile of sums, `BESIDE` wide: so many that the sums stay in registers and the loads of a step hide behind
     /// its products.
     const ROWS: usize;
@@ -33,11 +129,6 @@ pub trait Wide: Copy {
     unsafe fn load_f16(from: *const f16) -> Self;
     /// Of 32 bf16 those at even and those at odd places, widened.
     unsafe fn load_split(from: *const bf16) -> [Self; 2];
-    /// 16 pairs of bf16, each with one from either place.
-    unsafe fn load_pairs(_low: *const bf16, _high: *const bf16) -> Self {
-        unreachable!("pairs are for avx512bf16")
-    }
-
     /// All 16 elements.
     unsafe fn store(self, to: *mut f32);
     /// The first `len`; the others are not written.
@@ -46,57 +137,51 @@ pub trait Wide: Copy {
     unsafe fn add(self, other: Self) -> Self;
     /// `self · factor + sum`, rounded once.
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
-    /// `self`, and to each sum the two products of a pair of bf16 and one of `units` added.
-    unsafe fn add_pairs(self, _pair: i32, _units: Self) -> Self {
-        unreachable!("pairs are for avx512bf16")
-    }
-
-    /// 32 values as pairs of bf16, rounded to nearest even.
-    unsafe fn round_pairs(_low: Self, _high: Self) -> Self {
-        unreachable!("pairs are for avx512bf16")
-    }
-
     /// Of all elements.
     unsafe fn sum(self) -> f32;
     /// Transposes 16 x 16 units.
     unsafe fn transpose(block: &mut [Self; LANES]);
 }
 
-/// Defines a function over a [`Wide`] that is compiled with the instructions of each, AVX-512's with what stands before it as
-/// well. What it calls must be inlined into it, or be such a function.
+/// Defines a function over a [`Wide`] or a [`Unit`] that is compiled with the instructions of each. What it calls must be
+/// inlined into it, or be such a function.
 macro_rules! for_each_width {
     (
-        $(+ $more:literal)?
         $(#[$meta:meta])*
-        $visibility:vis unsafe fn $name:ident<$w:ident $(, $t:ident: $bound:ident)* $(; $(const $c:ident: $of:ty),+)?>(
-            $($arg:ident: $type:ty),* $(,)?
-        ) $(-> $out:ty)? $body:block
+        $visibility:vis unsafe fn $name:ident<
+            $w:ident: $wide:ident $(, $t:ident: $bound:ident)* $(; $(const $c:ident: $of:ty),+)?
+        >($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block
     ) => {
         $(#[$meta])*
         #[inline]
-        $visibility unsafe fn $name<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+        $visibility unsafe fn $name<$w: $wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
             #[inline(always)]
-            unsafe fn plain<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? $body
+            unsafe fn plain<$w: $wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? $body
+
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma")]
+            unsafe fn of_pairs<$w: $wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+                // SAFETY: passed on.
+                unsafe { plain::<$w $(, $t)* $($(, $c)+)?>($($arg),*) }
+            }
 
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
-            $(#[target_feature(enable = $more)])?
-            unsafe fn of_512_bits<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+            unsafe fn of_512_bits<$w: $wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
                 // SAFETY: passed on.
                 unsafe { plain::<$w $(, $t)* $($(, $c)+)?>($($arg),*) }
             }
 
             #[target_feature(enable = "avx2,f16c,fma")]
-            unsafe fn of_256_bits<$w: Wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
+            unsafe fn of_256_bits<$w: $wide $(, $t: $bound)* $($(, const $c: $of)+)?>($($arg: $type),*) $(-> $out)? {
                 // SAFETY: passed on.
                 unsafe { plain::<$w $(, $t)* $($(, $c)+)?>($($arg),*) }
             }
 
             // SAFETY: passed on; the type tells which instructions there are.
             unsafe {
-                if $w::IS_512 {
-                    of_512_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*)
-                } else {
-                    of_256_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*)
+                match <$w as $crate::ops::simd::wide::Compiled>::LEVEL {
+                    $crate::ops::simd::Level::Avx512Bf16 => of_pairs::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
+                    $crate::ops::simd::Level::Avx512 => of_512_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
+                    $crate::ops::simd::Level::Avx2 => of_256_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
                 }
             }
         }
@@ -109,8 +194,11 @@ fn mask(len: usize) -> u16 {
     if len >= LANES { u16::MAX } else { (1 << len) - 1 }
 }
 
+impl Compiled for __m512 {
+    const LEVEL: Level = Level::Avx512;
+}
+
 impl Wide for __m512 {
-    const IS_512: bool = true;
     /// 24 of 32 registers are sums.
     const ROWS: usize = 12;
     const BESIDE: usize = 2;
@@ -167,14 +255,6 @@ impl Wide for __m512 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load_pairs(low: *const bf16, high: *const bf16) -> Self {
-        // SAFETY: passed on.
-        let [low, high] = [low, high].map(|at| _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) }));
-        _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: passed on.
         unsafe { _mm512_storeu_ps(to, self) };
@@ -197,23 +277,6 @@ impl Wide for __m512 {
     #[target_feature(enable = "avx512f")]
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
         _mm512_fmadd_ps(self, factor, sum)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn add_pairs(self, pair: i32, units: Self) -> Self {
-        // 16 units are 32 bf16.
-        // SAFETY: passed on.
-        let pair: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(pair)) };
-        let units: __m512bh = unsafe { std::mem::transmute(units) };
-        _mm512_dpbf16_ps(self, pair, units)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn round_pairs(low: Self, high: Self) -> Self {
-        // SAFETY: passed on.
-        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
     }
 
     #[inline]
@@ -353,8 +416,11 @@ fn transpose_8(block: [__m256; 8]) -> [__m256; 8] {
     out
 }
 
+impl Compiled for Halves {
+    const LEVEL: Level = Level::Avx2;
+}
+
 impl Wide for Halves {
-    const IS_512: bool = false;
     /// 12 of 16 registers are sums.
     const ROWS: usize = 6;
     const BESIDE: usize = 1;
