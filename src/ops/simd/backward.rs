@@ -1,6 +1,6 @@
 //! `dx = dy W`: elements of some rows of dy times vectors over W's columns.
 
-use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, sums};
+use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, tile};
 use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{
     Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, pack_rows, packed_at,
@@ -138,26 +138,5 @@ impl Backward<'_> {
         let bytes = w.address(to) as usize - w.address(from) as usize;
         let lines = bytes.div_ceil(LINE * tiles * units.len().div_ceil(U::RUN));
         Ahead { at: w.address(from), next: lines * LINE, lines }
-    }
-}
-
-for_each_width! {
-    /// `R` rows of dx.
-    ///
-    /// # Safety
-    /// As for `sums` and `Target::store`.
-    unsafe fn tile<U: Unit; const R: usize>(factors: Factors, target: Target, columns: usize) {
-        // SAFETY: passed on.
-        unsafe {
-            target.ask(R);
-            if U::Wide::BESIDE > 1 {
-                return target.store(&sums::<U, R, 2>(&factors), columns);
-            }
-            for lane in [0, LANES].into_iter().filter(|lane| *lane < columns) {
-                let factors = Factors { b: factors.b.wrapping_add(lane), ..factors };
-                let target = Target { y: target.y.wrapping_add(lane), ..target };
-                target.store(&sums::<U, R, 1>(&factors), columns - lane);
-            }
-        }
     }
 }

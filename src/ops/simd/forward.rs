@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
-use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, sums};
+use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, tile};
 use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
 use crate::ops::matmul::{Threads, ViewMut};
@@ -13,6 +13,8 @@ use std::ops::Range;
 const DEPTH: usize = 1024;
 /// Units of the panels of tokens that some rows of W are multiplied by before the next: 768 KB of the second-level cache.
 const TOGETHER: usize = 6 * DEPTH;
+/// Rows of W whose sums go into y together: whole tiles, and whole lines of y's rows.
+const GROUP: usize = 4 * MOST_ROWS;
 
 /// `y = x Wᵀ`, added to `y` where `accumulate`; `w` is (rows, cols).
 ///
@@ -39,11 +41,6 @@ fn product<U: Unit>(x: View<'_>, weight: Weight<'_>, y: ViewMut<'_>, accumulate:
     });
 }
 
-/// Rows of the weight, and which of their units and of the panels of tokens.
-type Part = (Rows, Range<usize>, Range<usize>);
-
-type Tiles = unsafe fn(&Forward<'_>, Part, Ahead, *mut f32);
-
 struct Forward<'a> {
     weight: Weight<'a>,
     tokens: usize,
@@ -61,26 +58,84 @@ for_each_width! {
     /// See `forward`.
     unsafe fn run<U: Unit>(job: &Forward<'_>, y: *mut f32, rows: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.resize(MOST_ROWS * DEPTH, 0.0);
             for units in chunks(job.units(), DEPTH) {
                 let together = TOGETHER / units.len();
                 for first in (0..job.panels.rows()).step_by(together) {
                     let panels = first..(first + together).min(job.panels.rows());
-                    let mut row = rows.start;
-                    for height in heights::<U::Wide>(rows.len()) {
-                        // SAFETY: the rows and units lie inside the weight; the scratch has room for them; y has all
-                        // tokens and rows.
-                        unsafe {
-                            let a = rows_of::<U>(job.weight, row..row + height, units.clone(), scratch);
-                            let ahead = job.ahead::<U>(row + height, &units, &panels);
-                            let part = (a, units.clone(), panels.clone());
-                            of_height!(U, height, tiles as Tiles)(job, part, ahead, y.add(row));
-                        }
-                        row += height;
+                    for row in rows.clone().step_by(GROUP) {
+                        let rows = row..(row + GROUP).min(rows.end);
+                        // SAFETY: passed on.
+                        unsafe { group::<U>(job, (rows, units.clone(), panels.clone()), scratch, y) };
                     }
                 }
             }
         });
+    }
+}
+
+/// Rows of the weight, and which of their units and of the panels of tokens.
+type Part = (Range<usize>, Range<usize>, Range<usize>);
+
+for_each_width! {
+    /// Columns of y of some panels of tokens: their sums, panel by panel a row for each column, then transposed.
+    ///
+    /// # Safety
+    /// The part lies inside the weight and the panels; y has all tokens and rows.
+    unsafe fn group<U: Unit>(job: &Forward<'_>, part: Part, scratch: &mut Vec<f32>, y: *mut f32) {
+        let (rows, units, panels) = part;
+        scratch.resize(scratch.len().max(MOST_ROWS * DEPTH + GROUP * PANEL * panels.len()), 0.0);
+        let (widened, sums) = scratch.split_at_mut(MOST_ROWS * DEPTH);
+        let of_panel = rows.len() * PANEL;
+        let mut row = rows.start;
+        for height in heights::<U::Wide>(rows.len()) {
+            // SAFETY: passed on; the scratches have room for the rows and their sums.
+            unsafe {
+                let a = rows_of::<U>(job.weight, row..row + height, units.clone(), widened);
+                let mut ahead = job.ahead::<U>(row + height, &units, &panels);
+                for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(of_panel)) {
+                    let b = job.panels.row(panel)[units.start * PANEL..].as_ptr();
+                    let factors = Factors { a, b, depth: units.len(), ahead };
+                    let to = sums[(row - rows.start) * PANEL..].as_mut_ptr();
+                    let target = Target { y: to, ldy: PANEL, accumulate: false };
+                    let columns = PANEL.min(job.tokens - panel * PANEL);
+                    let share = [row, row + height].map(|row| (row - rows.start) * columns / rows.len());
+                    job.ask(y, panel * PANEL + share[0]..panel * PANEL + share[1], &rows);
+                    of_height!(U, height, tile as unsafe fn(Factors, Target, usize))(factors, target, columns);
+                    ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
+                }
+            }
+            row += height;
+        }
+        let accumulate = job.accumulate || units.start > 0;
+        for (panel, sums) in panels.zip(sums.chunks_exact(of_panel)) {
+            let y = y.wrapping_add(panel * PANEL * job.ldy + rows.start);
+            let target = Target { y, ldy: job.ldy, accumulate };
+            // SAFETY: passed on.
+            unsafe { transpose::<U>(sums, PANEL.min(job.tokens - panel * PANEL), target) };
+        }
+    }
+}
+
+for_each_width! {
+    /// Sums of a panel of `tokens` tokens to rows of y.
+    ///
+    /// # Safety
+    /// y has them; the processor has the instructions.
+    unsafe fn transpose<U: Unit>(sums: &[f32], tokens: usize, target: Target) {
+        let sums = sums.as_chunks::<PANEL>().0;
+        for token in (0..tokens).step_by(LANES) {
+            for (i, rows) in sums.chunks(LANES).enumerate() {
+                // SAFETY: passed on; of each row 16 sums from `token` on are there.
+                unsafe {
+                    let mut block = [U::Wide::zero(); LANES];
+                    for (to, row) in block.iter_mut().zip(rows) {
+                        *to = Wide::load(row[token..].as_ptr());
+                    }
+                    let y = target.y.wrapping_add(token * target.ldy + i * LANES);
+                    Target { y, ..target }.store_transposed(block, LANES.min(tokens - token), rows.len());
+                }
+            }
+        }
     }
 }
 
@@ -106,44 +161,18 @@ for_each_width! {
     }
 }
 
-for_each_width! {
-    /// `R` columns of y, of some panels of tokens.
-    ///
-    /// # Safety
-    /// `a` has `R` rows of `units`, and y as many columns.
-    unsafe fn tiles<U: Unit; const R: usize>(
-        job: &Forward<'_>,
-        part: Part,
-        ahead: Ahead,
-        y: *mut f32,
-    ) {
-        let ((a, units, panels), mut ahead) = (part, ahead);
-        let (depth, beside) = (units.len(), U::Wide::BESIDE);
-        let accumulate = job.accumulate || units.start > 0;
-        for panel in panels {
-            let b = job.panels.row(panel)[units.start * PANEL..].as_ptr();
-            for lane in (0..PANEL).step_by(beside * LANES) {
-                let factors = Factors { a, b: b.wrapping_add(lane), depth, ahead };
-                let token = panel * PANEL + lane;
-                let left = job.tokens.saturating_sub(token);
-                let target = Target { y: y.wrapping_add(token * job.ldy), ldy: job.ldy, accumulate };
-                // SAFETY: y has all tokens.
-                unsafe {
-                    if beside > 1 && left > LANES {
-                        target.store_transposed(&sums::<U, R, 2>(&factors), left);
-                    } else if left > 0 {
-                        target.store_transposed(&sums::<U, R, 1>(&factors), left);
-                    }
-                }
-                ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
-            }
-        }
-    }
-}
-
 impl Forward<'_> {
     fn units(&self) -> usize {
         self.panels.cols() / PANEL
+    }
+
+    /// Asks memory for some columns of some tokens' rows of y, to which sums will go.
+    fn ask(&self, y: *const f32, tokens: Range<usize>, columns: &Range<usize>) {
+        for token in tokens {
+            for column in columns.clone().step_by(LANES) {
+                prefetch::<_MM_HINT_T1>(y.wrapping_add(token * self.ldy + column).cast());
+            }
+        }
     }
 
     /// Those units of a tile's rows from `row` on, for the tiles before them: some for each panel of tokens.

@@ -5,10 +5,12 @@ use super::few::Element;
 use super::tile::{LINE, prefetch};
 use super::wide::{LANES, Wide, for_each_width};
 use super::{Level, PANEL, Panels, Shared, at_width, checked, in_shares, packed_len};
+use crate::ops::math::vectorize;
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Columns of dy from which on looking for zeros costs next to nothing beside the product.
 pub const WIDE: usize = 4096;
@@ -16,15 +18,19 @@ pub const WIDE: usize = 4096;
 /// One of so many elements may be no zero: each of those takes about five times as long as in the product of all.
 const SPARSE: usize = 8;
 
-/// Elements of the list from what is read to what memory is asked for.
-const AHEAD: usize = 8;
+/// Columns of dy that are listed together. More, and one after another would often be of the same row of dy, whose sums
+/// would wait for each other.
+const BLOCK: usize = 16;
 
-/// The elements of a matrix that are not zero, row by row.
+/// Elements of the list from what is read to what memory is asked for: of several rows of dy, they are some rows of W.
+const AHEAD: usize = 100;
+
+/// The elements of a matrix that are not zero: of some columns those of all rows, then of the next. So the rows of W are read
+/// in their order, and each once for all tokens.
 pub struct NonZeros {
-    /// Column, by its bits, and value of one after another.
+    /// Column and row, by their bits, and value of one after another.
     list: Matrix,
-    /// Where each row ends in the list.
-    ends: Vec<usize>,
+    rows: usize,
 }
 
 impl NonZeros {
@@ -32,48 +38,61 @@ impl NonZeros {
     pub fn of(x: View<'_>) -> Option<Self> {
         let few = |non_zero: usize, all: usize| non_zero * SPARSE <= all;
         let sample = || (0..x.rows).flat_map(|row| x.row(row).iter().step_by(WIDE / 8));
-        let wide = x.cols >= WIDE && x.rows > 0 && u32::try_from(x.cols).is_ok();
+        let wide = x.cols >= WIDE && x.rows > 0 && [x.cols, x.rows].iter().all(|n| u32::try_from(*n).is_ok());
         if !wide || !few(sample().filter(|v| **v != 0.0).count(), sample().count()) {
             return None;
         }
-        let count = |row: usize| x.row(row).iter().map(|v| usize::from(*v != 0.0)).sum::<usize>();
-        let mut ends: Vec<usize> = (0..x.rows).into_par_iter().with_max_len(1).map(count).collect();
-        let mut sum = 0;
-        ends.iter_mut().for_each(|end| {
-            sum += *end;
-            *end = sum;
-        });
+        let blocks = x.cols.div_ceil(BLOCK);
+        let shares = (2 * rayon::current_num_threads()).min(blocks);
+        let columns = |i: usize| i * blocks / shares * BLOCK..((i + 1) * blocks / shares * BLOCK).min(x.cols);
+        let count = |i: usize| (0..x.rows).map(|row| count_non_zeros(&x.row(row)[columns(i)])).sum();
+        let counts: Vec<usize> = (0..shares).into_par_iter().with_max_len(1).map(count).collect();
+        let sum = counts.iter().sum();
         if !few(sum, x.rows * x.cols) {
             return None;
         }
-        let mut list = Matrix::new(1, 2 * sum);
-        let mut rest = &mut list[..];
-        let mut parts = Vec::with_capacity(x.rows);
-        for row in 0..x.rows {
-            let start = if row == 0 { 0 } else { ends[row - 1] };
+        let mut list = Matrix::new(1, 3 * sum);
+        let mut rest = list.as_chunks_mut::<3>().0;
+        let mut parts = Vec::with_capacity(shares);
+        for (i, count) in counts.into_iter().enumerate() {
             let part;
-            (part, rest) = rest.split_at_mut(2 * (ends[row] - start));
-            parts.push(part);
+            (part, rest) = rest.split_at_mut(count);
+            parts.push((columns(i), part));
         }
-        parts.into_par_iter().with_max_len(1).enumerate().for_each(|(row, part)| write_non_zeros(x.row(row), part));
-        Some(Self { list, ends })
+        parts.into_par_iter().with_max_len(1).for_each(|(columns, part)| write_non_zeros(x, columns, part));
+        Some(Self { list, rows: x.rows })
     }
 
-    fn rows(&self) -> impl Iterator<Item = &[[f32; 2]]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, end)| self.list[2 * start..2 * end].as_chunks::<2>().0)
+    fn list(&self) -> &[[f32; 3]] {
+        self.list.as_chunks().0
     }
 }
 
-fn write_non_zeros(row: &[f32], out: &mut [f32]) {
-    let mut out = out.as_chunks_mut::<2>().0.iter_mut();
-    for (chunk, values) in row.chunks(16).enumerate() {
-        if values.iter().fold(0, |any, v| any | v.to_bits() << 1) == 0 {
-            continue;
-        }
-        for (col, value) in (16 * chunk as u32..).zip(values).filter(|(_, v)| **v != 0.0) {
-            let Some(out) = out.next() else { return };
-            *out = [f32::from_bits(col), *value];
+vectorize! {
+    fn count_non_zeros(values: &[f32]) -> usize {
+        values.iter().map(|v| usize::from(*v != 0.0)).sum()
+    }
+}
+
+vectorize! {
+    /// Whether any of a few elements is not zero.
+    fn any(values: &[f32]) -> bool {
+        values.iter().fold(0, |any, v| any | v.to_bits() << 1) != 0
+    }
+}
+
+fn write_non_zeros(x: View<'_>, columns: Range<usize>, out: &mut [[f32; 3]]) {
+    let mut out = out.iter_mut();
+    for first in columns.clone().step_by(BLOCK) {
+        for row in 0..x.rows {
+            let values = &x.row(row)[first..(first + BLOCK).min(columns.end)];
+            if !any(values) {
+                continue;
+            }
+            for (col, value) in (first as u32..).zip(values).filter(|(_, v)| **v != 0.0) {
+                let Some(out) = out.next() else { return };
+                *out = [f32::from_bits(col), f32::from_bits(row as u32), *value];
+            }
         }
     }
 }
@@ -105,24 +124,28 @@ fn sparse_backward_of<E: Element>(
     dx: ViewMut<'_>,
     accumulate: bool,
 ) {
-    let inside = dy.rows().flatten().all(|[row, _]| (row.to_bits() as usize) < rows);
-    let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == dy.ends.len();
+    let (list, tokens) = (dy.list(), dy.rows);
+    let inside =
+        list.iter().all(|[row, token, _]| (row.to_bits() as usize) < rows && (token.to_bits() as usize) < tokens);
+    let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == tokens;
     assert!(fit && inside && cols > 0, "product: shapes do not fit");
     let (dx_at, stride) = (checked(&dx), dx.stride);
     let dx = Shared(dx.data.as_mut_ptr());
     in_shares(cols.div_ceil(PANEL), |panels| {
+        let mut sums = Matrix::new(tokens, PANEL);
         for panel in panels {
             let w = w[panel * rows * PANEL..][..rows * PANEL].as_ptr();
             let width = PANEL.min(cols - panel * PANEL);
-            for (token, list) in dy.rows().enumerate() {
-                // SAFETY: `level` found the instructions before this is called; the asserts bound the rows of w and the
-                // elements of dx; each panel's columns are in one share.
-                unsafe {
-                    let sums = at_width!(level, sums<E>(w, list));
-                    let to = dx.at(dx_at + token * stride + panel * PANEL);
-                    for (i, sum) in sums.iter().enumerate().take(width) {
-                        let to = to.add(i);
-                        *to = if accumulate { *to + sum } else { *sum };
+            sums.zero();
+            // SAFETY: `level` found the instructions before this is called; the assert bounds the rows of w and the tokens.
+            unsafe { at_width!(level, add<E>(w, list, sums.as_mut_ptr())) };
+            for (token, sums) in sums.as_chunks::<PANEL>().0.iter().enumerate() {
+                for i in 0..width {
+                    let sum = sums[if E::SPLIT { i / 2 + i % 2 * LANES } else { i }];
+                    // SAFETY: the assert bounds the elements of dx; each panel's columns are in one share.
+                    unsafe {
+                        let to = dx.at(dx_at + token * stride + panel * PANEL + i);
+                        *to = if accumulate { *to + sum } else { sum };
                     }
                 }
             }
@@ -131,38 +154,27 @@ fn sparse_backward_of<E: Element>(
 }
 
 for_each_width! {
-    /// `Σ d w[row]` over a list of rows and factors.
+    /// Adds rows of a panel, times factors, to sums of tokens: two halves each, as [`Element::halves`] gives them.
     ///
     /// # Safety
-    /// `w` is a panel that has these rows; the processor has the instructions.
-    unsafe fn sums<W: Wide, E: Element>(w: *const E, list: &[[f32; 2]]) -> [f32; PANEL] {
-        /// Sums beside one another, so that products need not wait for those before.
-        const CHAINS: usize = 4;
-        // SAFETY: passed on; the values are 32.
-        unsafe {
-            let mut sums = [[W::zero(); 2]; CHAINS];
-            for (at, group) in list.chunks(CHAINS).enumerate() {
-                for [row, _] in list.iter().skip(CHAINS * at + AHEAD).take(CHAINS) {
-                    let from = w.wrapping_add(row.to_bits() as usize * PANEL).cast::<i8>();
-                    for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
-                        prefetch::<_MM_HINT_T0>(from.wrapping_add(line));
-                    }
-                }
-                for (sum, [row, factor]) in sums.iter_mut().zip(group) {
-                    let [w0, w1]: [W; 2] = E::halves(w.add(row.to_bits() as usize * PANEL));
-                    let factor = W::set(*factor);
-                    *sum = [factor.multiply_add(w0, sum[0]), factor.multiply_add(w1, sum[1])];
+    /// `w` is a panel that has these rows, and `sums` 32 of each token; the processor has the instructions.
+    unsafe fn add<W: Wide, E: Element>(w: *const E, list: &[[f32; 3]], sums: *mut f32) {
+        for (at, [row, token, factor]) in list.iter().enumerate() {
+            let from = |row: f32| w.wrapping_add(row.to_bits() as usize * PANEL);
+            if let Some([row, ..]) = list.get(at + AHEAD) {
+                for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                    prefetch::<_MM_HINT_T0>(from(*row).cast::<i8>().wrapping_add(line));
                 }
             }
-            let mut halves = [0.0; PANEL];
-            for half in 0..2 {
-                let all = sums.iter().fold(W::zero(), |all, sum| all.add(sum[half]));
-                all.store(halves.as_mut_ptr().add(half * LANES));
+            // SAFETY: passed on.
+            unsafe {
+                let halves: [W; 2] = E::halves(from(*row));
+                let to = sums.add(token.to_bits() as usize * PANEL);
+                for (half, w) in halves.into_iter().enumerate() {
+                    let to = to.add(half * LANES);
+                    W::set(*factor).multiply_add(w, W::load(to)).store(to);
+                }
             }
-            if !E::SPLIT {
-                return halves;
-            }
-            std::array::from_fn(|i| halves[i / 2 + i % 2 * LANES])
         }
     }
 }

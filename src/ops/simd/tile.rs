@@ -80,33 +80,54 @@ pub struct Factors {
     pub ahead: Ahead,
 }
 
+/// `sums[r][v] = Σ_k a[r][k] b[k][v]`.
+///
+/// # Safety
+/// `R` rows and the vectors of `depth` units can be read; the processor has the instructions.
+#[inline(always)]
+unsafe fn sums<U: Unit, const R: usize, const V: usize>(factors: &Factors) -> Sums<U::Wide, R, V> {
+    // SAFETY: passed on; k is inside the depth of the rows and vectors.
+    unsafe {
+        let mut sums = [[U::Wide::zero(); V]; R];
+        let (mut b, mut left) = (factors.b, factors.depth);
+        for run in 0..factors.depth.div_ceil(U::RUN) {
+            factors.ahead.ask(run);
+            let a = factors.a.at.wrapping_add(run * factors.a.next);
+            let len = left.min(U::RUN);
+            for k in 0..len {
+                let vectors: [U::Wide; V] = std::array::from_fn(|v| Wide::load(b.add(v * LANES)));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let unit = *a.add(row * U::RUN + k);
+                    for v in 0..V {
+                        sums[v] = U::multiply_add(unit, vectors[v], sums[v]);
+                    }
+                }
+                b = b.wrapping_add(PANEL);
+            }
+            left -= len;
+        }
+        sums
+    }
+}
+
 for_each_width! {
-    /// `sums[r][v] = Σ_k a[r][k] b[k][v]`.
+    /// `R` rows of sums, `columns` of at most a panel.
     ///
     /// # Safety
-    /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions.
-    pub unsafe fn sums<U: Unit; const R: usize, const V: usize>(factors: &Factors) -> Sums<U::Wide, R, V> {
-        // SAFETY: passed on; k is inside the depth of the rows and vectors.
+    /// `R` rows and the vectors of `depth` units can be read, and so many elements of as many rows of `target` written; the
+    /// processor has the instructions.
+    pub unsafe fn tile<U: Unit; const R: usize>(factors: Factors, target: Target, columns: usize) {
+        // SAFETY: passed on.
         unsafe {
-            let mut sums = [[U::Wide::zero(); V]; R];
-            let (mut b, mut left) = (factors.b, factors.depth);
-            for run in 0..factors.depth.div_ceil(U::RUN) {
-                factors.ahead.ask(run);
-                let a = factors.a.at.wrapping_add(run * factors.a.next);
-                let len = left.min(U::RUN);
-                for k in 0..len {
-                    let vectors: [U::Wide; V] = std::array::from_fn(|v| Wide::load(b.add(v * LANES)));
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let unit = *a.add(row * U::RUN + k);
-                        for v in 0..V {
-                            sums[v] = U::multiply_add(unit, vectors[v], sums[v]);
-                        }
-                    }
-                    b = b.wrapping_add(PANEL);
-                }
-                left -= len;
+            target.ask(R);
+            if U::Wide::BESIDE > 1 && columns > LANES {
+                return target.store(&sums::<U, R, 2>(&factors), columns);
             }
-            sums
+            for lane in [0, LANES].into_iter().filter(|lane| *lane < columns) {
+                let factors = Factors { b: factors.b.wrapping_add(lane), ..factors };
+                let target = Target { y: target.y.wrapping_add(lane), ..target };
+                target.store(&sums::<U, R, 1>(&factors), columns - lane);
+            }
         }
     }
 }
@@ -153,23 +174,17 @@ impl Target {
         }
     }
 
-    /// Writes the rows of `sums` to `R` columns, of the first `rows` rows.
+    /// Writes the first `columns` of the first `rows` rows of a block, transposed by this.
     ///
     /// # Safety
     /// They can be written; the processor has the instructions.
     #[inline(always)]
-    pub unsafe fn store_transposed<W: Wide, const R: usize, const V: usize>(&self, sums: &Sums<W, R, V>, rows: usize) {
-        for v in 0..V {
-            // SAFETY: passed on.
-            unsafe {
-                let mut block = [W::zero(); LANES];
-                for (to, sums) in block.iter_mut().zip(sums) {
-                    *to = sums[v];
-                }
-                W::transpose(&mut block);
-                for (row, values) in block.iter().enumerate().take(rows.saturating_sub(v * LANES)) {
-                    self.put((v * LANES + row) * self.ldy, R, *values);
-                }
+    pub unsafe fn store_transposed<W: Wide>(&self, mut block: [W; LANES], rows: usize, columns: usize) {
+        // SAFETY: passed on.
+        unsafe {
+            W::transpose(&mut block);
+            for (row, values) in block.iter().enumerate().take(rows) {
+                self.put(row * self.ldy, columns, *values);
             }
         }
     }
