@@ -8,7 +8,7 @@
 use super::device::{Constant, Device, Dtype, int, long};
 use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul};
-use super::matrix::{Matrix, Segment, View};
+use super::matrix::{Matrix, Segment, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -266,17 +266,31 @@ impl Attention {
         if let Some((buffer, dtype)) = q.place {
             return self.forward_on((buffer.device(), dtype), [q, k, v], spans);
         }
-        let mut o = Matrix::new(q.rows, self.q_cols());
-        let mut lse = Matrix::new(self.n_head, q.rows);
-        lse.fill(NOTHING);
         let work: Vec<Work<'_>> = spans.iter().flat_map(|span| self.work(span)).collect();
         let parts: Vec<Part> = work.par_iter().with_max_len(1).map(|work| self.forward_part([q, k, v], work)).collect();
-        for (Work { block, heads, .. }, part) in work.iter().zip(&parts) {
-            let rows = heads.clone().flat_map(|head| block.rows.clone().map(move |row| (head, row)));
-            for ((head, row), part) in rows.zip(part.o.chunks_exact(self.head_size).zip(&part.lse)) {
-                let to = &mut o[row * self.q_cols()..][head * self.head_size..][..self.head_size];
-                combine((to, &mut lse[head * q.rows + row]), part);
+        // The parts of a row follow one another.
+        let mut of_row = vec![0..0; q.rows];
+        for (at, Work { block, .. }) in work.iter().enumerate() {
+            for parts in &mut of_row[block.rows.clone()] {
+                *parts = if parts.end == 0 { at } else { parts.start }..at + 1;
             }
+        }
+        let hs = self.head_size;
+        let (mut o, mut of_rows) = (Matrix::new(q.rows, self.q_cols()), Matrix::new(q.rows, self.n_head));
+        of_rows.fill(NOTHING);
+        let rows = o.par_chunks_exact_mut(self.q_cols()).zip(of_rows.par_chunks_exact_mut(self.n_head));
+        rows.with_min_len(rows_per_task(q.rows)).enumerate().for_each(|(row, (o, lse))| {
+            for at in of_row[row].clone() {
+                let (Work { block, heads, .. }, part) = (&work[at], &parts[at]);
+                for (i, head) in heads.clone().enumerate() {
+                    let from = i * block.rows.len() + row - block.rows.start;
+                    combine((&mut o[head * hs..][..hs], &mut lse[head]), (part.o.row(from), &part.lse[from]));
+                }
+            }
+        });
+        let mut lse = Matrix::new(self.n_head, q.rows);
+        for (head, lse) in lse.chunks_exact_mut(q.rows.max(1)).enumerate() {
+            lse.iter_mut().zip(of_rows.chunks_exact(self.n_head)).for_each(|(lse, row)| *lse = row[head]);
         }
         (o, Saved { lse })
     }
@@ -418,8 +432,8 @@ impl Attention {
             let cols = p.cols();
             for (i, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
                 let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
-                let correction = dot(o.row(i), d_o.row(i));
-                score_gradient(self.softcap, p, ds, self.seen(&block, i), lse, correction);
+                let seen = self.seen(&block, i);
+                score_gradient(self.softcap, p, ds, seen, lse, [o.row(i), d_o.row(i)]);
             }
             let keys = block.keys.start * hs..block.keys.end * hs;
             let (p, whole) = (p.columns(0..width), ds.columns(0..width));
@@ -587,8 +601,16 @@ vectorize! {
 
 vectorize! {
     /// Turns a row of scores, of whole lanes, into probabilities and their gradient into that of the scores; what is not seen
-    /// becomes 0.
-    fn score_gradient(softcap: Option<f32>, p: &mut [f32], dp: &mut [f32], seen: Range<usize>, lse: f32, correction: f32) {
+    /// becomes 0. `o`: the attention's output and its gradient.
+    fn score_gradient(
+        softcap: Option<f32>,
+        p: &mut [f32],
+        dp: &mut [f32],
+        seen: Range<usize>,
+        lse: f32,
+        o: [&[f32]; 2],
+    ) {
+        let correction = dot(o[0], o[1]);
         let inverse = softcap.map_or(0.0, f32::recip);
         for (p, dp) in p.as_chunks_mut::<LANES>().0.iter_mut().zip(dp.as_chunks_mut::<LANES>().0) {
             for j in 0..LANES {
