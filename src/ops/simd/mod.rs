@@ -6,8 +6,8 @@
 //! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
 //!
 //! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
-//! what differs between the two is in `wide`. A few rows of activations (`few`) and gradients that are mostly zero (`sparse`)
-//! take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened some at a time; bf16 goes through
+//! what differs between the two, and between f32 and pairs of bf16, is in `wide`. A few rows of activations (`few`) and
+//! gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened some at a time; bf16 goes through
 //! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it.
 //!
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.

@@ -178,3 +178,29 @@ for_each_width! {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_is_no_zero() {
+        let Some(level) = crate::ops::simd::level() else { return };
+        let (t, rows, cols) = (4, WIDE + 1, 5);
+        let mut dy = vec![0.0; t * rows];
+        (dy[7], dy[8]) = (2.0, -0.0);
+        dy[rows + rows - 1] = f32::NAN;
+        dy[2 * rows + 64] = f32::INFINITY;
+        let non_zeros = NonZeros::of(View::of(&dy, t, rows)).unwrap();
+        assert_eq!(non_zeros.list().len(), 3);
+        let w = vec![1.0; packed_len(rows, cols)];
+        let mut dx = vec![1.0; t * cols];
+        let to = ViewMut::of(&mut dx, t, cols);
+        sparse_backward(level, &non_zeros, Panels::F32(&w), (rows, cols), to, true);
+        let same = |row: usize, of: fn(f32) -> bool| dx[row * cols..][..cols].iter().all(|v| of(*v));
+        assert!(
+            same(0, |v| v == 3.0) && same(1, f32::is_nan) && same(2, |v| v == f32::INFINITY) && same(3, |v| v == 1.0)
+        );
+    }
+}
