@@ -1,4 +1,4 @@
-//! The inner loop of the products: a tile of sums, its ways into the result, and the rounding of activations to bf16.
+//! The inner loop of the products: a tile of sums, and its ways into the result.
 
 use super::PANEL;
 use super::wide::{LANES, Unit, Wide, for_each_width};
@@ -19,8 +19,8 @@ pub struct Rows {
     pub next: usize,
 }
 
-/// A function over a [`Wide`] or [`Unit`] with the height of a tile as its const argument: one of a table, so that registers are given to
-/// the inner loop of each height alone. A `match` would have all inlined into one function, with sums in memory.
+/// A function over a [`Wide`] or [`Unit`] with the height of a tile as its const argument: one of a table, so that registers
+/// are given to the inner loop of each height alone. A `match` would have all inlined into one function, with sums in memory.
 macro_rules! of_height {
     ($w:ident, $height:expr, $name:ident as $type:ty) => {{
         let low: &[$type; 6] =
@@ -29,9 +29,8 @@ macro_rules! of_height {
             [$name::<$w, 7>, $name::<$w, 8>, $name::<$w, 9>, $name::<$w, 10>, $name::<$w, 11>, $name::<$w, 12>]
         };
         // Only AVX-512's tiles are higher than 6.
-        let most =
-            if <$w as $crate::ops::simd::wide::Compiled>::LEVEL == $crate::ops::simd::Level::Avx2 { 6 } else { 12 };
-        if most == 12 && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
+        let wide = <$w as $crate::ops::simd::wide::Compiled>::LEVEL != $crate::ops::simd::Level::Avx2;
+        if wide && $height > low.len() { high[$height - 7] } else { low[$height - 1] }
     }};
 }
 pub(super) use of_height;
