@@ -114,8 +114,7 @@ impl Session {
         Self::new(gpt, Arc::default())
     }
 
-    /// Prepares the model for `positions` positions. What the cache holds stays right: a position turns by its own angle,
-    /// however many there are.
+    /// Prepares the model for `positions` positions. What the cache holds stays right, however many there are.
     pub fn prepare(&self, gpt: &mut Gpt, positions: usize) {
         gpt.prepare(positions);
     }
@@ -140,6 +139,11 @@ impl Session {
     fn logits(&mut self, gpt: &Gpt, new: &[u32], guess: &[u32]) -> Result<Matrix> {
         self.cache.truncate(self.ids.len());
         self.ids.extend_from_slice(new);
+        let again = !gpt.goes_on(&self.cache, self.ids.len());
+        if again {
+            self.cache.truncate(0);
+        }
+        let new = if again { &self.ids } else { new };
         let pass = || match guess {
             [] => gpt.next_logits(new, &mut self.cache),
             _ => gpt.all_logits(&[new, guess].concat(), &mut self.cache),
@@ -226,6 +230,8 @@ pub fn tokens(
             0 => Guess::default(),
             n => lookup.guess(&text, room - n - 1),
         };
+        let whole = gpt.turns_alike(text.len(), text.len() + guess.ids.len());
+        let guess = if whole { guess } else { Guess::default() };
         let logits = session.logits(gpt, &new, &guess.ids)?;
         new.clear();
         let mut right = 0;

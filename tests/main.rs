@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, clippy::type_complexity)]
 
 mod chat;
+mod checkpoints;
 mod cli;
 mod command_lines;
 mod corpus;

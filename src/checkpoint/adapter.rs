@@ -43,8 +43,16 @@ struct Member<'a> {
     rows: Option<Vec<Range<usize>>>,
 }
 
+/// PEFT's module of the head, whatever its tensor is called in the family's files.
+const HEAD: &str = "lm_head";
+/// The same of a GPT-NeoX before transformers 5.
+const OLD_HEAD: &str = "embed_out";
+
 /// Rows of the file's tensor that a part is, and the file's module.
 fn place(family: &Family, gpt: &Gpt, part: &str) -> (String, Option<Vec<Range<usize>>>) {
+    if part == HEAD {
+        return (HEAD.to_owned(), None);
+    }
     let Piece { tensor, rows } = (family.locate)(&gpt.config, &format!("{part}.weight")).swap_remove(0);
     (tensor.trim_end_matches(".weight").to_owned(), rows)
 }
@@ -154,6 +162,7 @@ impl PeftConfig {
             ));
         }
         Self::refuse(path, &json)?;
+        Self::refuse_other_base(path, &json)?;
         let number = |key: &str, default: Option<f64>| {
             let given = json.get(key).filter(|v| !v.is_null());
             let value = given.map_or(default, Value::as_f64).filter(|v| v.is_finite());
@@ -226,6 +235,18 @@ impl PeftConfig {
         Ok(())
     }
 
+    /// Starting values that PEFT takes out of the base's weights when it loads the adapter.
+    fn refuse_other_base(path: &Path, json: &Value) -> Result<()> {
+        let how = json.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default().to_ascii_lowercase();
+        if !["pissa", "olora", "corda", "loftq"].iter().any(|kind| how.starts_with(kind)) {
+            return Ok(());
+        }
+        let what = format!("`init_lora_weights`: \"{how}\" (`{}`)", path.display());
+        let hint =
+            "save it from PEFT with `path_initial_model_for_weight_conversion`, which makes it an ordinary adapter";
+        Err(Error::unsupported(what, hint))
+    }
+
     fn of(&self, module: &str, r: usize) -> LoraConfig {
         let alpha = self.alphas.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(self.alpha, |p| p.1);
         LoraConfig { r, alpha, rslora: self.rslora, dropout: self.dropout }
@@ -261,6 +282,7 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     for name in shards.names() {
         match module_of(name) {
             Some((module, side)) => found.entry(module).or_default()[side] = Some(name.to_owned()),
+            None if is_base_of_head(name) => problems.extend(other_head(gpt, &shards, name)?),
             None => problems.push(format!("`{name}` is no LoRA matrix of a linear module")),
         }
     }
@@ -305,10 +327,32 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
 fn module_of(name: &str) -> Option<(String, usize)> {
     let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
     let name = name.strip_suffix(".default").unwrap_or(name);
-    ["lora_A", "lora_B"]
-        .iter()
-        .enumerate()
-        .find_map(|(side, end)| Some((name.strip_suffix(end)?.strip_suffix('.')?.to_owned(), side)))
+    let module = |end: &str| name.strip_suffix(end)?.strip_suffix('.');
+    let (side, module) = ["lora_A", "lora_B"].iter().enumerate().find_map(|(side, end)| Some((side, module(end)?)))?;
+    Some((if module == OLD_HEAD { HEAD } else { module }.to_owned(), side))
+}
+
+/// Whether a tensor is the base's head, which PEFT saves beside an adapter of it.
+fn is_base_of_head(name: &str) -> bool {
+    let module = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(".base_layer.weight"));
+    module.is_some_and(|module| [HEAD, OLD_HEAD].contains(&module))
+}
+
+/// What is wrong if the head that an adapter was saved with is not the model's.
+fn other_head(gpt: &Gpt, shards: &Shards, name: &str) -> Result<Option<String>> {
+    const TOGETHER: usize = 1024;
+    let (theirs, vocab) = (shards.get(name)?, gpt.config.vocab_size);
+    let equal = |first: usize| {
+        let rows = first..(first + TOGETHER).min(vocab);
+        let ours = gpt.head_rows(&rows.clone().map(|row| row as u32).collect::<Vec<_>>());
+        let mut values = vec![0.0; ours.len()];
+        theirs.dtype.decode(&theirs.rows(&[rows]), &mut values);
+        // One of the two may have been rounded to bf16.
+        ours.iter().zip(&values).all(|(a, b)| (a - b).abs() <= b.abs() / 128.0)
+    };
+    let same = theirs.shape == [vocab, gpt.config.n_embd] && (0..vocab).step_by(TOGETHER).all(equal);
+    shards.release(name);
+    Ok((!same).then(|| format!("`{name}` is another head than the model's")))
 }
 
 /// The rank of a module's matrices, if they fit a part.

@@ -171,7 +171,8 @@ fn four(shards: &mut Shards, name: &str, kind: &str, state_name: &str) -> Result
     for (map, book) in [(map, kind.levels().as_slice()), (nested_map, nested_code().as_slice())] {
         check_book(shards, &map, book)?;
     }
-    let codes = shards.take_numbers(name)?;
+    // As bytes, or as elements of the dtype that they were stored as (`bnb_4bit_quant_storage`).
+    let codes = shards.take(name)?;
     let nested = parsed.nested_blocksize.map(|_| shards.take_floats(&nested_name)).transpose()?;
     let absmax =
         if nested.is_some() { shards.take_numbers(&absmax_name)? } else { shards.take_floats(&absmax_name)? };

@@ -5,7 +5,7 @@
 use super::litgpt::{self, Qkv};
 use super::merge::check_finite;
 use super::write::{SHARD, Staging, TensorInfo, sharded};
-use super::{Checkpoint, Dtype, Layout, pickle};
+use super::{Checkpoint, Dtype, EMBEDDING, HEAD, Layout, pickle};
 use crate::error::{Error, Result};
 use crate::model::families::{HfConfig, Piece, Slot, slots};
 use crate::model::{Gpt, Source};
@@ -14,9 +14,6 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
-
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// What is written.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,7 @@
 
 use super::convert::Export;
 use super::write::{Staging, TensorInfo, safetensors};
-use super::{Checkpoint, Dtype, Layout, adapter};
+use super::{Checkpoint, Dtype, EMBEDDING, HEAD, adapter};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use serde_json::Value;
@@ -26,14 +26,13 @@ pub fn merge(
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let safetensors_only = checkpoint.files().keys().all(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    if checkpoint.layout != Layout::HuggingFace || !safetensors_only || checkpoint.quantizer().is_some() {
+    if !checkpoint.is_whole() || !safetensors_only || checkpoint.quantizer().is_some() {
         return Export { checkpoint, adapters: Some(gpt), dtype }.hugging_face(staging, progress);
     }
     let changes = adapter::changes(checkpoint, gpt);
     // A tied head has no tensor of its own; an adapter on it unties it.
-    let head = checkpoint.locate("lm_head.weight").swap_remove(0).tensor;
+    let [embedding, head] = [EMBEDDING, HEAD].map(|name| checkpoint.file_tensor(name));
     let untied = checkpoint.config.tie_embeddings && changes.contains_key(&head);
-    let embedding = checkpoint.locate("model.embed_tokens.weight").swap_remove(0).tensor;
     for (path, mut names) in checkpoint.files() {
         if checkpoint.config.tie_embeddings {
             names.retain(|n| *n != head);
@@ -67,7 +66,7 @@ pub fn merge(
     if let Some(dtype) = dtype {
         record_dtype(staging, dtype)?;
     }
-    if untied { untie(staging, &head, &embedding) } else { Ok(()) }
+    if untied || checkpoint.untied_by_files() { untie(staging, &head, &embedding) } else { Ok(()) }
 }
 
 /// Refuses a sum that its dtype cannot hold.
@@ -107,8 +106,9 @@ fn record_dtype(staging: &Staging, dtype: Dtype) -> Result<()> {
 fn untie(staging: &Staging, head: &str, embedding: &str) -> Result<()> {
     edit(staging, "config.json", |json| json["tie_word_embeddings"] = Value::Bool(false))?;
     edit(staging, "model.safetensors.index.json", |json| {
-        let file = json["weight_map"][embedding].clone();
-        json["weight_map"][head] = file;
+        if json["weight_map"][head].is_null() {
+            json["weight_map"][head] = json["weight_map"][embedding].clone();
+        }
     })
 }
 

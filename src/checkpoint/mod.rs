@@ -20,6 +20,7 @@ pub mod write;
 pub use safe::{Dtype, Elements, Raw};
 
 use crate::error::{Error, Result};
+use crate::model::families::multimodal::{text_name, text_part};
 use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
 use crate::model::{Config, Source, load};
 use crate::ops::quantized::{Codes, Quantizer};
@@ -34,6 +35,10 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use write::{COMPANIONS, Staging};
+
+/// Our names of the embedding and of the head.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 const AGAIN: &str = "download the checkpoint again; what is complete is kept";
 
@@ -65,15 +70,16 @@ pub struct Checkpoint {
     /// Its config.json, or what it would be.
     pub hf: HfConfig,
     shards: Shards,
-    /// Contents of the files that a GGUF file stands for, by name.
+    /// Contents of files that are not in the folder as they have to be, by name: those that a GGUF file stands for, the
+    /// config.json of a model's text part.
     embedded: BTreeMap<&'static str, String>,
 }
 
 /// Tensors of a file that say nothing about the weights.
-fn ignorable(name: &str, config: &Config) -> bool {
+fn ignorable(name: &str) -> bool {
     let suffixes =
         ["rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.masked_bias", "position_ids"];
-    suffixes.iter().any(|s| name.ends_with(s)) || config.tie_embeddings && name.ends_with("lm_head.weight")
+    suffixes.iter().any(|s| name.ends_with(s))
 }
 
 impl Checkpoint {
@@ -109,23 +115,43 @@ impl Checkpoint {
     }
 
     fn open_hf(dir: &Path) -> Result<Self> {
-        let hf = HfConfig::read(&dir.join("config.json"))?;
+        let whole = HfConfig::read(&dir.join("config.json"))?;
+        let text = text_part(&whole)?;
+        let mut embedded = BTreeMap::new();
+        if let Some(text) = &text {
+            embedded.insert("config.json", format!("{:#}", serde_json::Value::Object(text.keys().clone())));
+        }
+        let hf = text.unwrap_or(whole);
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
         bnb::check_method(hf.get("quantization_config"), hf.path())?;
-        let shards = Shards::open(dir)?;
-        let checkpoint = Self {
-            dir: dir.to_owned(),
-            config,
-            family,
-            layout: Layout::HuggingFace,
-            hf,
-            shards,
-            embedded: BTreeMap::new(),
-        };
+        let mut shards = Shards::open(dir)?;
+        if !embedded.is_empty() {
+            shards.rename(text_name);
+        }
+        let layout = Layout::HuggingFace;
+        let mut checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards, embedded };
+        // A head that differs from the embedding is one of its own, whatever config.json says, as transformers 5 has it:
+        // someone merged an adapter of the head.
+        let [embedding, head] = [EMBEDDING, HEAD].map(|name| checkpoint.file_tensor(name));
+        if checkpoint.config.tie_embeddings && checkpoint.shards.info(&head).is_ok() {
+            checkpoint.config.tie_embeddings = checkpoint.shards.equal(&embedding, &head);
+            [embedding, head].iter().for_each(|name| checkpoint.shards.release(name));
+        }
         checkpoint.check()?;
         Ok(checkpoint)
+    }
+
+    /// The file's tensor that holds our tensor `name`, or rows of it.
+    fn file_tensor(&self, name: &str) -> String {
+        self.locate(name).swap_remove(0).tensor
+    }
+
+    /// Whether config.json ties the head to the embedding, and the files do not.
+    #[must_use]
+    pub fn untied_by_files(&self) -> bool {
+        (self.family.config)(&self.hf).is_ok_and(|stated| stated.tie_embeddings) && !self.config.tie_embeddings
     }
 
     /// Opens LitGPT's files in the folder `dir`, whatever else is there.
@@ -135,6 +161,7 @@ impl Checkpoint {
     pub fn open_litgpt(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let hf = if path.is_file() { HfConfig::read(&path)? } else { litgpt::config::hf_config(dir)? };
+        let hf = text_part(&hf)?.unwrap_or(hf);
         let family = by_config(&hf)?;
         let mut config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
@@ -193,7 +220,9 @@ impl Checkpoint {
             }
         }
         let frequencies = |name: &str| matches!(self.layout, Layout::Gguf { .. }) && name == gguf::FREQUENCIES;
-        let unknown = |name: &&str| !used.contains(*name) && !ignorable(name, &self.config) && !frequencies(name);
+        let head = self.file_tensor(HEAD);
+        let tied_head = |name: &str| self.config.tie_embeddings && (name == head || name == HEAD);
+        let unknown = |name: &&str| !used.contains(*name) && !ignorable(name) && !tied_head(name) && !frequencies(name);
         for name in self.shards.names().filter(unknown) {
             problems.push(format!("tensor `{name}` has no place in the architecture of {}", self.described()));
         }
@@ -260,7 +289,7 @@ impl Checkpoint {
     /// # Errors
     /// When there is none.
     pub fn narrow(&self, store: Store, on_device: bool) -> Result<bool> {
-        load::narrow(self, store, on_device, std::iter::once("model.embed_tokens.weight".to_owned()))
+        load::narrow(self, store, on_device, std::iter::once(EMBEDDING.to_owned()))
     }
 
     /// How its matrices are quantized, where the files have them in few bits of bitsandbytes.
@@ -274,7 +303,7 @@ impl Checkpoint {
     /// # Errors
     /// When it cannot be read.
     pub fn companion(&self, name: &str) -> Result<Option<String>> {
-        if matches!(self.layout, Layout::Gguf { .. }) {
+        if self.embedded.contains_key(name) || matches!(self.layout, Layout::Gguf { .. }) {
             return Ok(self.embedded.get(name).cloned());
         }
         let path = self.dir.join(name);
@@ -290,8 +319,15 @@ impl Checkpoint {
     /// When one cannot be read.
     pub fn companion_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let mut files = write::read(&self.dir, COMPANIONS)?;
+        files.retain(|(name, _)| !self.embedded.contains_key(name));
         files.extend(self.embedded.iter().map(|(name, content)| (*name, content.as_bytes().to_vec())));
         Ok(files)
+    }
+
+    /// Whether the folder's tensors and config.json are the model's, one for one.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.layout == Layout::HuggingFace && self.embedded.is_empty()
     }
 
     /// Puts all those files into `staging`.
@@ -339,6 +375,11 @@ fn check_numbers(config: &Config, hf: &HfConfig) -> Result<()> {
     check("rms_norm_eps", f64::from(config.norm_eps), 0.0..=1.0);
     match config.rope_scaling {
         Scaling::None => {}
+        Scaling::Long { ref short, ref long, attention_factor, .. } => {
+            let divisors = short.iter().chain(long);
+            divisors.for_each(|divisor| check("a divisor of longrope", *divisor, positive.clone()));
+            check("rope_scaling.attention_factor", attention_factor, positive);
+        }
         Scaling::Linear { factor } => check("rope_scaling.factor", factor, positive),
         Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
             check("rope_scaling.factor", factor, positive.clone());

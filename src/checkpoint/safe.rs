@@ -286,6 +286,15 @@ impl Shards {
         Error::invalid(path, format!("tensor `{name}` is in another file of the folder too"), AGAIN)
     }
 
+    /// Calls the tensors by other names; those that `new_name` has none for are none any more.
+    pub(super) fn rename(&mut self, new_name: impl Fn(&str) -> Option<String>) {
+        fn renamed<V>(map: &mut HashMap<String, V>, new_name: impl Fn(&str) -> Option<String>) {
+            *map = map.drain().filter_map(|(name, value)| Some((new_name(&name)?, value))).collect();
+        }
+        renamed(&mut self.entries, &new_name);
+        renamed(&mut self.bits, &new_name);
+    }
+
     /// Whether both names are of the same bytes, or of equal ones.
     #[must_use]
     pub fn equal(&self, a: &str, b: &str) -> bool {
@@ -301,6 +310,14 @@ impl Shards {
     /// Where the bytes of the tensor of whole numbers `name` are, which is none of the tensors any more.
     pub(super) fn take_numbers(&mut self, name: &str) -> Result<Place> {
         self.whole_numbers.remove(name).map(|numbers| numbers.place).ok_or_else(|| self.missing(name))
+    }
+
+    /// Where the bytes of the tensor `name` of any dtype are, which is none of the tensors any more.
+    pub(super) fn take(&mut self, name: &str) -> Result<Place> {
+        match self.entries.remove(name) {
+            Some(entry) => Ok((entry.file, entry.bytes)),
+            None => self.take_numbers(name),
+        }
     }
 
     /// Where the elements of the f32 tensor `name` are, which is none of the tensors any more.

@@ -54,6 +54,11 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
     let tokens = longest_tokens(&train, &packs, settings.train.micro_batch_size);
+    let longest = train.iter().chain(&val).map(|sample| sample.input_ids.len()).max().unwrap_or(0);
+    if longest > checkpoint.config.rope_scaling.alike() {
+        // Of a short and a long sample not even the first keys are the same.
+        settings.train.prefix_sharing = Switch::Off;
+    }
     let prefix = if settings.train.prefix_sharing == Switch::Off { 0 } else { prefix::longest(&train) };
     let computed = Computed {
         store: compute.store(),

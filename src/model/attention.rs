@@ -15,7 +15,7 @@ use std::ops::Range;
 pub struct Pass<'a> {
     /// Parameters of all adapters.
     pub parameters: &'a Matrix,
-    /// Position of each row within its sample.
+    /// Each row's row of the rotary tables: its position within its sample.
     pub positions: &'a Constant<u32>,
     /// Samples of the micro batch.
     pub spans: &'a Spans,

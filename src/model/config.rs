@@ -235,6 +235,14 @@ impl Config {
         if self.rotary_dim > self.head_size || !self.rotary_dim.is_multiple_of(2) {
             problems.push(format!("{} rotated channels do not fit a head of {}", self.rotary_dim, self.head_size));
         }
+        if let Scaling::Long { short, long, .. } = &self.rope_scaling {
+            for (name, factors) in [("short_factor", short), ("long_factor", long)] {
+                if 2 * factors.len() != self.rotary_dim {
+                    let (n, channels) = (factors.len(), self.rotary_dim);
+                    problems.push(format!("`{name}` has {n} numbers for {channels} rotated channels"));
+                }
+            }
+        }
         if let Mlp::Experts { n_expert, n_expert_per_token, .. } = self.mlp {
             if !(1..=n_expert).contains(&n_expert_per_token) {
                 problems.push(format!("a token cannot visit {n_expert_per_token} of {n_expert} experts"));

@@ -97,8 +97,14 @@ impl Tokens {
         self.segments.iter().map(|s| self.past + s.len()).max().unwrap_or(0)
     }
 
-    fn positions(&self) -> Constant<u32> {
-        self.segments.iter().flat_map(|s| (self.past..self.past + s.len()).map(|p| p as u32)).collect()
+    /// Each token's row of the rotary tables.
+    fn rows(&self, tables: &Tables) -> Constant<u32> {
+        let rows = |segment: &Segment| {
+            let tokens = self.past + segment.len();
+            let first = tables.first_row(tokens);
+            (first + self.past..first + tokens).map(|row| row as u32)
+        };
+        self.segments.iter().flat_map(rows).collect()
     }
 }
 
@@ -120,6 +126,8 @@ pub struct Training<'a> {
 pub struct Cache {
     layers: Vec<LayerCache>,
     len: usize,
+    /// Row of the rotary tables by which the first token's key was turned.
+    first_row: usize,
 }
 
 impl Cache {
@@ -297,6 +305,15 @@ impl Gpt {
         x
     }
 
+    /// Some rows of the head's weight, on the host.
+    ///
+    /// # Shapes
+    /// Returns (ids, n_embd).
+    #[must_use]
+    pub fn head_rows(&self, ids: &[u32]) -> Matrix {
+        self.head.weight().gather(&ids.to_vec().into()).to_host()
+    }
+
     fn transform(&self) -> Transform {
         Transform { scale: self.config.logit_scale, softcap: self.config.final_softcap }
     }
@@ -342,7 +359,7 @@ impl Gpt {
     ) -> (Begun, Loss) {
         self.require_prepared(tokens.longest());
         assert_eq!(tokens.past, prefix.map_or(0, Prefix::len), "tokens stand behind their prefix");
-        let (positions, spans) = (tokens.positions(), Spans::after(tokens.past, &tokens.segments));
+        let (positions, spans) = (tokens.rows(&self.rope[0]), Spans::after(tokens.past, &tokens.segments));
         let seed = training.as_ref().map(|t| t.seed);
         let mut begun = Begun { positions, spans, seed, kept: Vec::new(), dx: None };
         let pass = begun.pass(parameters, &self.rope);
@@ -444,13 +461,29 @@ impl Gpt {
     /// An empty cache.
     #[must_use]
     pub fn cache(&self) -> Cache {
-        Cache { layers: vec![LayerCache::default(); self.blocks.len()], len: 0 }
+        Cache { layers: vec![LayerCache::default(); self.blocks.len()], len: 0, first_row: 0 }
+    }
+
+    /// Whether a text can become as long as `tokens` with the keys that it has from when it was as long as `before`. Where
+    /// long texts turn otherwise, it cannot at one length.
+    #[must_use]
+    pub fn turns_alike(&self, before: usize, tokens: usize) -> bool {
+        self.rope[0].first_row(before) == self.rope[0].first_row(tokens)
+    }
+
+    /// Whether `cache` can go on to `tokens` tokens; else they all have to be computed again, in an empty one.
+    #[must_use]
+    pub fn goes_on(&self, cache: &Cache, tokens: usize) -> bool {
+        cache.is_empty() || cache.first_row == self.rope[0].first_row(tokens)
     }
 
     /// Hidden states of new tokens, which join the cache; before the final norm.
     fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        self.require_prepared(cache.len + ids.len());
-        let positions: Constant<u32> = (cache.len..cache.len + ids.len()).map(|p| p as u32).collect();
+        let tokens = cache.len + ids.len();
+        self.require_prepared(tokens);
+        assert!(self.goes_on(cache, tokens), "a text of {tokens} tokens turns otherwise than the cache");
+        cache.first_row = self.rope[0].first_row(tokens);
+        let positions = (cache.len..tokens).map(|position| (cache.first_row + position) as u32).collect();
         let parameters = self.parameters_of_products();
         let begun = Begun { positions, spans: Spans::default(), seed: None, kept: Vec::new(), dx: None };
         let pass = begun.pass(&parameters, &self.rope);
@@ -476,7 +509,8 @@ impl Gpt {
     /// `ids`: (T), at least one; returns (1, vocab_size), on the host.
     ///
     /// # Panics
-    /// When `prepare` was not called for that many tokens with those of the cache, or an id is outside the vocabulary.
+    /// When `prepare` was not called for that many tokens with those of the cache, an id is outside the vocabulary, or the
+    /// cache does not go on ([`Self::goes_on`]).
     #[must_use]
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
         let x = self.decode_hidden(ids, cache);

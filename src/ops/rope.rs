@@ -2,7 +2,8 @@
 //!
 //! Of each head the first `rotary_dim` channels turn in pairs `(i, i + rotary_dim / 2)` by `position · inv_freq[i]`;
 //! the rest passes. The backward is the rotation by the negative angle. The frequency scalings are those of
-//! transformers' `modeling_rope_utils.py`: linear, llama3, yarn (Peng et al. 2023, arXiv:2309.00071).
+//! transformers' `modeling_rope_utils.py`: linear, llama3, yarn (Peng et al. 2023, arXiv:2309.00071), longrope (Ding et al.
+//! 2024, arXiv:2402.13753).
 
 use super::device::{Constant, int, long};
 use super::math::vectorize;
@@ -46,13 +47,45 @@ pub enum Scaling {
         /// Whether the ramp's ends are rounded to whole channels.
         truncate: bool,
     },
+    /// A divisor for each frequency, one for texts within the original context and another for longer ones, all of whose
+    /// positions then turn by it.
+    Long {
+        /// Divisors within it: (rotary_dim / 2).
+        short: Vec<f64>,
+        /// Divisors beyond it: (rotary_dim / 2).
+        long: Vec<f64>,
+        /// Context length of the pretraining, tokens.
+        original_context: usize,
+        /// Factor on cosine and sine.
+        attention_factor: f64,
+    },
 }
 
-/// Frequencies of the rotated channel pairs: (rotary_dim / 2).
+impl Scaling {
+    /// Longest text that turns as the shorter ones do.
+    #[must_use]
+    pub fn alike(&self) -> usize {
+        if let Self::Long { original_context, .. } = self { *original_context } else { usize::MAX }
+    }
+
+    /// Factor on cosine and sine.
+    fn attention_factor(&self) -> f64 {
+        match self {
+            Self::Yarn { attention_factor, .. } | Self::Long { attention_factor, .. } => *attention_factor,
+            _ => 1.0,
+        }
+    }
+}
+
+/// Frequencies of the rotated channel pairs in a text of `tokens` tokens: (rotary_dim / 2).
 #[must_use]
-pub fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling) -> Vec<f64> {
+pub fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling, tokens: usize) -> Vec<f64> {
     let plain = (0..rotary_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / rotary_dim as f64));
     match *scaling {
+        Scaling::Long { ref short, ref long, .. } => {
+            let divisors = if tokens > scaling.alike() { long } else { short };
+            plain.zip(divisors).map(|(f, divisor)| f / divisor).collect()
+        }
         Scaling::None => plain.collect(),
         Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
         Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => plain
@@ -92,10 +125,13 @@ pub fn inverse_frequencies(theta: f64, rotary_dim: usize, scaling: &Scaling) -> 
     }
 }
 
-/// Cosines and sines of all positions.
+/// Cosines and sines of all positions, a row each; where long texts turn otherwise, first those of short ones.
 #[derive(Debug, Clone)]
 pub struct Tables {
     rotary_dim: usize,
+    positions: usize,
+    /// Longest text that turns by the first rows.
+    alike: usize,
     cos: Constant<f32>,
     sin: Constant<f32>,
 }
@@ -104,38 +140,48 @@ impl Tables {
     /// Tables for `positions` positions of heads that rotate `rotary_dim` channels (even).
     #[must_use]
     pub fn new(theta: f64, rotary_dim: usize, scaling: &Scaling, positions: usize) -> Self {
-        let inv_freq = inverse_frequencies(theta, rotary_dim, scaling);
-        let factor = if let Scaling::Yarn { attention_factor, .. } = scaling { *attention_factor as f32 } else { 1.0 };
-        let mut cos = Vec::with_capacity(positions * inv_freq.len());
-        let mut sin = Vec::with_capacity(positions * inv_freq.len());
-        for position in 0..positions {
-            for f in &inv_freq {
-                // transformers keeps the frequencies in f32 and multiplies there: the same rounding.
-                let angle = f64::from(position as f32 * *f as f32);
-                cos.push(angle.cos() as f32 * factor);
-                sin.push(angle.sin() as f32 * factor);
+        let (alike, factor) = (scaling.alike(), scaling.attention_factor() as f32);
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        // Of the longest text within `alike`, and of one beyond it.
+        for tokens in [positions.min(alike), positions].into_iter().take(if positions > alike { 2 } else { 1 }) {
+            let inv_freq = inverse_frequencies(theta, rotary_dim, scaling, tokens);
+            cos.reserve(tokens * inv_freq.len());
+            sin.reserve(tokens * inv_freq.len());
+            for position in 0..tokens {
+                for f in &inv_freq {
+                    // transformers keeps the frequencies in f32 and multiplies there: the same rounding.
+                    let angle = f64::from(position as f32 * *f as f32);
+                    cos.push(angle.cos() as f32 * factor);
+                    sin.push(angle.sin() as f32 * factor);
+                }
             }
         }
-        Self { rotary_dim, cos: cos.into(), sin: sin.into() }
+        Self { rotary_dim, positions, alike, cos: cos.into(), sin: sin.into() }
     }
 
     /// Number of positions.
     #[must_use]
     pub fn positions(&self) -> usize {
-        self.cos.len() / (self.rotary_dim / 2).max(1)
+        self.positions
+    }
+
+    /// The row of the first position of a text of `tokens` tokens.
+    #[must_use]
+    pub fn first_row(&self, tokens: usize) -> usize {
+        if tokens > self.alike { self.alike } else { 0 }
     }
 
     /// Rotates the heads within `columns` of every row, in place.
     ///
     /// # Shapes
-    /// `x`: (T, C); `columns`: whole heads of `head_size`; `positions`: (T).
-    pub fn forward(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>) {
-        self.rotate(x, columns, head_size, positions, 1.0);
+    /// `x`: (T, C); `columns`: whole heads of `head_size`; `rows`: each token's of these tables, (T).
+    pub fn forward(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, rows: &Constant<u32>) {
+        self.rotate(x, columns, head_size, rows, 1.0);
     }
 
     /// Rotates the gradient back, in place; shapes as in [`Self::forward`].
-    pub fn backward(&self, dx: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>) {
-        self.rotate(dx, columns, head_size, positions, -1.0);
+    pub fn backward(&self, dx: &mut Matrix, columns: Range<usize>, head_size: usize, rows: &Constant<u32>) {
+        self.rotate(dx, columns, head_size, rows, -1.0);
     }
 
     fn rotate(&self, x: &mut Matrix, columns: Range<usize>, head_size: usize, positions: &Constant<u32>, sign: f32) {
@@ -230,14 +276,14 @@ mod tests {
 
     #[test]
     fn scalings_follow_their_definitions() {
-        let plain = inverse_frequencies(10_000.0, 16, &Scaling::None);
+        let plain = inverse_frequencies(10_000.0, 16, &Scaling::None, 9);
         assert!((plain[1] - 10_000f64.powf(-0.125)).abs() < 1e-12);
-        let linear = inverse_frequencies(10_000.0, 16, &Scaling::Linear { factor: 4.0 });
+        let linear = inverse_frequencies(10_000.0, 16, &Scaling::Linear { factor: 4.0 }, 9);
         assert_eq!(linear[3] * 4.0, plain[3]);
         let llama3 =
             Scaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 64.0 };
-        let scaled = inverse_frequencies(500_000.0, 16, &llama3);
-        let unscaled = inverse_frequencies(500_000.0, 16, &Scaling::None);
+        let scaled = inverse_frequencies(500_000.0, 16, &llama3, 9);
+        let unscaled = inverse_frequencies(500_000.0, 16, &Scaling::None, 9);
         assert_eq!(scaled[0], unscaled[0]);
         assert_eq!(scaled[7], unscaled[7] / 8.0);
         let yarn = Scaling::Yarn {
@@ -248,10 +294,26 @@ mod tests {
             attention_factor: 1.1,
             truncate: true,
         };
-        let scaled = inverse_frequencies(10_000.0, 64, &yarn);
-        let unscaled = inverse_frequencies(10_000.0, 64, &Scaling::None);
+        let scaled = inverse_frequencies(10_000.0, 64, &yarn, 9);
+        let unscaled = inverse_frequencies(10_000.0, 64, &Scaling::None, 9);
         assert_eq!(scaled[0], unscaled[0]);
         assert_eq!(scaled[31], unscaled[31] / 4.0);
         assert!((Tables::new(10_000.0, 64, &yarn, 1).cos[0] - 1.1).abs() < 1e-6);
+    }
+
+    #[test]
+    fn long_texts_turn_by_divisors_of_their_own() {
+        let (short, long) = (vec![1.0, 2.0], vec![4.0, 8.0]);
+        let scaling = Scaling::Long { short, long, original_context: 3, attention_factor: 1.5 };
+        let tables = Tables::new(100.0, 4, &scaling, 5);
+        assert_eq!((tables.positions(), tables.cos.len()), (5, (3 + 5) * 2));
+        assert_eq!([3, 4, 5].map(|tokens| tables.first_row(tokens)), [0, 3, 3]);
+        let cos = |row: usize, pair: usize| tables.cos[row * 2 + pair];
+        let close = |got: f32, angle: f64| assert!((f64::from(got) - 1.5 * angle.cos()).abs() < 1e-6);
+        close(cos(2, 0), 2.0);
+        close(cos(2, 1), 2.0 * 0.1 / 2.0);
+        close(cos(3 + 4, 0), 4.0 / 4.0);
+        close(cos(3 + 4, 1), 4.0 * 0.1 / 8.0);
+        assert_eq!(Tables::new(100.0, 4, &scaling, 3).cos.len(), 3 * 2, "no text is long");
     }
 }

@@ -197,7 +197,7 @@ impl Model<'_> {
         let divisors = self.shards.get(FREQUENCIES)?.to_f32();
         let factor = f64::from(divisors.iter().copied().fold(0.0f32, f32::max));
         let scaling = Scaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
-        let frequencies = |scaling| inverse_frequencies(theta, head_size, scaling);
+        let frequencies = |scaling| inverse_frequencies(theta, head_size, scaling, 0);
         let want: Vec<f64> = frequencies(&Scaling::None)
             .iter()
             .zip(frequencies(&scaling))

@@ -140,7 +140,7 @@ impl<'a> Gguf<'a> {
                 own("rope.scaling.factor", Value::F32(factor as f32));
                 own("rope.scaling.original_context_length", Value::U32(original_context as u32));
             }
-            Scaling::None | Scaling::Llama3 { .. } => {}
+            Scaling::None | Scaling::Llama3 { .. } | Scaling::Long { .. } => {}
         }
         let pad = self.export.checkpoint.hf.count_or("pad_token_id", None)?;
         settings.extend(self.words.settings(config.vocab_size, pad)?);
@@ -177,6 +177,7 @@ fn inexpressible(config: &Config, architecture: &str) -> Option<String> {
         Scaling::Yarn { factor, beta_fast, beta_slow, attention_factor, truncate, .. } => {
             (beta_fast, beta_slow, truncate) == (32.0, 1.0, true) && yarn(factor, attention_factor)
         }
+        Scaling::Long { .. } => false,
     };
     let biases = &config.biases;
     if !scaling {
@@ -196,7 +197,7 @@ fn tensors(export: &Export<'_>, architecture: &str, kind: Kind) -> Vec<Tensor> {
     let config = &export.checkpoint.config;
     let mut tensors = Vec::new();
     if let Scaling::Llama3 { .. } = config.rope_scaling {
-        let frequencies = |scaling: &Scaling| inverse_frequencies(config.rope_theta, config.rotary_dim, scaling);
+        let frequencies = |scaling: &Scaling| inverse_frequencies(config.rope_theta, config.rotary_dim, scaling, 0);
         let pairs = frequencies(&Scaling::None).into_iter().zip(frequencies(&config.rope_scaling));
         let factors: Vec<f32> = pairs.map(|(plain, scaled)| (plain / scaled) as f32).collect();
         let info = Info { name: "rope_freqs.weight".to_owned(), kind: Kind::F32, shape: vec![factors.len()] };

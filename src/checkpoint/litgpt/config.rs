@@ -161,8 +161,8 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
         "max_position_embeddings": value("block_size"), "rope_theta": yaml.get("rope_base").unwrap_or(&json!(10000)),
         "partial_rotary_factor": share, "rope_scaling": rope_scaling(yaml),
         "hidden_act": match text("mlp_class_name", "GptNeoxMLP").as_str() {
-            "GptNeoxMLP" if tanh => "gelu_new",
-            "GptNeoxMLP" => "gelu",
+            "GptNeoxMLP" | "GemmaMLP" if tanh => "gelu_new",
+            "GptNeoxMLP" | "GemmaMLP" => "gelu",
             _ => "silu",
         },
     });
@@ -184,6 +184,11 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
         "mistral" => json!({ "rms_norm_eps": eps, "sliding_window": value("sliding_window_size") }),
         "llama" => json!({ "rms_norm_eps": eps, "attention_bias": on("bias", true), "mlp_bias": on("bias", true) }),
         "gemma" | "gemma2" | "gemma3_text" => gemma_keys(yaml, eps, tanh),
+        // Its experts' shares always sum to 1.
+        "mixtral" | "qwen3_moe" => json!({
+            "rms_norm_eps": eps, "num_experts": value("n_expert"), "num_experts_per_tok": value("n_expert_per_token"),
+            "moe_intermediate_size": value("moe_intermediate_size"), "norm_topk_prob": true,
+        }),
         _ => json!({ "rms_norm_eps": eps, "use_sliding_window": false }),
     };
     if let (Some(keys), Value::Object(own)) = (keys.as_object_mut(), own) {
@@ -353,8 +358,8 @@ fn attention(config: &Config, sizes: &[usize], refuse: &mut dyn FnMut(bool, &str
             "factor": factor, "low_freq_factor": low_freq_factor, "high_freq_factor": high_freq_factor,
             "original_max_seq_len": number(original_context),
         }),
-        Scaling::Yarn { .. } => {
-            refuse(true, "yarn scaling");
+        Scaling::Yarn { .. } | Scaling::Long { .. } => {
+            refuse(true, "yarn or longrope scaling");
             Value::Null
         }
     };

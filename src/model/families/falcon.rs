@@ -9,7 +9,7 @@ use crate::ops::norm::Kind;
 use serde_json::json;
 
 /// `FalconForCausalLM`.
-pub const FALCON: Family = Family { model_types: &["falcon", "RefinedWeb", "RefinedWebModel"], config, locate };
+pub const FALCON: Family = Family { model_types: &["falcon"], config, locate };
 
 fn config(hf: &HfConfig) -> Result<Config> {
     hf.refuse_unless("alibi", &json!(false))?;

@@ -33,8 +33,11 @@ fn base(hf: &HfConfig) -> Result<Config> {
 
 fn gemma(hf: &HfConfig) -> Result<Config> {
     let mut config = base(hf)?;
-    // The legacy `hidden_act` "gelu" was meant as the tanh form; only `hidden_activation` counts.
-    config.activation = hf.activation("hidden_activation", "gelu_pytorch_tanh")?;
+    // Its first configs said "gelu" and meant the tanh form; `hidden_activation` beside it is not read.
+    config.activation = match hf.activation("hidden_act", "gelu_pytorch_tanh")? {
+        Activation::Gelu => Activation::GeluTanh,
+        other => other,
+    };
     config.n_query_groups = hf.count_or("num_key_value_heads", 16)?.unwrap_or(16);
     hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     config.finish(hf.path())
@@ -64,6 +67,10 @@ fn gemma2(hf: &HfConfig) -> Result<Config> {
 }
 
 fn gemma3(hf: &HfConfig) -> Result<Config> {
+    let hf = &hf.or(&json!({
+        "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "max_position_embeddings": 131_072,
+    }));
     hf.refuse_unless("use_bidirectional_attention", &json!(false))?;
     // transformers has this key in the config and does not apply it.
     hf.refuse_unless("attn_logit_softcapping", &Value::Null)?;

@@ -7,6 +7,9 @@ use crate::ops::rope::Scaling;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
+/// The context of the pretraining, in a config or in its `rope_scaling`, of which the first counts.
+const ORIGINAL_CONTEXT: &str = "original_max_position_embeddings";
+
 /// Largest count.
 const LARGEST: usize = 1 << 31;
 
@@ -85,6 +88,14 @@ impl HfConfig {
         Self { path: self.path.clone(), keys: object.cloned().unwrap_or_default() }
     }
 
+    /// The same with `defaults` for the keys that are left out.
+    #[must_use]
+    pub(super) fn or(&self, defaults: &Value) -> Self {
+        let mut keys = defaults.as_object().cloned().unwrap_or_default();
+        keys.extend(self.keys.clone());
+        Self { path: self.path.clone(), keys }
+    }
+
     /// Whether `key` is there, null or not.
     #[must_use]
     pub fn has(&self, key: &str) -> bool {
@@ -116,6 +127,14 @@ impl HfConfig {
             value.as_u64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
         let count = whole.and_then(|v| usize::try_from(v).ok()).ok_or_else(|| self.wrong(key, value, "a count"))?;
         if count > LARGEST { Err(self.wrong(key, value, "a count that a model has")) } else { Ok(Some(count)) }
+    }
+
+    /// A count, or `default` where the key is left out; null is none.
+    ///
+    /// # Errors
+    /// As [`Self::count_or`].
+    pub fn count_unless_null(&self, key: &str, default: usize) -> Result<Option<usize>> {
+        if self.has(key) { self.count_or(key, None) } else { Ok(Some(default)) }
     }
 
     /// A number, or `default` where it is absent.
@@ -206,17 +225,24 @@ impl HfConfig {
         Ok(layers)
     }
 
-    /// Theta, scaling and share of the rotary embedding: `rope_parameters` (transformers 5) or the older keys.
+    /// The object at `key`, or an empty one.
+    fn object(&self, key: &str) -> Result<Self> {
+        let keys = match self.get(key) {
+            Some(Value::Object(map)) => map.clone(),
+            Some(other) => return Err(self.wrong(key, other, "an object")),
+            None => Map::new(),
+        };
+        Ok(Self { path: self.path.clone(), keys })
+    }
+
+    /// Theta, scaling and share of the rotary embedding: `rope_parameters` (transformers 5) or the older keys, which
+    /// replace it where both are there, as someone added them.
     ///
     /// # Errors
     /// When the scaling is unknown or incomplete.
     pub fn rope(&self, config: &mut Config, theta_key: &str, share_key: &str, default_share: f64) -> Result<()> {
-        let nested = match self.get("rope_parameters").or_else(|| self.get("rope_scaling")) {
-            Some(Value::Object(map)) => map.clone(),
-            Some(other) => return Err(self.wrong("rope_scaling", other, "an object")),
-            None => Map::new(),
-        };
-        let nested = Self { path: self.path.clone(), keys: nested };
+        let old = self.object("rope_scaling")?;
+        let nested = if old.keys.is_empty() { self.object("rope_parameters")? } else { old };
         config.rope_theta = nested.number("rope_theta", self.number(theta_key, config.rope_theta)?)?;
         let share = nested.number("partial_rotary_factor", self.number(share_key, default_share)?)?;
         config.rotary_dim = (config.head_size as f64 * share) as usize;
@@ -244,9 +270,10 @@ impl HfConfig {
             config.rope_local_theta = Some(local(config.rope_theta)?);
             return Ok(());
         }
-        let (full, windowed) =
+        let (mut full, windowed) =
             (self.nested("rope_parameters", "full_attention"), self.nested("rope_parameters", "sliding_attention"));
-        config.rope_theta = full.number("rope_theta", default_theta)?;
+        full.keys.extend(self.object("rope_scaling")?.keys);
+        config.rope_theta = full.number("rope_theta", self.number("rope_theta", default_theta)?)?;
         config.rope_scaling = full.scaling(self, config.block_size)?;
         config.rope_local_theta = match windowed.number_if_any("rope_theta")? {
             Some(theta) => Some(theta),
@@ -274,12 +301,10 @@ impl HfConfig {
                 )
             })
         };
-        let original = self
-            .number_if_any("original_max_position_embeddings")?
-            .or(outer.number_if_any("original_max_position_embeddings")?)
-            .unwrap_or(context as f64);
+        let original = outer.number(ORIGINAL_CONTEXT, self.number(ORIGINAL_CONTEXT, context as f64)?)?;
         match kind {
-            "default" => Ok(Scaling::None),
+            // Dynamic scaling changes only texts beyond the context, which nothing here makes.
+            "default" | "dynamic" => Ok(Scaling::None),
             "linear" => Ok(Scaling::Linear { factor: needed("factor")? }),
             "llama3" => Ok(Scaling::Llama3 {
                 factor: needed("factor")?,
@@ -298,11 +323,31 @@ impl HfConfig {
                     truncate: self.flag("truncate", true)?,
                 })
             }
+            "longrope" => self.longrope(original, context),
             _ => Err(Error::unsupported(
                 format!("rope scaling `{kind}` (`{}`)", self.path.display()),
-                "default, linear, llama3 and yarn are implemented; choose another checkpoint",
+                "default, dynamic, linear, llama3, longrope and yarn are implemented; choose another checkpoint",
             )),
         }
+    }
+
+    /// The scaling of a `rope_scaling` object of type longrope.
+    fn longrope(&self, original: f64, context: usize) -> Result<Scaling> {
+        let factor = self.number("factor", context as f64 / original)?;
+        let attention = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+        Ok(Scaling::Long {
+            short: self.numbers("short_factor")?,
+            long: self.numbers("long_factor")?,
+            original_context: original as usize,
+            attention_factor: self.number("attention_factor", attention)?,
+        })
+    }
+
+    /// A list of numbers that has to be there.
+    fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        let value = self.get(key).unwrap_or(&Value::Null);
+        let list = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        list.ok_or_else(|| self.wrong(key, value, "a list of numbers"))
     }
 
     fn yarn_attention_factor(&self, factor: f64) -> Result<f64> {

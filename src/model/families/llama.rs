@@ -33,9 +33,8 @@ pub(super) fn llama(hf: &HfConfig) -> Result<Config> {
 
 fn mistral(hf: &HfConfig) -> Result<Config> {
     let mut config = llama(hf)?;
-    config.n_query_groups = hf.count_or("num_key_value_heads", 8)?.unwrap_or(8);
-    // A key that is left out means transformers' default; null means no window.
-    let window = if hf.has("sliding_window") { hf.count_or("sliding_window", None)? } else { Some(4096) };
+    config.n_query_groups = hf.count_unless_null("num_key_value_heads", 8)?.unwrap_or(config.n_head);
+    let window = hf.count_unless_null("sliding_window", 4096)?;
     hf.windows(&mut config, window, |_| true)?;
     config.finish(hf.path())
 }
@@ -66,10 +65,9 @@ fn mixtral_names(_: &Config, name: &str) -> Vec<Piece> {
 
 fn smollm3(hf: &HfConfig) -> Result<Config> {
     let mut config = llama(hf)?;
-    config.n_query_groups = hf.count_or("num_key_value_heads", 4)?.unwrap_or(4);
-    if hf.get("rope_theta").is_none() && hf.get("rope_parameters").is_none() {
-        config.rope_theta = 2_000_000.0;
-    }
+    config.n_query_groups = hf.count_unless_null("num_key_value_heads", 4)?.unwrap_or(config.n_head);
+    config.rope_theta = 2_000_000.0;
+    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     if hf.get("tie_word_embeddings").is_none() {
         config.tie_embeddings = true;
     }

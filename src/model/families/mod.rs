@@ -8,6 +8,7 @@ mod gemma;
 mod granite;
 mod hf;
 mod llama;
+pub mod multimodal;
 mod olmo;
 mod phi;
 mod pythia;
@@ -104,7 +105,8 @@ pub struct Slot {
 pub fn by_config(config: &HfConfig) -> Result<&'static Family> {
     let model_type = config.model_type()?;
     FAMILIES.iter().find(|f| f.model_types.contains(&model_type)).ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
+        let known = FAMILIES.iter().flat_map(|f| f.model_types).copied();
+        let known: Vec<&str> = known.chain(multimodal::model_types()).collect();
         Error::Unsupported {
             what: format!("model_type `{model_type}` (`{}`)", config.path().display()),
             hint: format!("use a model of one of these types: {}", known.join(", ")),
@@ -142,6 +144,8 @@ pub fn slots(config: &Config) -> Vec<Slot> {
     slots.norm(config, "model.norm", config.n_embd, norm_bias);
     if !config.tie_embeddings {
         slots.matrix("lm_head", config.vocab_size, config.n_embd, config.biases.head);
+    } else if config.biases.head {
+        slots.vector("lm_head.bias", config.vocab_size);
     }
     slots.0
 }
@@ -164,8 +168,12 @@ impl Slots {
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, bias: bool) {
         self.0.push(Slot { name: format!("{name}.weight"), rows, cols, vector: false });
         if bias {
-            self.0.push(Slot { name: format!("{name}.bias"), rows: 1, cols: rows, vector: true });
+            self.vector(&format!("{name}.bias"), rows);
         }
+    }
+
+    fn vector(&mut self, name: &str, len: usize) {
+        self.0.push(Slot { name: name.to_owned(), rows: 1, cols: len, vector: true });
     }
 
     fn mlp(&mut self, config: &Config, prefix: &str) {
@@ -185,10 +193,10 @@ impl Slots {
 
     fn norm(&mut self, config: &Config, name: &str, len: usize, bias: bool) {
         if config.norm_weight {
-            self.0.push(Slot { name: format!("{name}.weight"), rows: 1, cols: len, vector: true });
+            self.vector(&format!("{name}.weight"), len);
         }
         if bias {
-            self.0.push(Slot { name: format!("{name}.bias"), rows: 1, cols: len, vector: true });
+            self.vector(&format!("{name}.bias"), len);
         }
     }
 }
@@ -217,6 +225,8 @@ fn split_qkv(name: &str) -> Option<(&str, usize, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::glu::Activation;
+    use crate::ops::rope::Scaling;
 
     #[test]
     fn every_model_type_is_listed_once() {
@@ -322,10 +332,78 @@ mod tests {
         assert!(matches!(read("gemma3_text", r#", "attn_logit_softcapping": 50.0"#), Err(Error::Unsupported { .. })));
     }
 
+    fn dense(model_type: &str, keys: &str) -> Result<Config> {
+        read(model_type, &format!(r#", "intermediate_size": 96{keys}"#))
+    }
+
     #[test]
-    fn phi3_with_scaled_rope_is_refused() {
-        let scaling = r#", "intermediate_size": 96, "rope_scaling": {"type": "yarn", "factor": 4.0}"#;
-        assert!(matches!(read("phi3", scaling), Err(Error::Unsupported { .. })));
+    fn phi3_knows_longrope_by_its_older_names() {
+        let numbers = [1.0, 2.0, 3.0, 4.0];
+        let scaling = |kind: &str, more: &str| {
+            let lists = format!(r#""short_factor": {numbers:?}, "long_factor": {numbers:?}"#);
+            let keys = format!(r#", "max_position_embeddings": 16384 {more}"#);
+            dense("phi3", &format!(r#"{keys}, "rope_scaling": {{"type": "{kind}", {lists}}}"#)).map(|c| c.rope_scaling)
+        };
+        let long = |original_context: usize, factor: f64| Scaling::Long {
+            short: numbers.to_vec(),
+            long: numbers.to_vec(),
+            original_context,
+            attention_factor: (1.0 + factor.ln() / (original_context as f64).ln()).sqrt(),
+        };
+        for kind in ["longrope", "su", "yarn"] {
+            assert_eq!(scaling(kind, "").unwrap(), long(4096, 4.0));
+        }
+        assert_eq!(scaling("longrope", r#", "original_max_position_embeddings": 8192"#).unwrap(), long(8192, 2.0));
+        assert!(scaling("longrope", r#", "partial_rotary_factor": 0.5"#).is_err(), "too many numbers");
+        assert!(dense("phi3", r#", "rope_scaling": {"type": "longrope"}"#).is_err());
+    }
+
+    #[test]
+    fn rope_settings_that_were_added_go_first() {
+        let saved = r#", "num_key_value_heads": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}"#;
+        let added = r#", "rope_scaling": {"rope_type": "linear", "factor": 4.0}"#;
+        let config = dense("qwen3", &format!("{saved}{added}")).unwrap();
+        assert_eq!((config.rope_theta, &config.rope_scaling), (10_000.0, &Scaling::Linear { factor: 4.0 }));
+        assert_eq!(dense("qwen3", &format!(r#"{saved}, "rope_scaling": {{}}"#)).unwrap().rope_theta, 1e6);
+        let kinds = r#", "rope_theta": 5e4, "rope_parameters": {"full_attention": {}}"#;
+        let config = dense("gemma3_text", &format!("{kinds}{added}")).unwrap();
+        assert_eq!((config.rope_theta, &config.rope_scaling), (5e4, &Scaling::Linear { factor: 4.0 }));
+        assert_eq!(dense("llama", r#", "rope_scaling": {"type": "dynamic"}"#).unwrap().rope_scaling, Scaling::None);
+        let theta = |keys: &str| dense("smollm3", keys).unwrap().rope_theta;
+        assert_eq!((theta(r#", "rope_parameters": {}"#), theta(r#", "rope_theta": 7.0"#)), (2e6, 7.0));
+        let original = r#", "original_max_position_embeddings": 16, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}"#;
+        let Scaling::Llama3 { original_context, .. } = dense("llama", original).unwrap().rope_scaling else { panic!() };
+        assert_eq!(original_context, 16.0);
+    }
+
+    #[test]
+    fn null_is_not_the_default() {
+        let config = dense(
+            "qwen2",
+            r#", "num_key_value_heads": null, "use_sliding_window": true, "sliding_window": null, "max_window_layers": 0"#,
+        );
+        let config = config.unwrap();
+        assert_eq!((config.n_query_groups, config.windows), (8, vec![None; 8]));
+        let config = dense("mistral", r#", "num_key_value_heads": null, "sliding_window": null"#).unwrap();
+        assert_eq!((config.n_query_groups, config.windows), (8, vec![None; 8]));
+        let config = dense("mistral", "").unwrap();
+        assert_eq!((config.n_query_groups, config.windows), (8, vec![Some(4096); 8]));
+    }
+
+    #[test]
+    fn gemmas_activation_is_the_tanh_form_unless_it_is_another() {
+        let activation = |keys: &str| dense("gemma", keys).unwrap().activation;
+        assert_eq!(activation(r#", "num_key_value_heads": 1, "hidden_act": "gelu""#), Activation::GeluTanh);
+        let silu = r#", "num_key_value_heads": 1, "hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh""#;
+        assert_eq!(activation(silu), Activation::Silu);
+    }
+
+    #[test]
+    fn a_tied_head_keeps_its_bias() {
+        let config = dense("phi", r#", "tie_word_embeddings": true"#).unwrap();
+        let names: Vec<String> = slots(&config).into_iter().map(|slot| slot.name).collect();
+        assert!(names.contains(&"lm_head.bias".to_owned()) && !names.contains(&"lm_head.weight".to_owned()));
     }
 
     #[test]

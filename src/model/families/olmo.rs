@@ -46,8 +46,7 @@ fn olmo2(hf: &HfConfig) -> Result<Config> {
 fn olmo3(hf: &HfConfig) -> Result<Config> {
     let mut config = later(hf)?;
     hf.rope_by_layer_type(&mut config, DEFAULT_THETA, |full| windowed_theta(hf, full))?;
-    // A key that is left out means transformers' default; null means no window.
-    let window = if hf.has("sliding_window") { hf.count_or("sliding_window", None)? } else { Some(4096) };
+    let window = hf.count_unless_null("sliding_window", 4096)?;
     hf.windows(&mut config, window, |layer| !(layer + 1).is_multiple_of(4))?;
     config.finish(hf.path())
 }

@@ -1,12 +1,11 @@
 //! Phi 1, 1.5, 2 (parallel, biased) and Phi 3, 3.5, 4 (llama-like with fused projections).
 
 use super::{Family, HfConfig, Piece, renamed, split_qkv};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Config;
 use crate::model::config::{Biases, Mlp};
 use crate::ops::norm::Kind;
-use crate::ops::rope::Scaling;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// `PhiForCausalLM`.
 pub const PHI: Family = Family { model_types: &["phi"], config: phi, locate: phi_names };
@@ -40,19 +39,29 @@ fn phi_names(_: &Config, name: &str) -> Vec<Piece> {
 }
 
 fn phi3(hf: &HfConfig) -> Result<Config> {
+    let hf = &longrope_by_any_name(hf);
     let mut config = hf.sizes()?;
     config.norm_eps = hf.number("rms_norm_eps", 1e-5)? as f32;
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
     hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
-    // transformers reads a phi3 with yarn as one with longrope, and knows no third.
-    if config.rope_scaling != Scaling::None {
-        let what = format!("rope scaling of a phi3 (`{}`)", hf.path().display());
-        return Err(Error::unsupported(what, "choose a checkpoint without `rope_scaling`, as the 4k variants"));
-    }
     let window = hf.count_or("sliding_window", None)?;
     hf.windows(&mut config, window, |_| true)?;
     config.finish(hf.path())
+}
+
+/// Its longrope was called su and yarn once, and its contexts have defaults.
+fn longrope_by_any_name(hf: &HfConfig) -> HfConfig {
+    let hf = hf.or(&json!({"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}));
+    let mut keys = hf.keys().clone();
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(rope) = keys.get_mut(key).and_then(Value::as_object_mut) else { continue };
+        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+        if matches!(kind.and_then(Value::as_str), Some("su" | "yarn")) {
+            rope.insert("rope_type".to_owned(), json!("longrope"));
+        }
+    }
+    HfConfig::of(hf.path(), keys)
 }
 
 fn phi3_names(config: &Config, name: &str) -> Vec<Piece> {

@@ -57,19 +57,19 @@ fn qwen3_moe(hf: &HfConfig) -> Result<Config> {
     hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     // Its window, unlike Qwen 3's, is one for all layers.
     let used = hf.flag("use_sliding_window", false)?;
-    config.windows = vec![hf.count_or("sliding_window", 4096)?.filter(|_| used); config.n_layer];
+    config.windows = vec![hf.count_unless_null("sliding_window", 4096)?.filter(|_| used); config.n_layer];
     config.finish(hf.path())
 }
 
 fn base(hf: &HfConfig) -> Result<Config> {
     let mut config = hf.sizes()?;
-    config.n_query_groups = hf.count_or("num_key_value_heads", 32)?.unwrap_or(32);
+    config.n_query_groups = hf.count_unless_null("num_key_value_heads", 32)?.unwrap_or(config.n_head);
     config.norm_eps = hf.number("rms_norm_eps", 1e-6)? as f32;
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
     hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     let used = hf.flag("use_sliding_window", false)?;
-    let window = hf.count_or("sliding_window", 4096)?.filter(|_| used);
+    let window = hf.count_unless_null("sliding_window", 4096)?.filter(|_| used);
     let first = hf.count_or("max_window_layers", 28)?.unwrap_or(28);
     hf.windows(&mut config, window, |layer| layer >= first)?;
     Ok(config)

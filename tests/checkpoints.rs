@@ -1,0 +1,235 @@
+//! Checkpoint folders that differ from the plain one: scaled rotations, a head beside the embedding it is said to be,
+//! models with parts that are not read, adapters as PEFT keeps them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use litgpt::checkpoint::{Checkpoint, adapter};
+use litgpt::generate::{Draw, Request, Session, tokens};
+use litgpt::model::Gpt;
+use litgpt::model::families::{HfConfig, by_config, slots};
+use litgpt::ops::weight::Store;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use crate::util::{Stored, copy_tiny, finetune, floats, litgpt, tensors, tiny, write_tensors};
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    change(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
+
+fn open(dir: &Path) -> (Checkpoint, Gpt) {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let mut gpt = Gpt::load(&checkpoint.config, &checkpoint, Store::F32, None, &mut |_| {}).unwrap();
+    gpt.prepare(64);
+    (checkpoint, gpt)
+}
+
+fn logits(dir: &Path, ids: &[u32]) -> Vec<f32> {
+    let (_, gpt) = open(dir);
+    gpt.all_logits(ids, &mut gpt.cache()).to_vec()
+}
+
+fn most_likely(logits: &[f32]) -> u32 {
+    logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32
+}
+
+fn tiny_tensors() -> BTreeMap<String, Stored> {
+    tensors(&tiny().join("model.safetensors"))
+}
+
+fn stored(shape: &[usize], value: impl Fn(usize) -> f32) -> Stored {
+    let n = shape.iter().product();
+    (Dtype::F32, shape.to_vec(), (0..n).flat_map(|i| value(i).to_le_bytes()).collect())
+}
+
+/// The tiny model with a longrope of 20 tokens.
+fn long_texts(to: &Path) {
+    copy_tiny(to);
+    let divisors = |last: f64| (0..16).map(|i| 1.0 + last * f64::from(i)).collect::<Vec<_>>();
+    edit(&to.join("config.json"), |config| {
+        config["rope_scaling"] = json!({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 20,
+            "short_factor": divisors(0.02), "long_factor": divisors(3.0)});
+    });
+}
+
+#[test]
+fn a_text_that_becomes_long_turns_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    long_texts(dir.path());
+    let (_, gpt) = open(dir.path());
+    let prompt = [5, 17, 3, 99, 41, 8, 250, 7, 1, 40, 12];
+    for prompt_lookup in [0, 8] {
+        let request = Request {
+            prompt: &prompt,
+            max_new_tokens: 24,
+            draw: Draw::GREEDY,
+            stop_ids: &[],
+            stop_texts: &[],
+            prompt_lookup,
+        };
+        let mut session = Session::alone(&gpt);
+        // What the session keeps of a long text is of no use for a short one, and the other way round.
+        for _ in 0..2 {
+            let mut text = prompt.to_vec();
+            tokens(&gpt, &mut session, &request, |token| {
+                text.push(token);
+                Ok(true)
+            })
+            .unwrap();
+            assert_eq!(text.len(), 35);
+            for end in prompt.len()..text.len() {
+                let whole = gpt.all_logits(&text[..end], &mut gpt.cache());
+                assert_eq!(text[end], most_likely(whole.row(end - 1)), "token {end}");
+            }
+        }
+    }
+    let [short, long] = [20, 21].map(|end| gpt.all_logits(&vec![7; end], &mut gpt.cache()).row(10).to_vec());
+    assert_ne!(short, long, "the divisors make a difference");
+}
+
+#[test]
+fn samples_on_both_sides_of_a_longrope_share_no_prefix() {
+    let dir = tempfile::tempdir().unwrap();
+    long_texts(&dir.path().join("base"));
+    let run = |sharing: &str| {
+        let more = format!("--train.max_steps 3 --train.global_batch_size 16 --train.prefix_sharing {sharing}");
+        finetune(dir.path(), &dir.path().join("base"), &more).ok();
+        crate::util::column(&dir.path().join("out"), "loss")
+    };
+    assert_eq!(run("on"), run("off"));
+}
+
+#[test]
+fn a_head_that_differs_from_the_embedding_is_one_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let (same, other) = (dir.path().join("same"), dir.path().join("other"));
+    let ids = [5, 17, 3];
+    let mut all = tiny_tensors();
+    let embedding = all["model.embed_tokens.weight"].clone();
+    for (folder, factor) in [(&same, 1.0), (&other, -2.0)] {
+        copy_tiny(folder);
+        let values = floats(&embedding);
+        let bytes = values.iter().flat_map(|v| ((v * factor).to_bits() >> 16).to_le_bytes()[..2].to_vec());
+        all.insert("lm_head.weight".to_owned(), (Dtype::BF16, embedding.1.clone(), bytes.collect()));
+        write_tensors(&folder.join("model.safetensors"), &all);
+    }
+    let want = logits(&tiny(), &ids);
+    assert_eq!(logits(&same, &ids), want);
+    let got = logits(&other, &ids);
+    assert!(got.iter().zip(&want).all(|(g, w)| (g + 2.0 * w).abs() <= 1e-4 * w.abs().max(1.0)));
+    // What it is merged into says so, for readers that believe config.json.
+    finetune(dir.path(), &other, "--train.max_steps 1").ok();
+    litgpt(dir.path(), ["merge_lora", "--checkpoint_dir", "out/final", "--out_dir", "merged"]).ok();
+    let merged = dir.path().join("merged");
+    let config: Value = serde_json::from_str(&fs::read_to_string(merged.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["tie_word_embeddings"], false);
+    let head = &tensors(&merged.join("model.safetensors"))["lm_head.weight"];
+    assert!(floats(head) == floats(&all["lm_head.weight"]));
+}
+
+#[test]
+fn codes_of_four_bits_are_read_in_any_storage() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = tiny();
+    litgpt(dir.path(), ["quantize", tiny.to_str().unwrap(), "--quantize", "nf4", "--out_dir", "four"]).ok();
+    let folder = dir.path().join("four");
+    let want = logits(&folder, &[5, 17, 3]);
+    let mut all = tensors(&folder.join("model.safetensors"));
+    for (name, (dtype, shape, _)) in &mut all {
+        if name.ends_with("proj.weight") {
+            assert_eq!(*dtype, Dtype::U8);
+            (*dtype, shape[0]) = (Dtype::BF16, shape[0] / 2);
+        }
+    }
+    write_tensors(&folder.join("model.safetensors"), &all);
+    assert_eq!(logits(&folder, &[5, 17, 3]), want);
+}
+
+/// Settings of a small Gemma 3 that leave out what all of them have alike.
+fn gemma3() -> Value {
+    json!({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 1408,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "max_position_embeddings": 128})
+}
+
+#[test]
+fn of_a_model_that_also_sees_the_text_part_is_trained_and_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let (text, whole) = (dir.path().join("text"), dir.path().join("whole"));
+    let mut config = gemma3();
+    config["model_type"] = json!("gemma3_text");
+    let hf = HfConfig::of(Path::new("config.json"), config.as_object().unwrap().clone());
+    let all: BTreeMap<String, Stored> = slots(&(by_config(&hf).unwrap().config)(&hf).unwrap())
+        .into_iter()
+        .enumerate()
+        .map(|(at, slot)| {
+            let shape = if slot.vector { vec![slot.cols] } else { vec![slot.rows, slot.cols] };
+            let value = |i: usize| ((i * 7919 + at * 104_729) % 1013) as f32 / 1013.0 - 0.5;
+            (slot.name, stored(&shape, |i| value(i) * if slot.vector { 0.1 } else { 0.4 }))
+        })
+        .collect();
+    for folder in [&text, &whole] {
+        copy_tiny(folder);
+    }
+    fs::write(text.join("config.json"), config.to_string()).unwrap();
+    write_tensors(&text.join("model.safetensors"), &all);
+    let parts = json!({"model_type": "gemma3", "text_config": gemma3(), "vision_config": {"hidden_size": 8}});
+    fs::write(whole.join("config.json"), parts.to_string()).unwrap();
+    let mut seeing: BTreeMap<String, Stored> =
+        all.into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)).collect();
+    seeing.insert("vision_tower.vision_model.post_layernorm.weight".to_owned(), stored(&[8], |_| 1.0));
+    write_tensors(&whole.join("model.safetensors"), &seeing);
+    let ids = [5, 17, 3, 99, 41, 8, 250];
+    assert_eq!(logits(&whole, &ids), logits(&text, &ids));
+    let merged = ["text", "whole"].map(|base| {
+        finetune(dir.path(), &dir.path().join(base), "--train.max_steps 2 --train.max_seq_length 64").ok();
+        litgpt(dir.path(), ["merge_lora", "--checkpoint_dir", "out/final", "--out_dir", "merged"]).ok();
+        let merged = dir.path().join("merged");
+        assert_eq!(Checkpoint::open(&merged).unwrap().hf.model_type().unwrap(), "gemma3_text");
+        let logits = logits(&merged, &ids);
+        fs::remove_dir_all(merged).unwrap();
+        logits
+    });
+    assert_eq!(merged[0], merged[1]);
+}
+
+#[test]
+fn adapters_of_peft_that_name_the_base_are_understood() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = "--train.max_steps 2 --lora_head true --lora_query false --lora_value false";
+    finetune(dir.path(), &tiny(), run).ok();
+    let folder = dir.path().join("out/final");
+    let ids = [5, 17, 3];
+    let adapted = || {
+        let (checkpoint, mut gpt) = open(&tiny());
+        adapter::load(&folder, checkpoint.family, &mut gpt).map(|()| gpt.all_logits(&ids, &mut gpt.cache()).to_vec())
+    };
+    let want = adapted().unwrap();
+    // PEFT saves the head beside its adapter.
+    let file = folder.join("adapter_model.safetensors");
+    let (mut all, head) = (tensors(&file), tiny_tensors()["model.embed_tokens.weight"].clone());
+    let name = "base_model.model.lm_head.base_layer.weight".to_owned();
+    all.insert(name.clone(), head.clone());
+    let put = |all: &BTreeMap<String, Stored>| {
+        write_tensors(&file, all);
+        let _ = fs::remove_file(folder.join("manifest.json"));
+    };
+    put(&all);
+    assert_eq!(adapted().unwrap(), want);
+    // Before transformers 5 the head of a GPT-NeoX had another name.
+    let renamed = all.iter().map(|(name, tensor)| (name.replace("lm_head", "embed_out"), tensor.clone())).collect();
+    put(&renamed);
+    assert_eq!(adapted().unwrap(), want);
+    let changed = floats(&head).iter().flat_map(|v| (v * 1.5).to_le_bytes()).collect();
+    all.insert(name.clone(), (Dtype::F32, head.1, changed));
+    put(&all);
+    assert!(adapted().unwrap_err().to_string().contains("is another head than the model's"));
+    all.remove(&name);
+    put(&all);
+    edit(&folder.join("adapter_config.json"), |config| config["init_lora_weights"] = json!("pissa_niter_4"));
+    let refused = adapted().unwrap_err().to_string();
+    assert!(refused.contains("pissa_niter_4") && refused.contains("adapter_config.json"), "{refused}");
+}
