@@ -22,6 +22,12 @@ fn config(hf: &HfConfig) -> Result<Config> {
     let theta = if hf.get("rotary_emb_base").is_some() { "rotary_emb_base" } else { "rope_theta" };
     let share = if hf.get("rotary_pct").is_some() { "rotary_pct" } else { "partial_rotary_factor" };
     hf.rope(&mut config, theta, share, 0.25)?;
+    let width = config.rotary_dim;
+    if !width.is_multiple_of(2) {
+        // An odd width w has (w + 1) / 2 frequencies θ^(-2i / w), which are those of w + 1 by a larger base.
+        config.rotary_dim = width + 1;
+        config.rope_theta = config.rope_theta.powf((width + 1) as f64 / width as f64);
+    }
     config.finish(hf.path())
 }
 
