@@ -99,8 +99,22 @@ fn effective(yaml: &Map<String, Value>) -> Map<String, Value> {
     }
     if field(&all, "n_expert") == 0 {
         all.remove("n_expert_per_token");
+    } else {
+        all.insert("intermediate_size".to_owned(), expert_width(yaml));
+    }
+    // Only the whole channels of this share turn.
+    if let (Some(share), Some(head_size)) =
+        (field(&all, "rotary_percentage").as_f64(), field(&all, "head_size").as_u64())
+    {
+        all.insert("rotary_percentage".to_owned(), json!((share * head_size as f64) as u64));
     }
     all
+}
+
+/// Channels inside each expert.
+fn expert_width(yaml: &Map<String, Value>) -> Value {
+    let own = field(yaml, "moe_intermediate_size");
+    if own.is_null() { field(yaml, "intermediate_size").clone() } else { own.clone() }
 }
 
 /// Whether two values mean the same number, or are equal.
@@ -153,10 +167,11 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
     let share = field(yaml, "rotary_percentage").as_f64().unwrap_or(0.25);
     let tanh = text("gelu_approximate", "none") == "tanh";
     let model_type = model_type(path, yaml)?;
+    let groups = Some(value("n_query_groups")).filter(|groups| !groups.is_null()).unwrap_or_else(|| value("n_head"));
     let mut keys = json!({
         "model_type": model_type, "tie_word_embeddings": false,
         "vocab_size": value("padded_vocab_size"), "hidden_size": value("n_embd"), "num_hidden_layers": value("n_layer"),
-        "num_attention_heads": value("n_head"), "num_key_value_heads": value("n_query_groups"),
+        "num_attention_heads": value("n_head"), "num_key_value_heads": groups,
         "head_dim": value("head_size"), "intermediate_size": value("intermediate_size"),
         "max_position_embeddings": value("block_size"), "rope_theta": yaml.get("rope_base").unwrap_or(&json!(10000)),
         "partial_rotary_factor": share, "rope_scaling": rope_scaling(yaml),
@@ -173,8 +188,8 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
         }),
         "falcon" => json!({
             "layer_norm_epsilon": eps, "bias": false, "alibi": false, "parallel_attn": on("parallel_residual", true),
-            "new_decoder_architecture": !on("shared_attention_norm", false), "num_kv_heads": value("n_query_groups"),
-            "multi_query": value("n_query_groups") == 1, "ffn_hidden_size": value("intermediate_size"),
+            "new_decoder_architecture": !on("shared_attention_norm", false), "num_kv_heads": groups,
+            "multi_query": groups == 1, "ffn_hidden_size": value("intermediate_size"),
             "activation": "gelu",
         }),
         "phi" | "stablelm" => json!({
@@ -187,7 +202,7 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
         // Its experts' shares always sum to 1.
         "mixtral" | "qwen3_moe" => json!({
             "rms_norm_eps": eps, "num_experts": value("n_expert"), "num_experts_per_tok": value("n_expert_per_token"),
-            "moe_intermediate_size": value("moe_intermediate_size"), "norm_topk_prob": true,
+            "moe_intermediate_size": expert_width(yaml), "intermediate_size": expert_width(yaml), "norm_topk_prob": true,
         }),
         _ => json!({ "rms_norm_eps": eps, "use_sliding_window": false }),
     };
@@ -420,6 +435,29 @@ mod tests {
         let map = json!({"b": 1e-5, "a": {"factor": 8.0}, "c": [1, 0], "d": null, "e": "x", "f": 3});
         let want = "a:\n  factor: 8.0\nb: 0.00001\nc: [1, 0]\nd: null\ne: \"x\"\nf: 3\n";
         assert_eq!(to_yaml(map.as_object().unwrap()), want);
+    }
+
+    /// Mixtures and odd shares of rotated channels are known by `model_config.yaml` alone.
+    #[test]
+    fn what_differs_in_words_alone_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |yaml: &str| {
+            std::fs::write(dir.path().join(CONFIG), yaml).unwrap();
+            let hf = hf_config(dir.path())?;
+            (by_config(&hf)?.config)(&hf)
+        };
+        let sizes = "n_layer: 2\nn_embd: 64\nn_head: 4\nhead_size: 16\nblock_size: 64\npadded_vocab_size: 100\n";
+        let llama = "bias: false\nparallel_residual: false\nnorm_class_name: RMSNorm\n";
+        let moe = "mlp_class_name: LLaMAMoE\nintermediate_size: 96\nn_expert: 5\nn_expert_per_token: 3\n";
+        let whole = "rotary_percentage: 1.0\n";
+        let experts = Mlp::Experts { n_expert: 5, n_expert_per_token: 3, norm_topk: true };
+        for (more, width) in [("", 96), ("norm_qk: true\nmoe_intermediate_size: 40\n", 40)] {
+            let config = read(&format!("{sizes}{llama}{moe}{whole}{more}")).unwrap();
+            assert_eq!((config.mlp, config.intermediate_size), (experts, width));
+        }
+        let mlp = "mlp_class_name: LLaMAMLP\nintermediate_size: 96\n";
+        assert_eq!(read(&format!("{sizes}{llama}{mlp}rotary_percentage: 0.4\n")).unwrap().rotary_dim, 6);
+        assert!(read(&format!("{sizes}{llama}{moe}{whole}n_shared_expert: 1\n")).is_err());
     }
 
     #[test]
