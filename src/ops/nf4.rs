@@ -210,7 +210,8 @@ impl Absmax {
             nested_absmax.push(largest);
             codes.extend(block.iter().map(|a| {
                 let scaled = (a - offset) * inverse;
-                NESTED_LIMITS.partition_point(|&limit| scaled > limit) as u8
+                // bitsandbytes divides 0 by 0 where all scales are equal, and has no code below that.
+                if largest == 0.0 { 0 } else { nested_code_of(scaled) }
             }));
         }
         Self::Double { codes, nested_absmax, offset }
@@ -268,6 +269,14 @@ pub const fn nested_code() -> &'static [f32; 256] {
 
 static NESTED_CODE: [f32; 256] = dynamic_map();
 static NESTED_LIMITS: [f32; 255] = nested_limits();
+
+/// The code of a value from -1 to 1: that of the nearest entry to the nearest of 65,536 points, for each of which
+/// bitsandbytes 0.50 keeps the code in a table on the CPU.
+fn nested_code_of(value: f32) -> u8 {
+    const HALF: f32 = 32_767.5;
+    let point = ((value + 1.0) * HALF + 0.5).floor() / HALF - 1.0;
+    NESTED_LIMITS.partition_point(|&limit| point > limit) as u8
+}
 
 /// In f32 and in the order of `torch.linspace`, from both ends to the middle, so that every bit agrees.
 const fn dynamic_map() -> [f32; 256] {
@@ -535,6 +544,14 @@ mod tests {
         }
         assert_eq!(plain.byte_count(), 700 * 32 + 700 * 4);
         assert_eq!(double.byte_count(), 700 * 32 + 700 + 3 * 4 + 4);
+    }
+
+    #[test]
+    fn equal_scales_have_bitsandbytes_code() {
+        let Absmax::Double { codes, nested_absmax, offset } = Absmax::double(&[0.5; 3]) else {
+            panic!("one scale each")
+        };
+        assert_eq!((codes, nested_absmax, offset), (vec![0; 3], vec![0.0], 0.5));
     }
 
     #[test]
