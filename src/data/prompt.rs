@@ -217,7 +217,8 @@ static STYLES: &[Style] = &[
     Style { name: "salamandra", class: "Salamandra", default_system: system::SALAMANDRA, ..CHATML },
 ];
 
-/// Model name (a regular expression, anywhere in it) and its style; the first that matches wins.
+/// Model name (a regular expression, anywhere in it) and its style; the first that matches wins. LitGPT gives some models
+/// names of its own (`Gemma-2b-it`, `tiny-llama-1.1b-chat`): these and the Hub's both have a style here.
 const MODELS: &[(&str, &str)] = &[
     ("stablelm-tuned-alpha", "stablelm-alpha"),
     ("stablelm-zephyr-3b", "stablelm-zephyr"),
@@ -239,8 +240,8 @@ const MODELS: &[(&str, &str)] = &[
     ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
     ("Phi-4-mini", "phi-4-mini"),
     ("phi-4", "phi-4"),
-    ("tiny-llama.*chat", "tinyllama"),
-    ("(Code)?Gemma.*-it", "gemma"),
+    (r"tiny-llama.*chat|TinyLlama-1\.1B-Chat-v1\.0", "tinyllama"),
+    ("[Gg]emma.*-it", "gemma"),
     ("OLMo.*-hf", "olmo"),
     (r"Qwen2\.5-Math-", "qwen2.5-math"),
     (r"Qwen2\.5-", "qwen2.5"),
@@ -546,6 +547,21 @@ mod tests {
     #[test]
     fn every_row_of_the_model_table_is_usable() {
         assert_eq!(MODEL_STYLES.len(), MODELS.len());
+    }
+
+    /// A folder is named as the Hub names the model, a `model_config.yaml` says LitGPT's name.
+    #[test]
+    fn litgpts_models_have_their_styles_by_either_name() {
+        let rows = include_str!("../../tests/data/model_styles.tsv").lines().filter(|line| !line.starts_with('#'));
+        let rows: Vec<Vec<&str>> = rows.map(|line| line.split('\t').collect()).collect();
+        assert_eq!(rows.len(), 210);
+        for row in rows {
+            let [hub, litgpt, class] = row[..] else { panic!("{row:?}") };
+            let folder = hub.rsplit('/').next().unwrap();
+            for name in [hub, folder, litgpt] {
+                assert_eq!(PromptStyle::for_model(name).class_name(), class, "{name}");
+            }
+        }
     }
 
     #[test]
