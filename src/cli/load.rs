@@ -1,7 +1,7 @@
 //! What commands share: a model from a folder (base, adapter or merged), with its tokenizer and prompt style.
 
 use super::ui::Ui;
-use crate::checkpoint::{Checkpoint, adapter, hub};
+use crate::checkpoint::{Checkpoint, adapter, hub, litgpt};
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result};
 use crate::model::{Gpt, device_error};
@@ -151,7 +151,8 @@ pub fn add_bos(switch: Switch) -> AddBos {
     }
 }
 
-/// The prompt style that a folder records, else the one that its name is known for.
+/// The prompt style that a folder records, else the one that the model's name in `model_config.yaml` is known for, else
+/// the one that the folder's is.
 ///
 /// # Errors
 /// When the recorded style is unknown, or is the chat template of a tokenizer that has none.
@@ -165,6 +166,11 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
         let class = text.lines().find_map(|l| l.strip_prefix("class_path:")).map(str::trim);
         let class = class.ok_or_else(|| Error::invalid(&path, "no `class_path:` line", "give --prompt_style"))?;
         return PromptStyle::resolve(class.trim_matches(['"', '\'']), tokenizer);
+    }
+    let config = dir.join(litgpt::CONFIG);
+    let recorded = if config.is_file() { litgpt::config::read_yaml(&config)?.remove("name") } else { None };
+    if let Some(name) = recorded.as_ref().and_then(|name| name.as_str()) {
+        return Ok(PromptStyle::for_model(name));
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     Ok(PromptStyle::for_model(&absolute.file_name().unwrap_or_default().to_string_lossy()))
@@ -313,4 +319,30 @@ pub fn check_vocabulary(tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Resul
     }
     let what = format!("tokenizer and weights of `{}` do not belong together", checkpoint.dir.display());
     Err(Error::Mismatch { what, problems, hint: "download the checkpoint again".to_owned() })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// The quickstart model's.
+    fn own() -> Tokenizer {
+        Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny")).unwrap()
+    }
+
+    #[test]
+    fn the_models_name_in_its_config_beats_the_folders() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("Llama-3-8B-Instruct");
+        std::fs::create_dir(&dir).unwrap();
+        let style = || prompt_style(&dir, None, &own()).unwrap();
+        assert_eq!(style().name(), "llama3");
+        std::fs::write(dir.join(litgpt::CONFIG), "n_layer: 2\nname: Gemma-2b-it\n").unwrap();
+        assert_eq!(style().name(), "gemma");
+        std::fs::write(dir.join(litgpt::CONFIG), "n_layer: 2\n").unwrap();
+        assert_eq!(style().name(), "llama3");
+        std::fs::write(dir.join(PROMPT_STYLE), "class_path: litgpt.prompts.Alpaca\n").unwrap();
+        assert_eq!(style().name(), "alpaca");
+    }
 }
