@@ -174,25 +174,28 @@ fn flatten(name: &str, value: Value, entries: &mut Vec<Entry>) {
 
 /// Replaces entries that stand for several by those: group files and inline groups, `betas`, a data file as `data`.
 fn expand(entries: Vec<Entry>) -> Result<Vec<Entry>> {
-    let mut expanded = Vec::with_capacity(entries.len());
+    let (mut singles, mut expanded) = (Vec::with_capacity(entries.len()), Vec::with_capacity(entries.len()));
     for entry in entries {
-        let key = Flag::find(&entry.name).map_or("", |flag| flag.key);
-        let group = match key {
-            "data.name" => "data",
-            "optimizer.name" => "optimizer",
-            "train" | "eval" => key,
-            "optimizer.betas" => {
-                expand_betas(entry, &mut expanded)?;
-                continue;
-            }
-            _ => {
-                expanded.push(entry);
-                continue;
-            }
-        };
-        expand_group(group, entry, &mut expanded)?;
+        match key_of(&entry) {
+            "data.name" => expand_group("data", entry, &mut singles)?,
+            "optimizer.name" => expand_group("optimizer", entry, &mut singles)?,
+            key @ ("train" | "eval") => expand_group(key, entry, &mut singles)?,
+            _ => singles.push(entry),
+        }
+    }
+    // A group may hold them, too.
+    for entry in singles {
+        match key_of(&entry) {
+            "optimizer.betas" => expand_betas(entry, &mut expanded)?,
+            _ => expanded.push(entry),
+        }
     }
     Ok(expanded)
+}
+
+/// The setting that an entry means; empty if there is none.
+fn key_of(entry: &Entry) -> &'static str {
+    Flag::find(&entry.name).map_or("", |flag| flag.key)
 }
 
 fn expand_group(group: &str, entry: Entry, expanded: &mut Vec<Entry>) -> Result<()> {
@@ -649,6 +652,17 @@ mod tests {
         }
         let typo = resolved("litgpt finetune_lora m --train.max_step 3").unwrap_err();
         assert!(typo.to_string().ends_with(", did you mean `--train.max_steps`?"));
+    }
+
+    #[test]
+    fn an_optimizer_in_one_piece_has_its_betas() {
+        let text = r#"{"class_path":"torch.optim.AdamW","init_args":{"lr":1e-4,"betas":[0.9,0.95]}}"#;
+        let (_folder, path) = recipe(text);
+        for optimizer in [text, &path] {
+            let argv = ["litgpt", "finetune_lora", "m", "--optimizer", optimizer].map(str::to_owned);
+            let optimizer = parse_finetune(&argv).unwrap().optimizer;
+            assert_eq!((optimizer.learning_rate, optimizer.beta1, optimizer.beta2), (1e-4, 0.9, 0.95));
+        }
     }
 
     #[test]
