@@ -259,6 +259,7 @@ impl Chat<'_> {
 
     fn answer(&mut self, prompt: &[u32], max_new_tokens: usize, ui: &Ui) -> anyhow::Result<String> {
         self.session.prepare(&mut self.loaded.gpt, prompt.len() + max_new_tokens);
+        let stop_ids = self.loaded.style.stop_ids(&self.loaded.tokenizer);
         let request = Request {
             prompt,
             max_new_tokens,
@@ -268,7 +269,7 @@ impl Chat<'_> {
                 top_p: self.sampling.top_p,
                 seed: self.sampling.seed.wrapping_add(self.turns),
             },
-            stop_ids: self.loaded.tokenizer.eos_ids(),
+            stop_ids: &stop_ids,
             stop_texts: self.loaded.style.stop_texts(),
             prompt_lookup: self.sampling.prompt_lookup_num_tokens,
         };

@@ -443,11 +443,12 @@ impl Outside for Run<'_> {
         let ids = self.encoder.prompt_ids(record)?;
         let room = gpt.prepared().saturating_sub(ids.len());
         let max_new_tokens = self.settings.eval.max_new_tokens.unwrap_or(0).min(room);
+        let stop_ids = self.dataset.style.stop_ids(self.tokenizer);
         let request = Request {
             prompt: &ids,
             max_new_tokens,
             draw: Draw::GREEDY,
-            stop_ids: self.tokenizer.eos_ids(),
+            stop_ids: &stop_ids,
             stop_texts: self.dataset.style.stop_texts(),
             prompt_lookup: PROMPT_LOOKUP,
         };

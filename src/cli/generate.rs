@@ -24,6 +24,7 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let prompt = loaded.style.prompt_ids(&loaded.tokenizer, &messages)?;
     let room = room(prompt.len(), args.sampling.max_new_tokens, loaded.gpt.config.block_size)?;
     loaded.gpt.prepare(prompt.len() + room);
+    let stop_ids = loaded.style.stop_ids(&loaded.tokenizer);
     for sample in 0..args.num_samples {
         let request = Request {
             prompt: &prompt,
@@ -34,7 +35,7 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
                 top_p: args.sampling.top_p,
                 seed: args.sampling.seed.wrapping_add(sample as u64),
             },
-            stop_ids: loaded.tokenizer.eos_ids(),
+            stop_ids: &stop_ids,
             stop_texts: loaded.style.stop_texts(),
             prompt_lookup: args.sampling.prompt_lookup_num_tokens,
         };

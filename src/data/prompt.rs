@@ -433,6 +433,15 @@ impl PromptStyle {
             Kind::Chat(_) => &[],
         }
     }
+
+    /// Tokens that end an answer: the tokenizer's, and those of [`PromptStyle::stop_texts`] that it has as one token, which
+    /// the text need not show where they are special.
+    #[must_use]
+    pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut ids = tokenizer.eos_ids().to_vec();
+        ids.extend(self.stop_texts().iter().filter_map(|text| tokenizer.token_to_id(text)));
+        ids
+    }
 }
 
 impl Style {
@@ -639,6 +648,29 @@ mod tests {
         assert_eq!(turns[1..], [(user.to_owned(), None)]);
         let e = style.turns(&[Message::new("tool", "x")]).unwrap_err();
         assert!(e.to_string().contains("role `tool`"), "{e}");
+    }
+
+    /// A base model's files name only its EOS, and a special token is not in the text that is searched.
+    #[test]
+    fn stop_texts_that_are_tokens_stop_by_their_ids() {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny");
+        let dir = tempfile::tempdir().unwrap();
+        let text = std::fs::read_to_string(from.join("tokenizer.json")).unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let known = Tokenizer::load(&from).unwrap();
+        let eot = known.vocab_size();
+        json["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+            "id": eot, "content": "<|eot_id|>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true
+        }));
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        std::fs::copy(from.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let llama3 = PromptStyle::by_name("llama3").unwrap();
+        let eos = tokenizer.eos_ids().to_vec();
+        assert_eq!(llama3.stop_ids(&tokenizer), [&eos[..], &[eot as u32]].concat());
+        assert_eq!(llama3.stop_ids(&known), known.eos_ids());
+        assert_eq!(PromptStyle::by_name("falcon").unwrap().stop_ids(&tokenizer), eos, "words, not a token");
     }
 
     #[test]
