@@ -348,11 +348,20 @@ fn bad_datasets_are_named_by_file_and_row() {
 }
 
 #[test]
-fn samples_that_teach_nothing_are_refused() {
+fn samples_that_teach_nothing_are_left_out_or_refused() {
     let dir = tempfile::tempdir().unwrap();
     let says = ["instructions_tiny.json", "row", "masked", "--train.max_seq_length"];
     finetune(dir.path(), &tiny(), "--data.mask_prompt true --train.max_seq_length 12").refused(1, &says);
     assert!(names(dir.path()).is_empty());
+    // Two of the rows fill the sample with their prompt.
+    let row = |i: usize| json!({"instruction": format!("Say {i}.{}", " fox".repeat(60 * usize::from(i % 15 == 7))), "output": "Yes."});
+    let rows: Vec<Value> = (0..30).map(row).collect();
+    fs::write(dir.path().join("rows.json"), json!(rows).to_string()).unwrap();
+    let flags = "--data.json_path rows.json --data.mask_prompt true --train.max_seq_length 80";
+    let ran = finetune(dir.path(), &tiny(), flags).ok();
+    let warnings: Vec<&str> = ran.stderr.lines().filter(|line| line.starts_with("warning: ")).collect();
+    assert_eq!(warnings.len(), 1, "{}", ran.stderr);
+    assert!(warnings[0].contains("2 of 30 samples") && warnings[0].contains("`rows.json` row 8;"), "{}", ran.stderr);
 }
 
 #[test]

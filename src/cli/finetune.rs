@@ -42,9 +42,10 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
     check_vocabulary(&tokenizer, &checkpoint)?;
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
-    let dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
-    let encoder = encoder(&settings, &checkpoint, &tokenizer, &dataset);
-    let (train, val) = encode(&encoder, &dataset, ui)?;
+    let mut dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
+    let style = dataset.style.clone();
+    let encoder = encoder(&settings, &checkpoint, &tokenizer, &style);
+    let (train, val) = encode(&encoder, &mut dataset, ui)?;
     let packs = side_by_side(&settings, &train);
     let plan = Plan::new(&settings, packs.len())?;
     let compute = Compute::find(settings.accelerator, settings.precision)?;
@@ -198,27 +199,27 @@ fn encoder<'a>(
     settings: &FinetuneSettings,
     checkpoint: &Checkpoint,
     tokenizer: &'a Tokenizer,
-    dataset: &'a Dataset,
+    style: &'a PromptStyle,
 ) -> Encoder<'a> {
     let context = checkpoint.config.block_size;
     Encoder {
         tokenizer,
-        style: &dataset.style,
+        style,
         mask_prompt: settings.data.mask_prompt,
         ignore_index: settings.data.ignore_index,
         max_seq_length: Some(settings.train.max_seq_length.filter(|n| *n > 0).unwrap_or(context).min(context)),
     }
 }
 
-/// Training and validation samples, checked and reported on.
-fn encode(encoder: &Encoder<'_>, dataset: &Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
+/// Training and validation samples, checked and reported on. Records of samples that teach nothing leave the dataset.
+fn encode(encoder: &Encoder<'_>, dataset: &mut Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
     ui.begin("tokenize", (dataset.train.len() + dataset.val.len()) as u64, false);
-    let train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64))?;
-    let val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
+    let mut train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64))?;
+    let mut val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
     ui.end();
+    leave_out_masked(dataset, &mut train, &mut val, ui)?;
     for (what, samples) in [("train", &train), ("val", &val)] {
         let report = DataReport::of(samples);
-        check_targets(&report, dataset)?;
         ui.note(&format!(
             "{what}: {} samples, {} tokens ({} learned), length median {}, 95 % up to {}, longest {}, {} cut at {}",
             report.samples,
@@ -239,14 +240,32 @@ fn encode(encoder: &Encoder<'_>, dataset: &Dataset, ui: &mut Ui) -> Result<(Vec<
     Ok((train, val))
 }
 
-/// Samples that teach nothing are an error, by row.
-fn check_targets(report: &DataReport, dataset: &Dataset) -> Result<()> {
-    let Some(first) = report.all_masked.first() else { return Ok(()) };
-    let others = report.all_masked.len() - 1;
-    let more = if others > 0 { format!(" and {others} more") } else { String::new() };
-    let message =
-        format!("{}{more}: no token of the sample is learned, all its labels are masked", dataset.locate(*first));
-    Err(Error::refused(message, "remove such rows, raise --train.max_seq_length, or set --data.mask_prompt false"))
+/// Leaves out samples of which no token is learned: alone in a micro batch they would have no loss. One line says how many
+/// they are, and which is the first.
+///
+/// # Errors
+/// When none is left to train on.
+fn leave_out_masked(dataset: &mut Dataset, train: &mut Vec<Sample>, val: &mut Vec<Sample>, ui: &Ui) -> Result<()> {
+    const WAYS: &str = "raise --train.max_seq_length, or set --data.mask_prompt false";
+    let learned = |sample: &Sample| sample.target_tokens() > 0;
+    let masked = train.iter().chain(&*val).filter(|sample| !learned(sample)).map(|sample| sample.row);
+    let masked = masked.collect::<Vec<_>>();
+    let Some(first) = masked.iter().min_by_key(|row| (row.file, row.row)) else { return Ok(()) };
+    let (first, n) = (dataset.locate(*first), masked.len());
+    if !train.iter().any(learned) {
+        let message = format!("no sample is left to train on: all labels of {n} are masked, the first is {first}");
+        return Err(Error::refused(message, WAYS));
+    }
+    let all = train.len() + val.len();
+    ui.note(&format!(
+        "warning: {n} of {all} samples left out, as all their labels are masked and they teach nothing; the first is {first}; {WAYS}"
+    ));
+    for (records, samples) in [(&mut dataset.train, train), (&mut dataset.val, val)] {
+        let mut kept = samples.iter().map(learned);
+        records.retain(|_| kept.next().unwrap_or(true));
+        samples.retain(learned);
+    }
+    Ok(())
 }
 
 /// Says what the run needs and what there is; how it is computed: as `wanted`, or so that it needs less memory where the
