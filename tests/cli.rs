@@ -332,7 +332,6 @@ fn bad_datasets_are_named_by_file_and_row() {
         ("d.json", Some(r#"[{"instruction": "a", "output": 3}]"#.to_owned()), &["d.json", "row 1", "`output`"]),
         ("d.json", Some("[]".to_owned()), &["d.json", "no rows"]),
         ("d.json", Some(String::new()), &["d.json", "empty"]),
-        ("d.json", Some(format!("[{row}]")), &["d.json", "validation"]),
         ("d.csv", Some("a,b".to_owned()), &["d.csv", "no rows"]),
         ("d.csv", Some("a,b\n1,2\n".to_owned()), &["d.csv", "line 2", "a, b"]),
         ("d.toml", Some("a,b".to_owned()), &["d.toml", ".jsonl"]),

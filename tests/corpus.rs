@@ -1285,7 +1285,6 @@ fn data_rows() {
     cases.push(folder(&[("train.json", ROWS)], "val"));
     cases.push(folder(&[("train.json", ROWS), ("val.json", "[]")], "val.json"));
     cases.push(folder(&[("train.json", "{"), ("val.json", ROWS)], "train.json"));
-    cases.push(case("d.json", r#"[{"instruction": "a", "output": "b"}]"#.into(), &[]));
     for to in ["nowhere", "d.json", "/dev/zero", "/dev/null", "/etc/passwd"] {
         cases.push(case("d.json", ROWS.into(), &[]).link("d.json", to));
     }

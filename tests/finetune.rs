@@ -555,3 +555,18 @@ fn the_quickstart_runs() {
     litgpt(dir.path(), words(train).into_iter().chain(short)).ok();
     assert!(!litgpt(dir.path(), words(ask)).ok().stdout.trim().is_empty());
 }
+
+#[test]
+fn a_run_needs_no_validation_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: Vec<Value> = (0..10).map(|i| json!({"instruction": format!("Say {i}."), "output": "Yes."})).collect();
+    fs::write(dir.path().join("rows.json"), json!(rows).to_string()).unwrap();
+    let run = |flags: &str| finetune(dir.path(), &tiny(), &format!("--data.json_path rows.json {flags}"));
+    let few = run("--eval.interval 1 --eval.initial_validation true").ok().stderr;
+    assert!(few.contains("warning: 10 rows are too few to hold one out"), "{few}");
+    assert!(few.contains("--data.val_split_fraction 0.1 would") && !few.contains("val loss"), "{few}");
+    let none = run("--data.val_split_fraction 0").ok().stderr;
+    assert!(none.contains("no row is held out, so nothing is validated") && !none.contains("warning"), "{none}");
+    assert!(run("--data.val_split_fraction 0.1").ok().stderr.contains("val loss"));
+    run("--eval.early_stopping_patience 2").refused(1, &["no validation rows", "val_split_fraction"]);
+}

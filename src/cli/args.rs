@@ -204,7 +204,7 @@ pub const FLAGS: &[Flag] = &[
     row("data.pack", Boolean, DATA,
         "Put short samples side by side up to train.max_seq_length; attention and positions stay inside each"),
     row("data.val_split_fraction", Number, DATA,
-        "Share of the samples held out for validation [default: the module's own]")
+        "Share of the samples held out for validation, 0 for none [default: the module's own]")
         .also(&["data.val_split_fraction", "data.test_split_fraction"]),
     row("data.prompt_style", Text, DATA, "Prompt style, e.g. alpaca, llama3, or chat, the model's chat template [default: the module's own]")
         .also(&["data.prompt_style", "data.prompt_style.class_path"]),

@@ -45,7 +45,11 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
     let style = dataset.style.clone();
     let encoder = encoder(&settings, &checkpoint, &tokenizer, &style);
+    let held_out = dataset.val.len();
     let (train, val) = encode(&encoder, &mut dataset, ui)?;
+    if val.is_empty() {
+        without_validation(&settings, dataset.train.len(), held_out, ui)?;
+    }
     let packs = side_by_side(&settings, &train);
     let plan = Plan::new(&settings, packs.len())?;
     let compute = Compute::find(settings.accelerator, settings.precision)?;
@@ -218,7 +222,7 @@ fn encode(encoder: &Encoder<'_>, dataset: &mut Dataset, ui: &mut Ui) -> Result<(
     let mut val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
     ui.end();
     leave_out_masked(dataset, &mut train, &mut val, ui)?;
-    for (what, samples) in [("train", &train), ("val", &val)] {
+    for (what, samples) in [("train", &train), ("val", &val)].into_iter().filter(|(_, samples)| !samples.is_empty()) {
         let report = DataReport::of(samples);
         ui.note(&format!(
             "{what}: {} samples, {} tokens ({} learned), length median {}, 95 % up to {}, longest {}, {} cut at {}",
@@ -265,6 +269,30 @@ fn leave_out_masked(dataset: &mut Dataset, train: &mut Vec<Sample>, val: &mut Ve
         records.retain(|_| kept.next().unwrap_or(true));
         samples.retain(learned);
     }
+    Ok(())
+}
+
+/// Says that nothing is validated, and why: of `rows` rows none is held out, or those that were are left out.
+///
+/// # Errors
+/// When the run is to end by its validation loss.
+fn without_validation(settings: &FinetuneSettings, rows: usize, held_out: usize, ui: &Ui) -> Result<()> {
+    if settings.eval.early_stopping_patience.is_some() {
+        let message = "--eval.early_stopping_patience: there are no validation rows to go by";
+        return Err(Error::refused(message, "leave it out, or hold out more with --data.val_split_fraction"));
+    }
+    ui.note(&match settings.data.val_split_fraction {
+        _ if held_out > 0 => "warning: no validation sample is left, so nothing is validated".to_owned(),
+        Some(0.0) => "no row is held out, so nothing is validated".to_owned(),
+        _ if rows == 1 => "warning: the only row is trained on, and nothing is validated".to_owned(),
+        _ => {
+            let least = (10_000.0 / rows as f64).ceil() / 10_000.0;
+            format!(
+                "warning: {rows} rows are too few to hold one out: all are trained on, and nothing is validated; \
+                 --data.val_split_fraction {least} would hold out one"
+            )
+        }
+    });
     Ok(())
 }
 

@@ -38,7 +38,7 @@ pub struct Job<'a> {
     pub train: &'a [Sample],
     /// Indices of the training samples that go side by side, from [`side_by_side`].
     pub packs: &'a [Vec<usize>],
-    /// Validation samples.
+    /// Validation samples; without any, nothing is validated.
     pub val: &'a [Sample],
     /// The resolved run.
     pub settings: &'a FinetuneSettings,
@@ -536,6 +536,9 @@ impl Run<'_, '_> {
     /// Mean validation loss in nats a target token, over all samples or at most `eval.max_iters` micro batches. Whether
     /// it is the lowest so far: for that, the same samples count every time.
     fn validate(&mut self, all: bool) -> anyhow::Result<bool> {
+        if self.job.val.is_empty() {
+            return Ok(false);
+        }
         let settings = self.job.settings;
         let begun = Instant::now();
         let (mut loss, mut targets, mut means, mut broken) = (0.0, 0, Vec::new(), Vec::new());

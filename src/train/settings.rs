@@ -516,7 +516,7 @@ pub struct DataSettings {
     pub mask_prompt: Option<bool>,
     /// Put short samples side by side, up to `train.max_seq_length` tokens.
     pub pack: bool,
-    /// Share of the samples held out for validation; `None`: the module's own.
+    /// Share of the samples held out for validation, 0 for none; `None`: the module's own.
     pub val_split_fraction: Option<f64>,
     /// Prompt style by key or class name; `None`: the module's own.
     pub prompt_style: Option<String>,
@@ -604,8 +604,8 @@ impl DataSettings {
             "the data module Hub needs a repository: `--data ORGANISATION/NAME`".into()
         });
         if let Some(fraction) = self.val_split_fraction {
-            check(&mut found, fraction > 0.0 && fraction < 1.0, || {
-                format!("`data.val_split_fraction` must lie between 0 and 1, got {fraction}")
+            check(&mut found, (0.0..1.0).contains(&fraction), || {
+                format!("`data.val_split_fraction` must be at least 0 and below 1, got {fraction}")
             });
         }
         check(&mut found, self.ignore_index < 0, || {
