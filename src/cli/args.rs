@@ -244,7 +244,7 @@ pub const FLAGS: &[Flag] = &[
         "Step folders that are kept, the best and the latest among them [default: all]"),
     row("train.max_skipped_steps", Whole, TRAINING,
         "Steps without a finite loss and gradient are skipped; give up after this many in a row"),
-    row("train.log_interval", Whole, TRAINING, "Micro batches between two log lines"),
+    row("train.log_interval", Whole, TRAINING, "Micro batches between two log lines, of which a step has one at most"),
     row("train.tie_embeddings", Boolean, TRAINING, "Only null: the checkpoint decides it"),
 
     row("eval", Group, EVALUATION, "A YAML file with the keys of this group, or the group as JSON"),

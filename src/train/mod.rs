@@ -27,6 +27,7 @@ use report::{Event, Figures, Report, Summary, row_numbers};
 pub use scale::LossScale;
 use schedule::Schedule;
 use settings::{EvaluateExample, FinetuneSettings};
+use std::ops::Range;
 use std::time::Instant;
 
 /// What a run works on.
@@ -357,9 +358,9 @@ impl Run<'_, '_> {
     /// f16, an infinite gradient is first tried again with a smaller factor on the loss.
     /// `false`: a stop was asked for.
     fn step(&mut self) -> anyhow::Result<bool> {
-        let begun = Instant::now();
+        let (begun, before) = (Instant::now(), self.at.iter);
         let (window, scale, grad_norm) = loop {
-            let before = self.at;
+            let start = self.at;
             let Some(window) = self.window()? else { return Ok(false) };
             let scale = 1.0 / (window.targets.max(1) as f64 * f64::from(self.at.loss_factor()));
             let grad_norm = norm(&self.grads) * scale;
@@ -367,7 +368,7 @@ impl Run<'_, '_> {
             if !too_large || !self.at.loss_scale.as_mut().is_some_and(LossScale::lower) {
                 break (window, scale, grad_norm);
             }
-            self.at = Progress { loss_scale: self.at.loss_scale, ..before };
+            self.at = Progress { loss_scale: self.at.loss_scale, ..start };
             self.batches.seek(self.at.iter);
         };
         let loss = window.loss / window.targets.max(1) as f64;
@@ -389,10 +390,9 @@ impl Run<'_, '_> {
             seconds: begun.elapsed().as_secs_f64(),
             skipped: self.at.skipped,
         };
-        let log_interval = self.job.settings.train.log_interval.max(1);
         if !finite {
             self.skipped(figures, &window)?;
-        } else if self.at.step.is_multiple_of(log_interval) || self.at.iter == self.plan.iters {
+        } else if logs(self.job.settings.train.log_interval, before..self.at.iter) || self.at.iter == self.plan.iters {
             self.outside.event(&Event::Step(figures))?;
         }
         Ok(true)
@@ -624,6 +624,12 @@ impl Run<'_, '_> {
     }
 }
 
+/// Whether a step is logged: LitGPT logs after each `interval`th micro batch, a step here after those that it holds.
+fn logs(interval: usize, iters: Range<usize>) -> bool {
+    let interval = interval.max(1);
+    iters.start / interval < iters.end / interval
+}
+
 /// Name of the folder of a run that came to its end.
 pub const FINAL: &str = "final";
 
@@ -656,4 +662,18 @@ fn dropout_seed(seed: u64, number: usize) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_interval_counts_micro_batches() {
+        let logged = |interval: usize| (0..6).filter(|step| logs(interval, 4 * step..4 * step + 4)).collect::<Vec<_>>();
+        assert_eq!(logged(1), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(logged(4), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(logged(6), [1, 2, 4, 5]);
+        assert_eq!(logged(8), [1, 3, 5]);
+    }
 }
