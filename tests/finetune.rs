@@ -570,3 +570,17 @@ fn a_run_needs_no_validation_rows() {
     assert!(run("--data.val_split_fraction 0.1").ok().stderr.contains("val loss"));
     run("--eval.early_stopping_patience 2").refused(1, &["no validation rows", "val_split_fraction"]);
 }
+
+#[test]
+fn the_last_step_is_evaluated_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let validated = |flags: &str| {
+        let flags = format!("--train.max_steps 4 --eval.interval 2 {flags}");
+        let said = finetune(dir.path(), &tiny(), &flags).ok().stderr;
+        let lines = said.lines().filter(|line| line.contains("| val loss"));
+        lines.map(|line| line.split(" |").next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(validated("--eval.final_validation false"), ["step 2", "step 4"]);
+    assert_eq!(validated("--eval.final_validation true"), ["step 2", "step 4"]);
+    assert_eq!(validated("--eval.final_validation false --eval.interval 3"), ["step 3"]);
+}

@@ -265,7 +265,9 @@ impl Run<'_, '_> {
             }
             let begun = Instant::now();
             let mut improved = false;
-            if self.at.step.is_multiple_of(settings.eval.interval) && self.at.iter < self.plan.iters {
+            // The final validation has all that this one would behind the last step.
+            let again = settings.eval.final_validation && self.at.iter == self.plan.iters;
+            if self.at.step.is_multiple_of(settings.eval.interval) && !again {
                 improved = self.validate(false)?;
                 self.example()?;
             }
