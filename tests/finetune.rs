@@ -584,3 +584,15 @@ fn the_last_step_is_evaluated_once() {
     assert_eq!(validated("--eval.final_validation true"), ["step 2", "step 4"]);
     assert_eq!(validated("--eval.final_validation false --eval.interval 3"), ["step 3"]);
 }
+
+#[test]
+fn the_first_validation_has_all_samples_as_the_final_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let loss = |more: &str| {
+        let flags = format!("--lr 1e-12 --train.min_lr 0 --eval.initial_validation true {more}");
+        let said = finetune(dir.path(), &tiny(), &flags).ok().stderr;
+        let line = said.lines().find(|line| line.starts_with("step 0 | val loss ")).unwrap().to_owned();
+        line.split(' ').nth(5).unwrap().to_owned()
+    };
+    assert_eq!(loss("--eval.max_iters 1"), loss(""));
+}

@@ -254,7 +254,7 @@ pub fn is_over(settings: &FinetuneSettings, plan: &Plan, at: &Progress) -> bool 
 impl Run<'_, '_> {
     fn all(&mut self) -> anyhow::Result<Summary> {
         let settings = self.job.settings;
-        if settings.eval.initial_validation && !self.resumed && self.validate(false)? {
+        if settings.eval.initial_validation && !self.resumed && self.validate(true)? {
             self.save(&step_name(0))?;
         }
         self.started = Instant::now();

@@ -393,11 +393,11 @@ pub struct EvalSettings {
     pub interval: usize,
     /// Length of the sample text; `None`: no sample text.
     pub max_new_tokens: Option<usize>,
-    /// Micro batches in one evaluation, at most.
+    /// Micro batches in one evaluation, at most; the one before the first step and the final one have all.
     pub max_iters: usize,
-    /// Evaluate before the first step.
+    /// Evaluate before the first step, on all samples.
     pub initial_validation: bool,
-    /// Evaluate after the last step.
+    /// Evaluate after the last step, on all samples.
     pub final_validation: bool,
     /// Which sample the model answers.
     pub evaluate_example: EvaluateExample,
