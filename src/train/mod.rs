@@ -91,6 +91,8 @@ pub struct Plan {
     pub iters: usize,
     /// Optimizer steps in all.
     pub steps: usize,
+    /// Steps that LitGPT counts for its schedule: those of whole windows in each epoch.
+    pub whole_steps: usize,
 }
 
 impl Plan {
@@ -112,7 +114,9 @@ impl Plan {
                 "give training samples, --train.epochs 1 or more, and --train.max_steps 1 or more",
             ));
         }
-        Ok(Self { accumulate, iters, steps: iters.div_ceil(accumulate) })
+        let whole_steps = train.epochs.map_or(usize::MAX, |e| e.saturating_mul(per_epoch / accumulate));
+        let steps = iters.div_ceil(accumulate);
+        Ok(Self { accumulate, iters, steps, whole_steps: whole_steps.min(train.max_steps.unwrap_or(usize::MAX)) })
     }
 }
 
@@ -202,7 +206,7 @@ pub fn fit(
 ) -> anyhow::Result<Summary> {
     let settings = job.settings;
     let plan = Plan::new(settings, job.packs.len())?;
-    let schedule = Schedule::new(settings, plan.steps);
+    let schedule = Schedule::new(settings, &plan);
     let positions = job.train.iter().chain(job.val).map(|s| s.input_ids.len()).max().unwrap_or(1);
     // Examples are decoded between steps: their answers need positions too.
     let answer = settings.eval.max_new_tokens.unwrap_or(0);

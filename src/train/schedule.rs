@@ -1,5 +1,6 @@
 //! The learning rate of each step: linear warm-up, then a cosine to `min_lr` or what else `train.lr_schedule` says.
 
+use super::Plan;
 use super::settings::{FinetuneSettings, LrSchedule};
 
 /// Learning rate as a pure function of the step.
@@ -7,7 +8,7 @@ use super::settings::{FinetuneSettings, LrSchedule};
 pub struct Schedule {
     /// Steps of the warm-up.
     pub warmup: usize,
-    /// Steps in all.
+    /// Steps in all; of LitGPT's schedule those that it counts.
     pub steps: usize,
     /// Highest rate.
     pub peak: f64,
@@ -20,20 +21,22 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The schedule of a run of `steps` steps. A warm-up of more than half the run, which would hardly reach the rate
-    /// that was asked for, becomes a tenth of the run.
+    /// The schedule of a run. A warm-up of more than half of it, which would hardly reach the rate that was asked for,
+    /// becomes a tenth of the run, but in LitGPT's schedule.
     #[must_use]
-    pub fn new(settings: &FinetuneSettings, steps: usize) -> Self {
+    pub fn new(settings: &FinetuneSettings, plan: &Plan) -> Self {
         let train = &settings.train;
+        let kind = train.lr_schedule;
+        let steps = if kind == LrSchedule::Litgpt { plan.whole_steps } else { plan.steps };
         let asked = match train.lr_warmup_fraction {
             Some(fraction) => (fraction * steps as f64).round() as usize,
             None => train.lr_warmup_steps.unwrap_or(0),
         };
-        let too_long = 2 * asked > steps && asked > (steps / 10).max(1) && train.lr_warmup_fraction.is_none();
+        let own = kind != LrSchedule::Litgpt && train.lr_warmup_fraction.is_none();
+        let too_long = own && 2 * asked > steps && asked > (steps / 10).max(1);
         let warmup = if too_long { (steps / 10).max(1) } else { asked };
         let peak = settings.optimizer.learning_rate;
         let shortened_from = too_long.then_some(asked);
-        let kind = train.lr_schedule;
         let floor = if kind == LrSchedule::Litgpt { 0.0 } else { train.min_lr.min(peak) };
         Self { warmup, steps, peak, floor, kind, shortened_from }
     }
@@ -45,9 +48,12 @@ impl Schedule {
             let begun = if self.kind == LrSchedule::Litgpt { step } else { step + 1 };
             return self.peak * begun as f64 / self.warmup as f64;
         }
-        let progress = (step - self.warmup) as f64 / (self.steps - self.warmup).max(1) as f64;
+        let progress = (step - self.warmup) as f64 / self.steps.abs_diff(self.warmup).max(1) as f64;
+        let cosine = |progress: f64| 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
         let left = match self.kind {
-            LrSchedule::Cosine | LrSchedule::Litgpt => 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
+            LrSchedule::Cosine => cosine(progress.min(1.0)),
+            // The windows that it does not count lie behind the cosine's end, where the rate rises again.
+            LrSchedule::Litgpt => cosine(progress),
             LrSchedule::Linear => 1.0 - progress.min(1.0),
             LrSchedule::Constant => 1.0,
         };
@@ -64,7 +70,7 @@ mod tests {
         settings.train.lr_warmup_steps = Some(warmup);
         settings.optimizer.learning_rate = 1e-3;
         settings.train.min_lr = 1e-4;
-        Schedule::new(&settings, steps)
+        Schedule::new(&settings, &Plan { accumulate: 1, iters: steps, steps, whole_steps: steps })
     }
 
     #[test]
@@ -85,6 +91,25 @@ mod tests {
         let litgpt = Schedule { floor: 0.0, ..kind(LrSchedule::Litgpt) };
         assert_eq!((litgpt.at(0), litgpt.at(2), litgpt.at(4)), (0.0, 0.5e-3, 1e-3));
         assert!((litgpt.at(12) - 5e-4).abs() < 1e-12);
+    }
+
+    /// Rates of PyTorch's LambdaLR and CosineAnnealingLR, joined as LitGPT joins them.
+    #[test]
+    fn litgpts_schedule_counts_whole_windows_and_keeps_its_warmup() {
+        let rates = |samples: usize, epochs: usize, warmup: usize| {
+            let mut settings = FinetuneSettings::default();
+            settings.optimizer.learning_rate = 1e-3;
+            let train = &mut settings.train;
+            (train.global_batch_size, train.epochs, train.lr_warmup_steps) = (4, Some(epochs), Some(warmup));
+            train.lr_schedule = LrSchedule::Litgpt;
+            let plan = Plan::new(&settings, samples).unwrap();
+            let schedule = Schedule::new(&settings, &plan);
+            assert_eq!(schedule.shortened_from, None);
+            (0..plan.steps).map(|step| (schedule.at(step) * 1e7).round() as i64).collect::<Vec<_>>()
+        };
+        assert_eq!(rates(38, 1, 2), [0, 5000, 10000, 9505, 8117, 6113, 3887, 1883, 495, 0]);
+        assert_eq!(rates(38, 1, 8), [0, 1250, 2500, 3750, 5000, 6250, 7500, 8750, 10000, 0]);
+        assert_eq!(rates(6, 3, 1), [0, 10000, 5000, 0, 5000]);
     }
 
     #[test]
