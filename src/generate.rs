@@ -28,18 +28,42 @@ impl Draw {
     /// Always the likeliest token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: 1.0, seed: 0 };
 
-    fn processor(&self) -> LogitsProcessor {
+    fn sampler(&self) -> Sampler {
         let (temperature, p) = (self.temperature, self.top_p);
+        let both = self.top_k.filter(|k| *k > 1 && p < 1.0);
         let sampling = match self.top_k {
             _ if temperature <= 0.0 || p <= 0.0 => Sampling::ArgMax,
             Some(1) => Sampling::ArgMax,
-            Some(k) if p < 1.0 => Sampling::TopKThenTopP { k, p, temperature },
-            Some(k) => Sampling::TopK { k, temperature },
-            None if p < 1.0 => Sampling::TopP { p, temperature },
-            None => Sampling::All { temperature },
+            Some(k) if both.is_none() => Sampling::TopK { k, temperature },
+            _ if p < 1.0 => Sampling::TopP { p, temperature },
+            _ => Sampling::All { temperature },
         };
-        LogitsProcessor::from_sampling(self.seed, sampling)
+        Sampler { top_k: both, processor: LogitsProcessor::from_sampling(self.seed, sampling) }
     }
+}
+
+/// Draws tokens.
+struct Sampler {
+    /// Tokens that are left to top-p, whose share is one of their probability, as in LitGPT, not of that of all.
+    top_k: Option<usize>,
+    processor: LogitsProcessor,
+}
+
+impl Sampler {
+    fn sample(&mut self, logits: &[f32]) -> anyhow::Result<u32> {
+        let cut = self.top_k.filter(|k| *k < logits.len()).map(|k| likeliest(logits, k));
+        let logits = cut.as_deref().unwrap_or(logits);
+        Ok(self.processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?)
+    }
+}
+
+/// `logits` with all but the `k` highest at minus infinity.
+fn likeliest(logits: &[f32], k: usize) -> Vec<f32> {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.select_nth_unstable_by(k, |a, b| logits[*b].total_cmp(&logits[*a]));
+    let mut kept = vec![f32::NEG_INFINITY; logits.len()];
+    order[..k].iter().for_each(|at| kept[*at] = logits[*at]);
+    kept
 }
 
 /// Most tokens that are guessed at a time: with the one before them, as many rows as products of few rows have.
@@ -220,7 +244,7 @@ pub fn tokens(
     mut yield_token: impl FnMut(u32) -> anyhow::Result<bool>,
 ) -> anyhow::Result<Figures> {
     let room = room(request.prompt.len(), request.max_new_tokens, gpt.prepared())?;
-    let mut processor = request.draw.processor();
+    let mut sampler = request.draw.sampler();
     let mut lookup = Lookup::new(request.prompt_lookup);
     let mut figures = Figures::default();
     let mut begun = Instant::now();
@@ -236,7 +260,7 @@ pub fn tokens(
         new.clear();
         let mut right = 0;
         for logits in logits.chunks_exact(logits.cols()) {
-            let token = processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?;
+            let token = sampler.sample(logits)?;
             if figures.tokens == 0 {
                 figures.prefill = begun.elapsed();
                 begun = Instant::now();
@@ -336,6 +360,19 @@ mod tests {
         assert_eq!(held.push("ually"), ("Usually".to_owned(), false));
         assert_eq!(held.push(" é\nU"), (" é".to_owned(), false));
         assert_eq!(held.push("ser: x"), (String::new(), true));
+    }
+
+    #[test]
+    fn top_p_is_a_share_of_what_top_k_left() {
+        // The flatter, the less of all tokens two of them have; of the two, the first has more than half.
+        let logits: Vec<f32> = (0..40).map(|i| if i == 7 { 2.0 } else { -(i as f32) / 40.0 }).collect();
+        let draws = |top_k, top_p| {
+            let mut sampler = Draw { temperature: 5.0, top_k, top_p, seed: 1 }.sampler();
+            (0..50).map(|_| sampler.sample(&logits).unwrap()).collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(draws(Some(2), 0.5).into_iter().collect::<Vec<_>>(), [7]);
+        assert_eq!(draws(Some(2), 0.9).into_iter().collect::<Vec<_>>(), [0, 7]);
+        assert!(draws(None, 0.9).len() > 5 && draws(Some(100), 0.9).len() > 5);
     }
 
     #[test]
