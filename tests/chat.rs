@@ -48,6 +48,16 @@ fn a_piped_conversation_is_answered_line_by_line() {
 }
 
 #[test]
+fn litgpts_words_and_an_empty_line_leave() {
+    let (first, notes, _) = chat("What does the fox do?\n", &[]);
+    for leaving in ["!quit", "!Exit", ""] {
+        let (answers, notes, code) = chat(&format!("What does the fox do?\n{leaving}\nWhat is a fox?\n"), &[]);
+        assert_eq!((answers, code), (first.clone(), 0), "{leaving:?}: {notes}");
+    }
+    assert_eq!(chat("What does\nthe fox do?\n!SUBMIT\n!quit\nnever\n!submit\n", &["--multiline"]).2, 0, "{notes}");
+}
+
+#[test]
 fn a_question_longer_than_the_context_is_refused_and_the_chat_goes_on() {
     let long = "fox ".repeat(600);
     let (answers, notes, code) = chat(&format!("{long}\nWhat does the fox do?\n"), &[]);

@@ -20,8 +20,8 @@ const HELP: &str = "\
 /help           this text
 /reset          forget the conversation; the system prompt stays
 /system TEXT    set the system prompt and forget the conversation; without TEXT there is none
-/exit           leave, as do Ctrl-D and Ctrl-C at the prompt; Ctrl-C stops an answer
-A line that ends in \\ goes on in the next one; \"\"\" begins and ends a text of several lines.";
+/exit           leave, as do !exit, !quit, an empty line, and Ctrl-D and Ctrl-C at the prompt; Ctrl-C stops an answer
+With --multiline a text goes on up to a line !submit. Otherwise, a line that ends in \\ goes on in the next one; \"\"\" begins and ends a text of several lines.";
 
 /// Runs the command.
 pub fn run(args: &ChatArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -45,7 +45,6 @@ pub fn run(args: &ChatArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut chat = Chat { loaded, session, conversation, sampling: &args.sampling, turns: 0 };
     while let Some(input) = lines.read()? {
         match Input::parse(&input) {
-            Input::Nothing => {}
             Input::Exit => break,
             Input::Help => ui.note(HELP),
             Input::Reset => chat.conversation.turns.clear(),
@@ -63,7 +62,6 @@ pub fn run(args: &ChatArgs, ui: &mut Ui) -> anyhow::Result<()> {
 /// What a line asks for.
 #[derive(Debug, PartialEq, Eq)]
 enum Input<'a> {
-    Nothing,
     Exit,
     Help,
     Reset,
@@ -77,8 +75,8 @@ impl<'a> Input<'a> {
         let trimmed = text.trim();
         let (word, rest) = trimmed.split_once(char::is_whitespace).unwrap_or((trimmed, ""));
         match word {
-            "" => Self::Nothing,
-            "/exit" | "/quit" | "/bye" => Self::Exit,
+            "" | "/exit" | "/quit" | "/bye" => Self::Exit,
+            _ if leaves(trimmed) => Self::Exit,
             "/help" | "/?" => Self::Help,
             "/reset" | "/clear" => Self::Reset,
             "/system" => Self::System(rest.trim()),
@@ -87,6 +85,11 @@ impl<'a> Input<'a> {
             _ => Self::Say(trimmed),
         }
     }
+}
+
+/// Whether a line is one of LitGPT's words to leave.
+fn leaves(line: &str) -> bool {
+    ["!quit", "!exit"].iter().any(|word| line.trim().eq_ignore_ascii_case(word))
 }
 
 /// Where lines come from.
@@ -144,12 +147,12 @@ impl Lines {
     fn read(&mut self) -> Result<Option<String>> {
         let Some(first) = self.line(">> ")? else { return Ok(None) };
         if self.until_submit {
-            return if first.trim() == "!submit" { Ok(Some(String::new())) } else { self.until("!submit", first) };
+            return self.submitted(first);
         }
         if let Some(begun) = first.trim_start().strip_prefix("\"\"\"") {
             return match begun.strip_suffix("\"\"\"") {
                 Some(whole) => Ok(Some(whole.to_owned())),
-                None => self.until("\"\"\"", begun.to_owned()),
+                None => self.quoted(begun.to_owned()),
             };
         }
         let mut text = first;
@@ -161,10 +164,26 @@ impl Lines {
         Ok(Some(text))
     }
 
-    /// `text` and the lines up to one that ends in `mark`.
-    fn until(&mut self, mark: &str, mut text: String) -> Result<Option<String>> {
+    /// The lines from `first` on up to a line `!submit`; one that says to leave leaves, whatever stands before it.
+    fn submitted(&mut self, first: String) -> Result<Option<String>> {
+        let (mut lines, mut next) = (Vec::new(), Some(first));
+        while let Some(line) = next {
+            if line.trim().eq_ignore_ascii_case("!submit") {
+                return Ok(Some(lines.join("\n")));
+            }
+            if leaves(&line) {
+                return Ok(None);
+            }
+            lines.push(line);
+            next = self.line(".. ")?;
+        }
+        Ok(Some(lines.join("\n")))
+    }
+
+    /// `text` and the lines up to one that ends in three quotes.
+    fn quoted(&mut self, mut text: String) -> Result<Option<String>> {
         while let Some(line) = self.line(".. ")? {
-            if let Some(last) = line.trim_end().strip_suffix(mark) {
+            if let Some(last) = line.trim_end().strip_suffix("\"\"\"") {
                 return Ok(Some(if last.is_empty() { text } else { format!("{text}\n{last}") }));
             }
             text = format!("{text}\n{line}");
@@ -301,8 +320,10 @@ mod tests {
 
     #[test]
     fn commands_are_told_from_text() {
-        assert_eq!(Input::parse("  "), Input::Nothing);
-        assert_eq!(Input::parse("/exit"), Input::Exit);
+        for line in ["  ", "/exit", "!quit", " !Exit ", "!QUIT"] {
+            assert_eq!(Input::parse(line), Input::Exit, "{line:?}");
+        }
+        assert_eq!(Input::parse("!quit now"), Input::Say("!quit now"));
         assert_eq!(Input::parse("/system  be brief "), Input::System("be brief"));
         assert_eq!(Input::parse("/rest"), Input::Unknown("/rest"));
         assert_eq!(Input::parse("/usr/bin is a folder"), Input::Say("/usr/bin is a folder"));
@@ -315,6 +336,8 @@ mod tests {
         assert_eq!(all(lines("\"\"\"a\nb\nc\"\"\"\nd", false)), ["a\nb\nc", "d"]);
         assert_eq!(all(lines("\"\"\"one\"\"\"\n", false)), ["one"]);
         assert_eq!(all(lines("a\nb\n!submit\nc\n", true)), ["a\nb", "c"]);
+        assert_eq!(all(lines("a\n\nnot !submit\n !Submit\nb\n!QUIT\nnever\n", true)), ["a\n\nnot !submit"]);
+        assert_eq!(all(lines("!submit\n", true)), [""]);
     }
 
     #[test]
