@@ -86,7 +86,7 @@ fn typing_mistakes_are_corrected() {
     }
     fs::write(dir.path().join("r.yaml"), "train:\n  epoch: 1\nprecision: bf16-tru\n").unwrap();
     let says = ["did you mean `train.epochs`?", "did you mean `bf16-true`?"];
-    litgpt(dir.path(), ["finetune_lora", "x", "--config", "r.yaml"]).refused(1, &says);
+    litgpt(dir.path(), ["finetune_lora", "x", "--config", "r.yaml"]).refused(2, &says);
     assert_eq!(names(dir.path()), ["r.yaml"]);
 }
 
@@ -169,6 +169,20 @@ fn wrong_command_lines_are_usage_errors() {
     ] {
         finetune(dir.path(), &tiny(), more).refused(2, &[says]);
         assert!(names(dir.path()).is_empty(), "{more}: something was written");
+    }
+}
+
+/// However many mistakes there are, and wherever they stand.
+#[test]
+fn mistakes_in_flags_and_recipes_have_one_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    for flags in ["--lora_r=-3", "--lora_r=-3 --precision fp8", "--lora_r 0", "--lora_r 0 --train.epochs 0"] {
+        litgpt(dir.path(), format!("finetune_lora x {flags}").split(' ')).refused(2, &["lora_r"]);
+    }
+    let many = ["banana: 1\nlora_r: 2.5\n", "lora_r: 0\ntrain:\n  epochs: 0\n", "lora_r: [\n"];
+    for recipe in ["lora_r: abc\n", "lora_r: 0\n"].iter().chain(&many) {
+        fs::write(dir.path().join("r.yaml"), recipe).unwrap();
+        litgpt(dir.path(), ["finetune_lora", "x", "--config", "r.yaml"]).refused(2, &[]);
     }
 }
 

@@ -75,7 +75,7 @@ fn pain_01_learning_rate_from_the_command_line() {
     // A key that nobody reads is an error.
     run(dir.path(), "finetune_lora TINY --optimizer.lrr 0.01").refused(2, &["--optimizer.lrr", "did you mean"]);
     fs::write(dir.path().join("r.yaml"), "optimizer:\n  lrr: 1\n").unwrap();
-    run(dir.path(), "finetune_lora TINY --config r.yaml").refused(1, &["optimizer.lrr", "did you mean"]);
+    run(dir.path(), "finetune_lora TINY --config r.yaml").refused(2, &["optimizer.lrr", "did you mean"]);
 }
 
 #[test]

@@ -138,16 +138,17 @@ fn what_is_no_recipe_on_the_web_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let closed = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
     let long = "x".repeat(2 << 20);
-    for (address, says) in [
-        (serve(|_| page("<!DOCTYPE html>\n<p>lora_r: 4</p>")), "a web page, not a recipe"),
-        (serve(|_| page("lora_r: 4\nlora_q: 1\n")), "`lora_q`, did you mean `lora_query`?"),
-        (serve(|_| page("just words")), "expected `key: value` lines"),
-        (serve(move |_| page(format!("# {long}"))), "more than 1 MB"),
-        (serve(|_| status("404 Not Found", "")), "file on the web not found"),
-        (serve(|_| status("403 Forbidden", "")), "no access"),
-        (closed, "in place of the address"),
+    for (address, code, says) in [
+        (serve(|_| page("<!DOCTYPE html>\n<p>lora_r: 4</p>")), 2, "a web page, not a recipe"),
+        (serve(|_| page("lora_r: 4\nlora_q: 1\n")), 2, "`lora_q`, did you mean `lora_query`?"),
+        (serve(|_| page("just words")), 2, "expected `key: value` lines"),
+        (serve(move |_| page(format!("# {long}"))), 1, "more than 1 MB"),
+        (serve(|_| status("404 Not Found", "")), 1, "file on the web not found"),
+        (serve(|_| status("403 Forbidden", "")), 1, "no access"),
+        (closed, 1, "in place of the address"),
     ] {
         let url = format!("{address}/lora.yaml");
-        litgpt(dir.path(), ["finetune", "lora", "--config", &url, "--print_config"]).refused(1, &[says, "/lora.yaml"]);
+        litgpt(dir.path(), ["finetune", "lora", "--config", &url, "--print_config"])
+            .refused(code, &[says, "/lora.yaml"]);
     }
 }

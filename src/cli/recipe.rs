@@ -97,13 +97,13 @@ impl Layer {
     }
 
     /// An error about this layer.
-    fn error(&self, mut problems: Vec<String>) -> Error {
-        let hint = "`litgpt finetune_lora --help` lists every setting";
-        match &self.file {
-            Some(path) => Error::invalid(path, problems.join("; "), hint),
-            None if problems.len() == 1 => Error::usage(problems.remove(0), hint),
-            None => Error::Mismatch { what: "the command line has problems".into(), problems, hint: hint.into() },
-        }
+    fn error(&self, problems: &[String]) -> Error {
+        let place = match &self.file {
+            Some(path) => format!("`{}`: ", path.display()),
+            None if problems.len() == 1 => String::new(),
+            None => "the command line has problems: ".to_owned(),
+        };
+        Error::usage(place + &problems.join("; "), "`litgpt finetune_lora --help` lists every setting")
     }
 
     /// A name as the user would write it here.
@@ -120,9 +120,12 @@ fn read_tree(path: &Path) -> Result<Value> {
     let name = path.to_string_lossy();
     let is_address = name.starts_with("https://") || name.starts_with("http://");
     let text = if is_address { download::text(&name)? } else { read_file(path)? };
-    parse_tree(&text).map_err(|problem| match text.trim_start().starts_with('<') {
-        true => Error::invalid(path, "a web page, not a recipe", "give the address or path of the YAML file itself"),
-        false => Error::invalid(path, problem, "a recipe is YAML with one `key: value` a line"),
+    parse_tree(&text).map_err(|problem| {
+        let (problem, hint) = match text.trim_start().starts_with('<') {
+            true => ("a web page, not a recipe", "give the address or path of the YAML file itself"),
+            false => (problem.as_str(), "a recipe is YAML with one `key: value` a line"),
+        };
+        Error::usage(format!("`{name}`: {problem}"), hint)
     })
 }
 
@@ -133,7 +136,9 @@ fn read_file(path: &Path) -> Result<String> {
             path: path.to_owned(),
             hint: "give --config the path or web address of a YAML file".into(),
         },
-        std::io::ErrorKind::InvalidData => Error::invalid(path, "not a text file", "give --config a YAML file"),
+        std::io::ErrorKind::InvalidData => {
+            Error::usage(format!("`{}`: not a text file", path.display()), "give --config a YAML file")
+        }
         _ => Error::io("read", path)(error),
     })
 }
@@ -279,7 +284,7 @@ impl Merge {
                 problems.push(format!("{}: {problem}{got}{tip}", layer.shown(name)));
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(layer.error(problems)) }
+        if problems.is_empty() { Ok(()) } else { Err(layer.error(&problems)) }
     }
 
     /// The flag that `entry` means and its value in the right type; `None` if it may be left out.

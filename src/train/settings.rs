@@ -701,7 +701,7 @@ impl FinetuneSettings {
     /// Checks every rule between and within the settings.
     ///
     /// # Errors
-    /// One `Usage` for one broken rule, one `Mismatch` with all of them for several.
+    /// One `Usage` with all broken rules.
     pub fn validate(&self) -> Result<()> {
         let mut problems = self.lora.problems();
         problems.extend(self.data.problems());
@@ -725,7 +725,7 @@ impl FinetuneSettings {
         match problems.len() {
             0 => Ok(()),
             1 => Err(Error::usage(problems.remove(0), hint)),
-            _ => Err(Error::Mismatch { what: "these settings cannot run".into(), problems, hint: hint.into() }),
+            _ => Err(Error::usage(format!("these settings cannot run: {}", problems.join("; ")), hint)),
         }
     }
 }
@@ -811,7 +811,8 @@ mod tests {
         settings.data.name = "JSON".into();
         settings.data.subsets = Some("x".into());
         settings.devices = 4;
-        let Err(Error::Mismatch { problems, .. }) = settings.validate() else { panic!("not refused") };
+        let Err(Error::Usage { message, .. }) = settings.validate() else { panic!("not refused") };
+        let problems: Vec<&str> = message.strip_prefix("these settings cannot run: ").unwrap().split("; ").collect();
         let expected = [
             "lora_r",
             "lora_dropout",
