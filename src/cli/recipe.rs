@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use super::args::{self, FinetuneArgs, Flag, Kind, LOG_FLAGS};
 use super::{download, usage};
 use crate::checkpoint::hub::is_repo_id;
+use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result, closest};
 use crate::train::settings::{
     DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch, TrainSettings,
@@ -310,8 +311,10 @@ impl Merge {
                 Err(format!("{}: expected a single value, got `{text}`", layer.shown(name)))
             }
             ("optimizer.name", _) => is_adamw(&text).map(|()| None),
-            ("data.prompt_style", Value::String(_)) if text.starts_with("litgpt.prompts.") => {
-                Ok(Some((flag, text.rsplit('.').next().into())))
+            // What no style is called is said where the style is made.
+            ("data.prompt_style", Value::String(_)) => {
+                let known = PromptStyle::by_name(&text);
+                Ok(Some((flag, known.map_or(text, |style| style.name().to_owned()).into())))
             }
             ("data.name", _) => data_module(&text).map(|module| Some((flag, module.into()))),
             (_, Value::String(_)) => match flag.kind.parse(&text) {
@@ -462,6 +465,7 @@ fn to_tree(settings: &FinetuneSettings) -> Value {
         .filter(|(key, value)| *key != "name" && !value.is_null() && (any(key) || module.contains(&key.as_str())))
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
+    let data = shaped(data, &settings.data);
     let optimizer = &settings.optimizer;
     tree["data"] = json!({"class_path": format!("litgpt.data.{}", settings.data.name), "init_args": data});
     tree["optimizer"] = json!({"class_path": "torch.optim.AdamW", "init_args": {
@@ -502,6 +506,19 @@ fn to_tree(settings: &FinetuneSettings) -> Value {
         map.shift_remove("early_stopping_patience");
     }
     tree
+}
+
+/// The fields of a data module without what LitGPT does not know, and with a prompt style that it has no key for as a class.
+fn shaped(mut fields: Map<String, Value>, data: &DataSettings) -> Map<String, Value> {
+    if !data.pack {
+        fields.shift_remove("pack");
+    }
+    let style = data.prompt_style.as_deref().and_then(|name| PromptStyle::by_name(name).ok());
+    if let Some(style) = style.filter(|style| !style.has_key()) {
+        let class = format!("litgpt.prompts.{}", style.class_name());
+        fields.insert("prompt_style".into(), json!({"class_path": class}));
+    }
+    fields
 }
 
 /// The settings as a YAML recipe in LitGPT's shape, which `--config` reads back to the same settings.
@@ -717,6 +734,27 @@ mod tests {
             assert!(tree.pointer(key).is_none(), "LitGPT does not read `{key}`");
         }
         assert!(tree.get("add_bos").is_none() && tree["train"].get("activation_checkpointing").is_none());
+    }
+
+    #[test]
+    fn prompt_styles_are_written_as_litgpt_reads_them() {
+        for (given, written) in [
+            ("litgpt.prompts.Phi2", json!("phi-2")),
+            ("Phi2", json!("phi-2")),
+            ("alpaca", json!("alpaca")),
+            ("chat", json!("chat")),
+            ("chatml", json!({"class_path": "litgpt.prompts.ChatML"})),
+            ("litgpt.prompts.Default", json!({"class_path": "litgpt.prompts.Default"})),
+        ] {
+            let settings = resolved(&format!("litgpt finetune m --data.prompt_style {given}")).unwrap();
+            let data = &to_tree(&settings)["data"]["init_args"];
+            assert_eq!(data["prompt_style"], written, "{given}");
+            assert!(data.get("pack").is_none(), "LitGPT has no such key");
+            let (_folder, path) = recipe(&to_yaml(&settings).unwrap());
+            assert_eq!(from_file(Path::new(&path)).unwrap(), settings, "{given}");
+        }
+        let packed = resolved("litgpt finetune m --data.pack true").unwrap();
+        assert_eq!(to_tree(&packed)["data"]["init_args"]["pack"], true);
     }
 
     #[test]

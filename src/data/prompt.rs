@@ -256,6 +256,9 @@ static MODEL_STYLES: LazyLock<Vec<(Regex, &'static Style)>> = LazyLock::new(|| {
     MODELS.iter().filter_map(row).collect()
 });
 
+/// Styles that LitGPT knows by their class only.
+const WITHOUT_KEY: [&str; 4] = ["default", "falcon3", "r1", "chatml"];
+
 /// Keys of all styles.
 pub fn names() -> impl Iterator<Item = &'static str> {
     STYLES.iter().map(|style| style.name)
@@ -329,6 +332,12 @@ impl PromptStyle {
             Kind::Fixed(style) => style.class,
             Kind::Chat(_) => "Chat",
         }
+    }
+
+    /// Whether LitGPT knows the style by [`PromptStyle::name`]; some it knows by [`PromptStyle::class_name`] only.
+    #[must_use]
+    pub fn has_key(&self) -> bool {
+        matches!(&self.0, Kind::Fixed(style) if !WITHOUT_KEY.contains(&style.name))
     }
 
     /// The chat template, if the style is one.
