@@ -115,6 +115,17 @@ impl Error {
         Self::Usage { message: message.into(), hint: hint.into() }
     }
 
+    /// The same, said of `place`, such as a row of a file.
+    #[must_use]
+    pub fn at(self, place: &str) -> Self {
+        let placed = |text: String| format!("{place}: {text}");
+        match self {
+            Self::Unsupported { what, hint } => Self::Unsupported { what: placed(what), hint },
+            Self::Refused { message, hint } => Self::Refused { message: placed(message), hint },
+            other => other,
+        }
+    }
+
     /// A run that is refused.
     pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Refused { message: message.into(), hint: hint.into() }

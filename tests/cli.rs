@@ -361,6 +361,25 @@ fn bad_datasets_are_named_by_file_and_row() {
 }
 
 #[test]
+fn conversations_that_no_style_can_write_are_named_by_file_and_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy_tiny(&model);
+    let refusing = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}\
+                    {% endif %}{{ m['content'] }}{% endfor %}{{ eos_token }}";
+    fs::write(model.join("chat_template.jinja"), refusing).unwrap();
+    let turn = |role: &str| json!({"role": role, "content": "x"});
+    let row = |role: &str| json!({"messages": [turn("user"), turn(role), turn("assistant")]}).to_string();
+    let rows = [row("user"), row("user"), row("tool"), row("user"), row("tool")].join("\n");
+    fs::write(dir.path().join("d.jsonl"), rows).unwrap();
+    let flags = "--data.json_path d.jsonl --data.val_split_fraction 0 --data.seed 3";
+    let place = ["`d.jsonl` line ", "tool"];
+    finetune(dir.path(), &model, flags).refused(1, &place);
+    let says = ["`d.jsonl` line ", "no tools here"];
+    finetune(dir.path(), &model, &format!("{flags} --data.prompt_style chat")).refused(1, &says);
+}
+
+#[test]
 fn samples_that_teach_nothing_are_left_out_or_refused() {
     let dir = tempfile::tempdir().unwrap();
     let says = ["instructions_tiny.json", "row", "masked", "--train.max_seq_length"];

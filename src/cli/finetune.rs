@@ -14,7 +14,7 @@ use crate::checkpoint::{Checkpoint, adapter, state};
 use crate::data::prefix;
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
-use crate::data::{DataConfig, Dataset};
+use crate::data::{DataConfig, Dataset, Origin};
 use crate::error::{Error, Result};
 use crate::generate::{Draw, PROMPT_LOOKUP, Request, Session, text};
 use crate::model::lora::{LoraConfig, Targets};
@@ -217,9 +217,15 @@ fn encoder<'a>(
 
 /// Training and validation samples, checked and reported on. Records of samples that teach nothing leave the dataset.
 fn encode(encoder: &Encoder<'_>, dataset: &mut Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
+    if encoder.style.template().is_none() {
+        // What no row is to blame for.
+        encoder.tokenizer.require_eos()?;
+    }
     ui.begin("tokenize", (dataset.train.len() + dataset.val.len()) as u64, false);
-    let mut train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64))?;
-    let mut val = encoder.encode_all(&dataset.val, &|done| ui.position((dataset.train.len() + done) as u64))?;
+    let placed = |(row, error): (Origin, Error)| error.at(&dataset.locate(row));
+    let n_train = dataset.train.len();
+    let mut train = encoder.encode_all(&dataset.train, &|done| ui.position(done as u64)).map_err(placed)?;
+    let mut val = encoder.encode_all(&dataset.val, &|done| ui.position((n_train + done) as u64)).map_err(placed)?;
     ui.end();
     leave_out_masked(dataset, &mut train, &mut val, ui)?;
     for (what, samples) in [("train", &train), ("val", &val)].into_iter().filter(|(_, samples)| !samples.is_empty()) {

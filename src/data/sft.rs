@@ -17,7 +17,7 @@ use super::chat::{ChatTemplate, Message};
 use super::prompt::PromptStyle;
 use super::torch_rng::EpochOrders;
 use super::{Content, Origin, Record};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
 /// One record as the model is trained on it.
@@ -159,15 +159,20 @@ impl Encoder<'_> {
     /// Ids and labels of all records, in their order, made on all cores. `progress` is told how many are done.
     ///
     /// # Errors
-    /// As [`Encoder::encode`].
-    pub fn encode_all(&self, records: &[Record], progress: &(dyn Fn(usize) + Sync)) -> Result<Vec<Sample>> {
+    /// As [`Encoder::encode`], with the place of the first record that fails.
+    pub fn encode_all(
+        &self,
+        records: &[Record],
+        progress: &(dyn Fn(usize) + Sync),
+    ) -> std::result::Result<Vec<Sample>, (Origin, Error)> {
         let done = AtomicUsize::new(0);
         let one = |record: &Record| {
-            let sample = self.encode(record)?;
+            let sample = self.encode(record).map_err(|error| (record.row, error));
             progress(done.fetch_add(1, Ordering::Relaxed) + 1);
-            Ok(sample)
+            sample
         };
-        records.par_iter().map(one).collect()
+        let samples: Vec<_> = records.par_iter().map(one).collect();
+        samples.into_iter().collect()
     }
 }
 

@@ -55,7 +55,7 @@ fuzz_target!(|data: &[u8]| {
             ignore_index: -100,
             max_seq_length: Some(64),
         };
-        if let Some(samples) = checked(encoder.encode_all(&dataset.train, &|_| ())) {
+        if let Some(samples) = checked(encoder.encode_all(&dataset.train, &|_| ()).map_err(|(_, error)| error)) {
             let _ = Report::of(&samples);
         }
     });
