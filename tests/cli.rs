@@ -343,7 +343,7 @@ fn bad_datasets_are_named_by_file_and_row() {
             &["d.json", "row 2", "`instruction`, `output`", "prompt, answer"],
         ),
         ("d.jsonl", Some(format!("{row}\n{other}\n")), &["d.jsonl", "line 2", "`instruction`, `output`"]),
-        ("d.json", Some(r#"[{"instruction": "a", "output": 3}]"#.to_owned()), &["d.json", "row 1", "`output`"]),
+        ("d.json", Some(r#"[{"instruction": "a", "output": [3]}]"#.to_owned()), &["d.json", "row 1", "`output`"]),
         ("d.json", Some("[]".to_owned()), &["d.json", "no rows"]),
         ("d.json", Some(String::new()), &["d.json", "empty"]),
         ("d.csv", Some("a,b".to_owned()), &["d.csv", "no rows"]),

@@ -1207,7 +1207,7 @@ fn data_rows() {
     ] {
         cases.push(case("d.json", content.into(), &[]));
     }
-    for value in ["3", "null", "true", "[]", "{}", "[\"x\"]", "1e999"] {
+    for value in ["[3]", "null", "true", "[]", "{}", "[\"x\"]", "1e999"] {
         for key in ["instruction", "output", "input"] {
             if (key, value) == ("input", "null") {
                 continue;
@@ -1244,7 +1244,7 @@ fn data_rows() {
         (r#"{"text": 3}"#, "text"),
         (r#"{"\u001b[31mred": 3}"#, "line 1"),
         (r#"{"prompt": "x"}"#, "line 1"),
-        (r#"{"question": 1, "answer": 2}"#, "question"),
+        (r#"{"question": [1], "answer": 2}"#, "question"),
     ] {
         cases.push(case("d.jsonl", format!("{content}\n{content}\n").into(), &[says]));
     }

@@ -112,6 +112,7 @@ fn records(dir: &Path, golden: &Value) -> Option<Vec<Record>> {
         content: Content::Instruction {
             instruction: list(&rows[row]["instruction"]),
             input: list(&rows[row]["input"]),
+            sys_prompt: None,
             output: list(&rows[row]["output"]),
         },
         row: Origin { file: 0, row: row + 1 },

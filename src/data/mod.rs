@@ -120,6 +120,8 @@ pub enum Content {
         instruction: String,
         /// What the instruction is about, if it has that.
         input: Option<String>,
+        /// A system prompt of its own, in place of the style's.
+        sys_prompt: Option<String>,
         /// The answer to learn.
         output: String,
     },
@@ -134,8 +136,10 @@ impl Record {
     #[must_use]
     pub fn messages(&self) -> Vec<Message> {
         match &self.content {
-            Content::Instruction { instruction, input, output } => {
-                vec![prompt::instruction(instruction, input.as_deref()), Message::new("assistant", output)]
+            Content::Instruction { instruction, input, sys_prompt, output } => {
+                let system = sys_prompt.iter().filter(|text| !text.is_empty()).map(|text| Message::new("system", text));
+                let turns = [prompt::instruction(instruction, input.as_deref()), Message::new("assistant", output)];
+                system.chain(turns).collect()
             }
             Content::Conversation(messages) => messages.clone(),
             Content::Text(_) => Vec::new(),
@@ -333,7 +337,9 @@ mod tests {
 
     fn said(record: &Record) -> (String, Option<String>, String) {
         match &record.content {
-            Content::Instruction { instruction, input, output } => (instruction.clone(), input.clone(), output.clone()),
+            Content::Instruction { instruction, input, output, .. } => {
+                (instruction.clone(), input.clone(), output.clone())
+            }
             other => panic!("{other:?}"),
         }
     }

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::chat::Message;
 use super::registry::{ALPACA_KEYS, Keys};
@@ -72,6 +72,9 @@ const PAIRS: &[Keys] = &[
     pair("question", "answer"),
     pair("inputs", "targets"),
 ];
+
+/// Key of an instruction's own system prompt, which LitGPT hands to the prompt style, too.
+const SYS_PROMPT: &str = "sys_prompt";
 
 /// Keys under which a list of turns may stand.
 const TURNS: &[&str] = &["messages", "conversations", "conversation"];
@@ -323,6 +326,7 @@ fn exchanges(record: Record, all: bool) -> Vec<Record> {
         content: Content::Instruction {
             instruction: pair[0].content.clone(),
             input: None,
+            sys_prompt: None,
             output: pair[1].content.clone(),
         },
         row: record.row,
@@ -368,13 +372,29 @@ fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Resu
     }
     let mut text = |key: &str| match object.get_mut(key).map(Value::take) {
         Some(Value::String(text)) => Ok(Some(text)),
+        Some(Value::Number(number)) => Ok(Some(as_python(&number))),
         None | Some(Value::Null) => Ok(None),
         Some(other) => Err(format!("`{key}` must be a text, found {}", kind(&other))),
     };
     let instruction = text(keys.instruction)?.ok_or_else(|| format!("`{}` is null", keys.instruction))?;
     let output = text(keys.output)?.ok_or_else(|| format!("`{}` is null", keys.output))?;
-    let input = keys.input.map(text).transpose()?.flatten();
-    Ok(Content::Instruction { instruction, input, output })
+    let input = keys.input.map(&mut text).transpose()?.flatten();
+    let sys_prompt = text(SYS_PROMPT)?;
+    Ok(Content::Instruction { instruction, input, sys_prompt, output })
+}
+
+/// A number as Python's `str` has it, which LitGPT's prompts are made with: `1.0`, `1e-05`.
+fn as_python(number: &Number) -> String {
+    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else { return number.to_string() };
+    // The shortest digits that mean the same number, in both.
+    let text = format!("{value:e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    match exponent.parse::<i32>() {
+        Ok(exponent) if !(-4..16).contains(&exponent) => {
+            format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+        }
+        _ => format!("{value:?}"),
+    }
 }
 
 /// The keys of an object in words.
@@ -433,6 +453,7 @@ mod tests {
         let content = |input: Option<&str>, instruction: &str, output: &str| Content::Instruction {
             instruction: instruction.into(),
             input: input.map(str::to_owned),
+            sys_prompt: None,
             output: output.into(),
         };
         assert_eq!(list[0].content, content(Some("x\n"), "i", "o"));
@@ -440,6 +461,46 @@ mod tests {
         assert_eq!(list.iter().map(|r| r.row.row).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(lines.iter().map(|r| r.row.row).collect::<Vec<_>>(), [1, 3]);
         assert!(list.iter().zip(&lines).all(|(a, b)| a.content == b.content));
+    }
+
+    #[test]
+    fn numbers_are_texts_as_python_writes_them() {
+        for (json, python) in [
+            ("7", "7"),
+            ("-3", "-3"),
+            ("12345678901234567890", "12345678901234567890"),
+            ("0", "0"),
+            ("1.0", "1.0"),
+            ("0.1", "0.1"),
+            ("-2.50", "-2.5"),
+            ("100000.0", "100000.0"),
+            ("1e15", "1000000000000000.0"),
+            ("1e16", "1e+16"),
+            ("1.5e300", "1.5e+300"),
+            ("0.0001", "0.0001"),
+            ("0.00001", "1e-05"),
+            ("1.25e-7", "1.25e-07"),
+            ("-0.0", "-0.0"),
+        ] {
+            let row = format!("[{{\"instruction\": \"i\", \"input\": {json}, \"output\": {json}}}]");
+            match &read("d.json", row.as_bytes()).unwrap()[0].content {
+                Content::Instruction { input, output, .. } => {
+                    assert_eq!((input.as_deref(), output.as_str()), (Some(python), python));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let (problem, _) = fails("d.json", r#"[{"instruction": "i", "output": [3]}]"#);
+        assert_eq!(problem, "row 1: `output` must be a text, found a list");
+    }
+
+    #[test]
+    fn a_row_may_have_a_system_prompt() {
+        let row = br#"[{"instruction": "i", "output": "o", "sys_prompt": "Be brief."}]"#;
+        let record = read("d.json", row).unwrap().remove(0);
+        let Content::Instruction { sys_prompt, .. } = &record.content else { panic!() };
+        assert_eq!(sys_prompt.as_deref(), Some("Be brief."));
+        assert_eq!(record.messages()[0], Message::new("system", "Be brief."));
     }
 
     #[test]
@@ -476,7 +537,7 @@ mod tests {
         assert_eq!(fails("d.json", r#"["x"]"#).0, "row 1: expected an object, found a text");
         assert_eq!(fails("d.json", "[{}]").0, "row 1: no key `instruction`, `output` (the object is empty)");
         let wrong = |value: &str| fails("d.json", format!(r#"[{{"instruction": "a", "output": {value}}}]"#)).0;
-        assert_eq!(wrong("3"), "row 1: `output` must be a text, found a number");
+        assert_eq!(wrong("true"), "row 1: `output` must be a text, found true or false");
         assert_eq!(wrong("null"), "row 1: `output` is null");
         assert_eq!(wrong("[]"), "row 1: `output` must be a text, found a list");
         let (problem, _) = fails("d.json", r#"[{"instruction": "a", "output": "b", "input": {}}]"#);

@@ -97,8 +97,9 @@ impl Encoder<'_> {
                 return Ok((ids, answers));
             }
             (_, Some(template)) => return self.by_template(template, &record.messages(), mask),
-            (Content::Instruction { instruction, input, output }, None) => {
-                vec![(style.apply(instruction, input.as_deref(), None)?, Some(output.as_str()))]
+            (Content::Instruction { instruction, input, sys_prompt, output }, None) => {
+                let prompt = style.apply(instruction, input.as_deref(), sys_prompt.as_deref())?;
+                vec![(prompt, Some(output.as_str()))]
             }
             (Content::Conversation(messages), None) => style.turns(messages)?,
         };
@@ -146,8 +147,9 @@ impl Encoder<'_> {
                 let end = text.match_indices(char::is_whitespace).nth(WORDS).map_or(text.len(), |(at, _)| at);
                 self.tokenizer.encode_prompt(&text[..end])
             }
-            Content::Instruction { instruction, input, .. } if self.style.template().is_none() => {
-                self.tokenizer.encode_prompt(&self.style.apply(instruction, input.as_deref(), None)?)
+            Content::Instruction { instruction, input, sys_prompt, .. } if self.style.template().is_none() => {
+                let prompt = self.style.apply(instruction, input.as_deref(), sys_prompt.as_deref())?;
+                self.tokenizer.encode_prompt(&prompt)
             }
             _ => {
                 let messages = record.messages();
@@ -426,7 +428,12 @@ mod tests {
 
     fn record(instruction: &str, output: &str) -> Record {
         let row = Origin { file: 0, row: 1 };
-        let content = Content::Instruction { instruction: instruction.into(), input: None, output: output.into() };
+        let content = Content::Instruction {
+            instruction: instruction.into(),
+            input: None,
+            sys_prompt: None,
+            output: output.into(),
+        };
         Record { content, row }
     }
 
