@@ -361,6 +361,15 @@ fn bad_datasets_are_named_by_file_and_row() {
 }
 
 #[test]
+fn a_datasets_escape_codes_do_not_reach_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = json!([{"instruction": "a\u{1b}[31m\u{7}\tb", "output": "c\u{1b}]0;x\u{7}d"}]);
+    fs::write(dir.path().join("d.json"), rows.to_string()).unwrap();
+    let said = finetune(dir.path(), &tiny(), "--data.json_path d.json --dry_run").ok().stderr;
+    assert!(said.contains("[31m") && !said.chars().any(|c| c.is_control() && c != '\n' && c != '\t'), "{said:?}");
+}
+
+#[test]
 fn conversations_that_no_style_can_write_are_named_by_file_and_row() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");

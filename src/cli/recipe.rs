@@ -147,9 +147,15 @@ fn read_file(path: &Path) -> Result<String> {
 fn parse_tree(text: &str) -> std::result::Result<Value, String> {
     let options = serde_saphyr::options! { with_snippet: false };
     let in_words = |error: serde_saphyr::Error| {
-        error
-            .to_string()
-            .replace(", set DuplicateKeyPolicy in Options if acceptable", "")
+        let text = error.to_string();
+        // What the library tells its callers is no use to users.
+        if text.contains("from_str_multiple") {
+            return "more than one document, with `---` between them".to_owned();
+        }
+        if text.contains("budget breached") {
+            return "more keys, lists or aliases than any recipe has".to_owned();
+        }
+        text.replace(", set DuplicateKeyPolicy in Options if acceptable", "")
             .replace(" rejected by the configured policy", " is not allowed")
     };
     match serde_saphyr::from_str_with_options(text, options).map_err(in_words)? {
@@ -684,6 +690,16 @@ mod tests {
             let argv = ["litgpt", "finetune_lora", "m", "--optimizer", optimizer].map(str::to_owned);
             let optimizer = parse_finetune(&argv).unwrap().optimizer;
             assert_eq!((optimizer.learning_rate, optimizer.beta1, optimizer.beta2), (1e-4, 0.9, 0.95));
+        }
+    }
+
+    #[test]
+    fn what_no_recipe_is_is_said_in_our_words() {
+        let many = format!("a: [{}]\n", "1,".repeat(300_000));
+        for (text, says) in [("lora_r: 4\n---\nlora_r: 5\n", "more than one document"), (&many, "more keys, lists")] {
+            let (_folder, path) = recipe(text);
+            let error = resolved(&format!("litgpt finetune m --config {path}")).unwrap_err().to_string();
+            assert!(error.contains(says) && error.len() < 300, "{error}");
         }
     }
 

@@ -164,7 +164,10 @@ impl Report for Ui {
                     loss.exp()
                 ));
             }
-            Event::Example { text, .. } => self.note(&format!("example: {}", text.trim())),
+            Event::Example { text, .. } => {
+                let text = text.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "");
+                self.note(&format!("example: {}", text.trim()));
+            }
             Event::Skipped { figures, problem } => {
                 self.position(figures.iter as u64);
                 self.note(&format!("warning: step {} is skipped, {problem}", figures.step));

@@ -231,7 +231,8 @@ impl Report {
     }
 }
 
-/// Text of a sample, special tokens included, with what is learned between `open` and `close`.
+/// Text of a sample, special tokens included, with what is learned between `open` and `close`, without control characters: a
+/// terminal would obey them.
 ///
 /// # Errors
 /// As `Tokenizer::decode`.
@@ -241,6 +242,7 @@ pub fn with_mask(sample: &Sample, tokenizer: &Tokenizer, open: &str, close: &str
     for at in 1..=sample.input_ids.len() {
         if at == sample.input_ids.len() || learned(at) != learned(from) {
             let part = tokenizer.decode_all(&sample.input_ids[from..at])?;
+            let part = part.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "");
             if learned(from) {
                 text.extend([open, &part, close]);
             } else {
