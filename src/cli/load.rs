@@ -162,10 +162,7 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
     }
     let path = dir.join(PROMPT_STYLE);
     if path.is_file() {
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let class = text.lines().find_map(|l| l.strip_prefix("class_path:")).map(str::trim);
-        let class = class.ok_or_else(|| Error::invalid(&path, "no `class_path:` line", "give --prompt_style"))?;
-        return PromptStyle::resolve(class.trim_matches(['"', '\'']), tokenizer);
+        return recorded_style(&path, tokenizer);
     }
     let config = dir.join(litgpt::CONFIG);
     let recorded = if config.is_file() { litgpt::config::read_yaml(&config)?.remove("name") } else { None };
@@ -174,6 +171,17 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
     }
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     Ok(PromptStyle::for_model(&absolute.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// The style that LitGPT's file names.
+fn recorded_style(path: &Path, tokenizer: &Tokenizer) -> Result<PromptStyle> {
+    let yaml = litgpt::config::read_yaml(path)?;
+    let class = litgpt::config::field(&yaml, "class_path").as_str();
+    let class = class.ok_or_else(|| Error::invalid(path, "no `class_path:`", "give --prompt_style"))?;
+    PromptStyle::resolve(class, tokenizer).map_err(|error| {
+        let hint = error.hint().map_or_else(String::new, |hint| format!("{hint}; "));
+        Error::invalid(path, error.to_string(), format!("{hint}--prompt_style names one in place of the file's"))
+    })
 }
 
 /// The folder `given`; a repository of the Hub that is no folder here is downloaded.
@@ -344,5 +352,22 @@ mod tests {
         assert_eq!(style().name(), "llama3");
         std::fs::write(dir.join(PROMPT_STYLE), "class_path: litgpt.prompts.Alpaca\n").unwrap();
         assert_eq!(style().name(), "alpaca");
+    }
+
+    #[test]
+    fn a_recorded_style_is_yaml() {
+        let dir = tempfile::tempdir().unwrap();
+        let style = |text: &str| {
+            std::fs::write(dir.path().join(PROMPT_STYLE), text).unwrap();
+            prompt_style(dir.path(), None, &own())
+        };
+        for text in ["# ours\nclass_path : \"litgpt.prompts.Phi2\" # a comment\n", "{class_path: litgpt.prompts.Phi2}"]
+        {
+            assert_eq!(style(text).unwrap().name(), "phi-2", "{text}");
+        }
+        let error = style("class_path: my.styles.Own\n").unwrap_err();
+        assert!(error.to_string().contains("prompt_style.yaml`: no prompt style is called `my.styles.Own`"), "{error}");
+        assert!(error.hint().unwrap().contains("--prompt_style"));
+        assert!(style("class: x\n").unwrap_err().to_string().contains("no `class_path:`"));
     }
 }
