@@ -341,12 +341,11 @@ fn merging_adds_the_update_and_nothing_else() {
 }
 
 #[test]
-fn merging_twice_is_refused() {
+fn merging_what_is_no_adapter_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     finetune(dir.path(), &tiny(), "").ok();
     litgpt(dir.path(), ["merge_lora", "out/final"]).ok();
     let merged = content(&dir.path().join("out/final/merged"));
-    litgpt(dir.path(), ["merge_lora", "out/final"]).refused(1, &["out/final/merged"]);
     litgpt(dir.path(), ["merge_lora", "out/final/merged"]).refused(1, &["nothing to merge"]);
     litgpt(dir.path(), ["merge_lora", tiny().to_str().unwrap()]).refused(1, &["nothing to merge"]);
     assert_eq!(content(&dir.path().join("out/final/merged")), merged);
@@ -595,4 +594,21 @@ fn the_first_validation_has_all_samples_as_the_final_one() {
         line.split(' ').nth(5).unwrap().to_owned()
     };
     assert_eq!(loss("--eval.max_iters 1"), loss(""));
+}
+
+/// A script may run twice.
+#[test]
+fn merging_again_does_nothing_and_succeeds() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "").ok();
+    let merge = |more: &str| litgpt(dir.path(), format!("merge_lora out/final{more}").split(' '));
+    merge("").ok();
+    let merged = dir.path().join("out/final/merged");
+    let before = content(&merged);
+    let again = merge("").ok();
+    assert!(again.stderr.starts_with("nothing to do: ") && again.stderr.lines().count() == 1, "{}", again.stderr);
+    assert_eq!(content(&merged), before);
+    merge(" --precision bf16-true").refused(1, &["is there already"]);
+    fs::remove_file(merged.join("model.safetensors")).unwrap();
+    merge("").refused(1, &["is there already"]);
 }

@@ -17,7 +17,11 @@ use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::ops::matrix::Matrix;
 use crate::train::settings::Precision;
+use serde_json::json;
 use std::path::Path;
+
+/// File of a merged folder that says of what adapter it is.
+const MERGED_FROM: &str = "merged_from.json";
 
 /// What is read before and after merging, to see that the answers stay the same.
 const PROBE: &str = "The quick brown fox jumps over the lazy dog, 12 times 12 is 144, and water boils at 100 degrees.";
@@ -60,6 +64,11 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     require_adapter(&dir)?;
     let out_dir = args.out_dir.clone().unwrap_or_else(|| dir.join("merged"));
     let gguf = args.gguf_type.unwrap_or_default();
+    let asked = asked(args, &dir)?;
+    if is_done(&out_dir, &asked) {
+        ui.note(&format!("nothing to do: `{}` is this adapter, merged already", out_dir.display()));
+        return Ok(());
+    }
     refuse_existing(&out_dir, &["config.json", litgpt::WEIGHTS, file_name(gguf)])?;
     let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
     let checkpoint = Checkpoint::open(&base)?;
@@ -87,6 +96,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
             staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
         }
     }
+    staging.write(MERGED_FROM, asked.as_bytes())?;
     // One model at a time.
     drop(gpt);
     let mut merged = weights(&Checkpoint::open(staging.dir())?, &compute, None, ui)?;
@@ -99,6 +109,33 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     ui.note(&format!("merged into {}", out_dir.display()));
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
     Ok(())
+}
+
+/// What is asked for, as [`MERGED_FROM`] has it: of which adapter, by the content of its weights, and in which form.
+fn asked(args: &MergeArgs, dir: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for path in ["adapter_model.safetensors", "adapter_model.bin", "lit_model.pth.lora"].map(|name| dir.join(name)) {
+        if path.is_file() {
+            hasher.update_mmap(&path).map_err(Error::io("read", &path))?;
+        }
+    }
+    let gguf = (args.format == MergeFormat::Gguf).then(|| file_name(args.gguf_type.unwrap_or_default()));
+    let asked = json!({
+        "adapter": hasher.finalize().to_hex().as_str(),
+        "format": format!("{:?}", args.format).to_lowercase(),
+        "file": gguf,
+        "precision": args.precision.map(Precision::name),
+        "base": args.pretrained_checkpoint_dir,
+    });
+    Ok(format!("{asked:#}"))
+}
+
+/// Whether `out_dir` holds what was `asked` for, so that a script may run twice.
+fn is_done(out_dir: &Path, asked: &str) -> bool {
+    let is_weights = |name: &str| [".safetensors", ".pth", ".gguf"].iter().any(|ending| name.ends_with(ending));
+    let mut files = std::fs::read_dir(out_dir).into_iter().flatten().flatten();
+    std::fs::read_to_string(out_dir.join(MERGED_FROM)).is_ok_and(|done| done == asked)
+        && files.any(|file| is_weights(&file.file_name().to_string_lossy()))
 }
 
 /// Fills `staging` with the merged model.
