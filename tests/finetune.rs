@@ -609,6 +609,27 @@ fn merging_again_does_nothing_and_succeeds() {
     assert!(again.stderr.starts_with("nothing to do: ") && again.stderr.lines().count() == 1, "{}", again.stderr);
     assert_eq!(content(&merged), before);
     merge(" --precision bf16-true").refused(1, &["is there already"]);
-    fs::remove_file(merged.join("model.safetensors")).unwrap();
+    let weights = fs::read(merged.join("model.safetensors")).unwrap();
+    fs::write(merged.join("model.safetensors"), &weights[..weights.len() / 2]).unwrap();
     merge("").refused(1, &["is there already"]);
+    fs::write(merged.join("model.safetensors"), weights).unwrap();
+    merge("").ok();
+    // Another style of prompts is another model.
+    fs::write(dir.path().join("out/final/prompt_style.yaml"), "class_path: litgpt.prompts.ChatML\n").unwrap();
+    merge("").refused(1, &["is there already"]);
+}
+
+#[test]
+fn merging_replaces_nothing_that_it_did_not_write() {
+    let dir = tempfile::tempdir().unwrap();
+    finetune(dir.path(), &tiny(), "").ok();
+    let merge = |more: &str| litgpt(dir.path(), format!("merge_lora out/final --out_dir docs{more}").split(' '));
+    let docs = dir.path().join("docs");
+    fs::create_dir(&docs).unwrap();
+    fs::write(docs.join("thesis.txt"), "a year's work").unwrap();
+    merge("").refused(1, &["`docs` is there already"]);
+    merge(" --format gguf").ok();
+    merge(" --format gguf").refused(1, &["model-f16.gguf` is there already"]);
+    merge(" --format gguf --gguf_type q8_0").ok();
+    assert_eq!(names(&docs), ["model-f16.gguf", "model-q8_0.gguf", "thesis.txt"]);
 }

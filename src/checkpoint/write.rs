@@ -63,18 +63,40 @@ impl Staging {
         files.iter().try_for_each(|(name, content)| self.write(name, content))
     }
 
+    /// Flushes every file and puts them into the folder beside what stands there.
+    ///
+    /// # Errors
+    /// When flushing or renaming fails.
+    pub fn commit_beside(self) -> Result<()> {
+        if !self.target.exists() {
+            return self.commit();
+        }
+        self.flush()?;
+        for entry in fs::read_dir(self.dir()).map_err(Error::io("read", self.dir()))? {
+            let path = entry.map_err(Error::io("read", self.dir()))?.path();
+            let to = self.target.join(path.file_name().unwrap_or_default());
+            fs::rename(&path, &to).map_err(Error::io("write", &to))?;
+        }
+        File::open(&self.target).and_then(|f| f.sync_all()).map_err(Error::io("write", &self.target))
+    }
+
+    fn flush(&self) -> Result<()> {
+        let dir = self.dir();
+        for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+            let path = entry.map_err(Error::io("read", dir))?.path();
+            File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))?;
+        }
+        File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io("write", dir))?;
+        open_to_all(dir)
+    }
+
     /// Flushes every file and puts the folder in place of what stood there.
     ///
     /// # Errors
     /// When flushing or renaming fails; what stood there stays.
     pub fn commit(self) -> Result<()> {
+        self.flush()?;
         let dir = self.dir().to_owned();
-        for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
-            let path = entry.map_err(Error::io("read", &dir))?.path();
-            File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("write", &path))?;
-        }
-        File::open(&dir).and_then(|f| f.sync_all()).map_err(Error::io("write", &dir))?;
-        open_to_all(&dir)?;
         let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut old = None;
         if self.target.exists() {

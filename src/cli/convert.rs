@@ -80,7 +80,7 @@ pub fn from_litgpt(args: &ConvertFromArgs, ui: &mut Ui) -> anyhow::Result<()> {
             Error::Missing { what: "LitGPT checkpoint".to_owned(), path: dir.join(litgpt::WEIGHTS), hint }.into()
         );
     }
-    refuse_existing(&out, &["config.json"])?;
+    refuse_existing(&out)?;
     let checkpoint = Checkpoint::open_litgpt(&dir)?;
     let export = Export { checkpoint: &checkpoint, adapters: None, dtype: None };
     let staging = Staging::new(&out)?;
@@ -94,12 +94,13 @@ pub fn from_litgpt(args: &ConvertFromArgs, ui: &mut Ui) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Refuses an output folder that holds a model already, by one of `files`, or anything else where it is no folder.
+/// Refuses an output folder that holds anything: it would be replaced as a whole.
 ///
 /// # Errors
-/// When it does.
-pub fn refuse_existing(out: &Path, files: &[&str]) -> Result<()> {
-    if files.iter().all(|f| !out.join(f).exists()) {
+/// When it does, or is no folder.
+pub fn refuse_existing(out: &Path) -> Result<()> {
+    let empty = |out: &Path| std::fs::read_dir(out).map(|mut files| files.next().is_none());
+    if !out.exists() || empty(out).unwrap_or(false) {
         return Ok(());
     }
     let message = format!("`{}` is there already", out.display());

@@ -23,6 +23,18 @@ use std::path::Path;
 /// File of a merged folder that says of what adapter it is.
 const MERGED_FROM: &str = "merged_from.json";
 
+/// Files of an adapter folder on which the merged one hangs.
+const OF_ADAPTER: [&str; 8] = [
+    adapter::TENSORS,
+    "adapter_model.bin",
+    adapter::CONFIG,
+    litgpt::ADAPTER,
+    MANIFEST,
+    PROMPT_STYLE,
+    HYPERPARAMETERS,
+    "tokenizer.json",
+];
+
 /// What is read before and after merging, to see that the answers stay the same.
 const PROBE: &str = "The quick brown fox jumps over the lazy dog, 12 times 12 is 144, and water boils at 100 degrees.";
 
@@ -63,17 +75,19 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let dir = args.model.path()?;
     require_adapter(&dir)?;
     let out_dir = args.out_dir.clone().unwrap_or_else(|| dir.join("merged"));
-    let gguf = args.gguf_type.unwrap_or_default();
-    let asked = asked(args, &dir)?;
+    let gguf = (args.format == MergeFormat::Gguf).then(|| args.gguf_type.unwrap_or_default());
+    let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
+    let checkpoint = Checkpoint::open(&base)?;
+    let manifest = Manifest::read(&dir)?;
+    let base_hash = checkpoint.content_hash()?;
+    check_base(manifest.as_ref(), &checkpoint, &base_hash)?;
+    let asked = asked(args, &dir, &base_hash)?;
     if is_done(&out_dir, &asked) {
         ui.note(&format!("nothing to do: `{}` is this adapter, merged already", out_dir.display()));
         return Ok(());
     }
-    refuse_existing(&out_dir, &["config.json", litgpt::WEIGHTS, file_name(gguf)])?;
-    let base = base_dir(&dir, args.pretrained_checkpoint_dir.as_deref())?;
-    let checkpoint = Checkpoint::open(&base)?;
-    check_base(&dir, &checkpoint)?;
-    let manifest = Manifest::read(&dir)?;
+    // A GGUF file stands beside others; any other model is a folder of its own.
+    refuse_existing(&gguf.map_or_else(|| out_dir.clone(), |kind| out_dir.join(file_name(kind))))?;
     let quantizer = quantizer(manifest.as_ref().and_then(|m| m.quantize.as_deref()), &checkpoint)?;
     // The adapter's shapes are read through a model, of whose weights only those that were quantized are written.
     let compute = compute(&checkpoint);
@@ -87,55 +101,50 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
         None => trained_dtype(args.format, manifest.as_ref()),
     };
     let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype };
-    if args.format == MergeFormat::Gguf {
-        write_gguf(&dir, &export, gguf, &staging, ui)?;
+    if let Some(kind) = gguf {
+        write_gguf(&dir, &export, kind, &staging, ui)?;
     } else {
         write(args.format, &export, &gpt, &staging, ui)?;
         staging.copy(&dir, &[PROMPT_STYLE, HYPERPARAMETERS, "tokenizer.json", "tokenizer_config.json"])?;
         if let Some(manifest) = manifest {
             staging.write(MANIFEST, serde_json::to_string_pretty(&manifest)?.as_bytes())?;
         }
+        staging.write(MERGED_FROM, asked.as_bytes())?;
     }
-    staging.write(MERGED_FROM, asked.as_bytes())?;
     // One model at a time.
     drop(gpt);
     let mut merged = weights(&Checkpoint::open(staging.dir())?, &compute, None, ui)?;
     ui.note(&difference(&unmerged, &logits(&mut merged, &ids)));
-    staging.commit()?;
-    if args.format == MergeFormat::Gguf {
-        ui.note(&format!("merged into {}", out_dir.join(file_name(gguf)).display()));
+    if let Some(kind) = gguf {
+        staging.commit_beside()?;
+        ui.note(&format!("merged into {}", out_dir.join(file_name(kind)).display()));
         return Ok(());
     }
+    staging.commit()?;
     ui.note(&format!("merged into {}", out_dir.display()));
     ui.note(&format!("next: litgpt generate --checkpoint_dir {} --prompt \"...\"", out_dir.display()));
     Ok(())
 }
 
-/// What is asked for, as [`MERGED_FROM`] has it: of which adapter, by the content of its weights, and in which form.
-fn asked(args: &MergeArgs, dir: &Path) -> Result<String> {
+/// What is asked for, as [`MERGED_FROM`] has it: of which adapter and base, by their content, and in which form.
+fn asked(args: &MergeArgs, dir: &Path, base_hash: &str) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    for path in ["adapter_model.safetensors", "adapter_model.bin", "lit_model.pth.lora"].map(|name| dir.join(name)) {
-        if path.is_file() {
-            hasher.update_mmap(&path).map_err(Error::io("read", &path))?;
-        }
+    for path in OF_ADAPTER.map(|name| dir.join(name)).into_iter().filter(|path| path.is_file()) {
+        hasher.update_mmap(&path).map_err(Error::io("read", &path))?;
     }
-    let gguf = (args.format == MergeFormat::Gguf).then(|| file_name(args.gguf_type.unwrap_or_default()));
     let asked = json!({
         "adapter": hasher.finalize().to_hex().as_str(),
+        "base": base_hash,
         "format": format!("{:?}", args.format).to_lowercase(),
-        "file": gguf,
         "precision": args.precision.map(Precision::name),
-        "base": args.pretrained_checkpoint_dir,
     });
     Ok(format!("{asked:#}"))
 }
 
 /// Whether `out_dir` holds what was `asked` for, so that a script may run twice.
 fn is_done(out_dir: &Path, asked: &str) -> bool {
-    let is_weights = |name: &str| [".safetensors", ".pth", ".gguf"].iter().any(|ending| name.ends_with(ending));
-    let mut files = std::fs::read_dir(out_dir).into_iter().flatten().flatten();
     std::fs::read_to_string(out_dir.join(MERGED_FROM)).is_ok_and(|done| done == asked)
-        && files.any(|file| is_weights(&file.file_name().to_string_lossy()))
+        && Checkpoint::open(out_dir).is_ok()
 }
 
 /// Fills `staging` with the merged model.
@@ -227,9 +236,8 @@ fn dtype(precision: Precision) -> Result<Dtype> {
 }
 
 /// Refuses a base that is not the one the adapter was trained on.
-fn check_base(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
-    let Some(manifest) = Manifest::read(dir)? else { return Ok(()) };
-    if manifest.base_hash == checkpoint.content_hash()? {
+fn check_base(manifest: Option<&Manifest>, checkpoint: &Checkpoint, base_hash: &str) -> Result<()> {
+    if manifest.is_none_or(|manifest| manifest.base_hash == base_hash) {
         return Ok(());
     }
     Err(Error::refused(changed_base(checkpoint), "restore it, or name the right one with --pretrained_checkpoint_dir"))

@@ -20,7 +20,7 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
         return Err(Error::refused(message, "merge it first: litgpt merge_lora").into());
     }
     let out = args.out_dir.clone().map_or_else(|| beside(&dir, &args.quantize), Ok)?;
-    refuse_existing(&out, &["config.json"])?;
+    refuse_existing(&out)?;
     let checkpoint = Checkpoint::open(&dir)?;
     if checkpoint.quantizer().is_some() {
         let message = format!("`{}` is quantized already", dir.display());
