@@ -5,6 +5,7 @@ use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::attention::{self, Spans};
 use crate::ops::clip;
 use crate::ops::device::Constant;
+use crate::ops::matrix::Parked;
 use crate::ops::norm::Norm;
 use crate::ops::rope::Tables;
 use crate::ops::{Matrix, View, rows};
@@ -79,13 +80,11 @@ impl LayerCache {
 /// What the backward needs besides the layer's input.
 #[derive(Debug)]
 pub struct Saved {
-    qkv: Matrix,
+    qkv: Parked,
     clipped: Option<clip::Saved>,
     before_norm: Option<[Matrix; 2]>,
     h: LinearSaved,
     core: attention::Saved,
-    /// The heads' outputs, which are the output projection's input.
-    pub o: Matrix,
 }
 
 /// q, k and v, and what their backward needs.
@@ -163,23 +162,31 @@ impl Attention {
     /// Returns (T, 2 · `kv_cols`).
     #[must_use]
     pub fn keys_and_values(&self, saved: &Saved) -> Matrix {
-        let own = saved.qkv.columns(self.kv_columns());
-        let mut kv = saved.qkv.new_like(own.rows, own.cols);
+        let qkv = saved.qkv.get();
+        let own = qkv.columns(self.kv_columns());
+        let mut kv = qkv.new_like(own.rows, own.cols);
         rows::copy(own, &mut kv.view_mut());
         kv
     }
 
-    /// Attention over the samples of a micro batch, up to the output projection.
+    /// Whether what waits for the backward is rounded to bf16, as the model's weights are.
+    #[must_use]
+    pub fn parks_bf16(&self, pass: &Pass<'_>) -> bool {
+        pass.seed.is_some() && self.qkv.weight().is_bf16()
+    }
+
+    /// Attention over the samples of a micro batch, up to the output projection: the heads' outputs.
     ///
     /// # Shapes
-    /// `x`: (T, n_embd).
+    /// `x`: (T, n_embd); returns (T, n_head · head_size).
     #[must_use]
-    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> Saved {
+    pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, Saved) {
         let Projected { qkv, clipped, before_norm, h } = self.project(pass, x);
         let kv = pass.past.map(|past| self.after(past, &qkv));
         let [q, k, v] = self.views(&qkv, kv.as_ref());
         let (o, core) = self.core.forward(q, k, v, pass.spans);
-        Saved { qkv, clipped, before_norm, h, core, o }
+        let qkv = Parked::new(qkv, self.parks_bf16(pass));
+        (o, Saved { qkv, clipped, before_norm, h, core })
     }
 
     /// Attention of new tokens over the kept keys and values, which they join; up to the output projection.
@@ -197,20 +204,21 @@ impl Attention {
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
     ///
     /// # Shapes
-    /// `d_o`: (T, n_head · head_size); `dx`: (T, n_embd).
+    /// `o`: what the forward returned; `d_o`: its gradient; `dx`: (T, n_embd).
+    #[allow(clippy::too_many_arguments)] // a backward takes what its forward gave and saved
     pub fn backward(
         &self,
         pass: &Pass<'_>,
         to: &mut Gradients<'_>,
-        d_o: &Matrix,
+        [o, d_o]: [&Matrix; 2],
         x: impl FnOnce() -> Matrix,
         saved: Saved,
         dx: Option<(&mut Matrix, bool)>,
     ) {
         let [q_cols, k_cols, _] = self.columns();
-        let kv = pass.past.map(|past| self.after(past, &saved.qkv));
-        let qkv = self.views(&saved.qkv, kv.as_ref());
-        let mut d = self.core.backward(qkv, &saved.o, d_o, &saved.core, pass.spans);
+        let qkv = saved.qkv.restore();
+        let kv = pass.past.map(|past| self.after(past, &qkv));
+        let mut d = self.core.backward(self.views(&qkv, kv.as_ref()), o, d_o, &saved.core, pass.spans);
         if let Some(past) = &mut to.past {
             d = self.split(&d, past);
         }

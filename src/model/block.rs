@@ -4,6 +4,7 @@ use super::attention::{self, Attention, LayerCache, Pass};
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use super::mlp::{self, Mlp};
 use crate::ops::Matrix;
+use crate::ops::matrix::Parked;
 use crate::ops::norm::Norm;
 use crate::ops::rows::{add_scaled, scale};
 
@@ -40,6 +41,8 @@ pub struct Block {
 pub struct Saved {
     x: Matrix,
     attention: attention::Saved,
+    /// The heads' outputs, which are the output projection's input.
+    o: Parked,
     attention_h: LinearSaved,
     attention_raw: Option<Matrix>,
     /// The residual stream between the branches; `None` where they are parallel.
@@ -105,13 +108,14 @@ impl Block {
     #[must_use]
     pub fn forward(&self, pass: &Pass<'_>, x: Matrix) -> (Matrix, Saved) {
         let attention_in = normed(self.attention_norms.before.as_ref(), &x);
-        let attention = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
+        let (o, attention) = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
         let mut y = x.clone();
         let projection = &self.attention.projection;
         let (attention_h, attention_raw) =
             self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
-                projection.forward(pass.parameters, &attention.o, pass.seed, y, accumulate)
+                projection.forward(pass.parameters, &o, pass.seed, y, accumulate)
             });
+        let o = Parked::new(o, self.attention.parks_bf16(pass));
         let middle = (!self.parallel_residual).then(|| y.clone());
         let mlp_in = match (self.shared_norm, &middle) {
             (true, _) => attention_in,
@@ -122,7 +126,7 @@ impl Block {
         let after = self.mlp_norms.after.as_ref();
         let (mlp, mlp_raw) =
             self.add_branch(after, &mut y, |y, accumulate| self.mlp.forward(pass, mlp_in, y, accumulate));
-        (y, Saved { x, attention, attention_h, attention_raw, middle, mlp, mlp_raw })
+        (y, Saved { x, attention, o, attention_h, attention_raw, middle, mlp, mlp_raw })
     }
 
     /// Keys and values of a forward, for passes that go on from them.
@@ -165,7 +169,7 @@ impl Block {
         saved: Saved,
         input_needed: bool,
     ) -> Option<Matrix> {
-        let Saved { x, attention, attention_h, attention_raw, middle, mlp, mlp_raw } = saved;
+        let Saved { x, attention, o, attention_h, attention_raw, middle, mlp, mlp_raw } = saved;
         let mlp_norm = if self.shared_norm { &self.attention_norms.before } else { &self.mlp_norms.before };
         let between = middle.as_ref().unwrap_or(&x);
         let mlp_in = || normed(mlp_norm.as_ref(), between).unwrap_or_else(|| between.clone());
@@ -183,8 +187,8 @@ impl Block {
         if !self.parallel_residual {
             add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, between, &mut d);
         }
-        let d_attention_in =
-            self.attention_backward(pass, to, &d, &x, (attention, &attention_h, attention_raw.as_ref()), input_needed)?;
+        let saved = (attention, o, &attention_h, attention_raw.as_ref());
+        let d_attention_in = self.attention_backward(pass, to, &d, &x, saved, input_needed)?;
         if self.parallel_residual {
             add_norm_backward(mlp_norm.as_ref(), &d_mlp_in, &x, &mut d);
         }
@@ -199,18 +203,19 @@ impl Block {
         to: &mut Gradients<'_>,
         d: &Matrix,
         x: &Matrix,
-        (saved, h, raw): (attention::Saved, &LinearSaved, Option<&Matrix>),
+        (saved, o, h, raw): (attention::Saved, Parked, &LinearSaved, Option<&Matrix>),
         input_needed: bool,
     ) -> Option<Matrix> {
         let norms = &self.attention_norms;
         let d_out = self.add_branch_backward(norms.after.as_ref(), d, raw);
-        let mut d_o = d.new_like(d.rows(), saved.o.cols());
+        let o = o.restore();
+        let mut d_o = d.new_like(d.rows(), o.cols());
         let d_projection = d_out.as_ref().unwrap_or(d);
         let projection = &self.attention.projection;
-        projection.backward(to, d_projection, || saved.o.clone(), h, pass.seed, Some((&mut d_o, false)));
+        projection.backward(to, d_projection, || o.clone(), h, pass.seed, Some((&mut d_o, false)));
         let input = || normed(norms.before.as_ref(), x).unwrap_or_else(|| x.clone());
         let mut dx = input_needed.then(|| d.new_like(d.rows(), d.cols()));
-        self.attention.backward(pass, to, &d_o, input, saved, dx.as_mut().map(|dx| (dx, false)));
+        self.attention.backward(pass, to, [&o, &d_o], input, saved, dx.as_mut().map(|dx| (dx, false)));
         dx
     }
 }

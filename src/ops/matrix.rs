@@ -6,6 +6,7 @@ use super::math::vectorize;
 use super::matmul::ViewMut;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -389,7 +390,13 @@ impl Parked {
     /// The matrix, of f32 elements where it was on the host.
     #[must_use]
     pub fn restore(self) -> Matrix {
-        let Some(cols) = self.rounded else { return self.matrix };
+        if self.rounded.is_none() { self.matrix } else { self.get().into_owned() }
+    }
+
+    /// The same, and it stays parked.
+    #[must_use]
+    pub fn get(&self) -> Cow<'_, Matrix> {
+        let Some(cols) = self.rounded else { return Cow::Borrowed(&self.matrix) };
         let (rows, width) = (self.matrix.rows(), self.matrix.cols());
         let (mut matrix, task) = (Matrix::new(rows, cols), rows_per_task(rows));
         let halves = self.matrix.par_chunks(task * width);
@@ -399,7 +406,7 @@ impl Parked {
                 widen(to, from);
             }
         });
-        matrix
+        Cow::Owned(matrix)
     }
 }
 
