@@ -46,12 +46,12 @@ fn stored(shape: &[usize], value: impl Fn(usize) -> f32) -> Stored {
     (Dtype::F32, shape.to_vec(), (0..n).flat_map(|i| value(i).to_le_bytes()).collect())
 }
 
-/// The tiny model with a longrope of 20 tokens.
-fn long_texts(to: &Path) {
+/// The tiny model with a longrope that turns texts of more than `original` tokens otherwise.
+fn long_texts(to: &Path, original: usize) {
     copy_tiny(to);
     let divisors = |last: f64| (0..16).map(|i| 1.0 + last * f64::from(i)).collect::<Vec<_>>();
     edit(&to.join("config.json"), |config| {
-        config["rope_scaling"] = json!({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 20,
+        config["rope_scaling"] = json!({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": original,
             "short_factor": divisors(0.02), "long_factor": divisors(3.0)});
     });
 }
@@ -59,7 +59,7 @@ fn long_texts(to: &Path) {
 #[test]
 fn a_text_that_becomes_long_turns_anew() {
     let dir = tempfile::tempdir().unwrap();
-    long_texts(dir.path());
+    long_texts(dir.path(), 20);
     let (_, gpt) = open(dir.path());
     let prompt = [5, 17, 3, 99, 41, 8, 250, 7, 1, 40, 12];
     for prompt_lookup in [0, 8] {
@@ -94,7 +94,8 @@ fn a_text_that_becomes_long_turns_anew() {
 #[test]
 fn samples_on_both_sides_of_a_longrope_share_no_prefix() {
     let dir = tempfile::tempdir().unwrap();
-    long_texts(&dir.path().join("base"));
+    // Samples have from 42 to 58 tokens, of which the first 25 are the same.
+    long_texts(&dir.path().join("base"), 50);
     let run = |sharing: &str| {
         let more = format!("--train.max_steps 3 --train.global_batch_size 16 --train.prefix_sharing {sharing}");
         finetune(dir.path(), &dir.path().join("base"), &more).ok();
@@ -184,6 +185,12 @@ fn of_a_model_that_also_sees_the_text_part_is_trained_and_merged() {
     write_tensors(&whole.join("model.safetensors"), &seeing);
     let ids = [5, 17, 3, 99, 41, 8, 250];
     assert_eq!(logits(&whole, &ids), logits(&text, &ids));
+    let mut twice = seeing.clone();
+    let norm = twice["language_model.model.norm.weight"].clone();
+    twice.insert("model.norm.weight".to_owned(), norm);
+    write_tensors(&whole.join("model.safetensors"), &twice);
+    assert!(Checkpoint::open(&whole).unwrap_err().to_string().contains("two tensors stand for `model.norm.weight`"));
+    write_tensors(&whole.join("model.safetensors"), &seeing);
     let merged = ["text", "whole"].map(|base| {
         finetune(dir.path(), &dir.path().join(base), "--train.max_steps 2 --train.max_seq_length 64").ok();
         litgpt(dir.path(), ["merge_lora", "--checkpoint_dir", "out/final", "--out_dir", "merged"]).ok();
@@ -194,6 +201,23 @@ fn of_a_model_that_also_sees_the_text_part_is_trained_and_merged() {
         logits
     });
     assert_eq!(merged[0], merged[1]);
+    // PEFT names the modules by their place in the whole.
+    let file = dir.path().join("out/final/adapter_model.safetensors");
+    let adapted = || {
+        let (checkpoint, mut gpt) = open(&whole);
+        adapter::load(&dir.path().join("out/final"), checkpoint.family, &mut gpt).unwrap();
+        gpt.all_logits(&ids, &mut gpt.cache()).to_vec()
+    };
+    let want = adapted();
+    let theirs = tensors(&file).into_iter().map(|(name, t)| (name.replace(".layers.", ".language_model.layers."), t));
+    write_tensors(&file, &theirs.collect());
+    fs::remove_file(dir.path().join("out/final/manifest.json")).unwrap();
+    assert_eq!(adapted(), want);
+    // LitGPT's files of it become a folder of the text part.
+    litgpt(dir.path(), ["convert_to_litgpt", "whole", "--model_name", "Gemma-3-tiny"]).ok();
+    litgpt(dir.path(), ["convert_from_litgpt", "whole", "back"]).ok();
+    assert_eq!(Checkpoint::open(&dir.path().join("back")).unwrap().hf.model_type().unwrap(), "gemma3_text");
+    assert_eq!(logits(&dir.path().join("back"), &ids), logits(&text, &ids));
 }
 
 #[test]
@@ -223,6 +247,10 @@ fn adapters_of_peft_that_name_the_base_are_understood() {
     let renamed = all.iter().map(|(name, tensor)| (name.replace("lm_head", "embed_out"), tensor.clone())).collect();
     put(&renamed);
     assert_eq!(adapted().unwrap(), want);
+    let mut biased = all.clone();
+    biased.insert("base_model.model.lm_head.base_layer.bias".to_owned(), stored(&[1408], |_| 0.0));
+    put(&biased);
+    assert!(adapted().unwrap_err().to_string().contains("base_layer.bias"), "the model has none");
     let changed = floats(&head).iter().flat_map(|v| (v * 1.5).to_le_bytes()).collect();
     all.insert(name.clone(), (Dtype::F32, head.1, changed));
     put(&all);

@@ -9,6 +9,7 @@ use super::write::{Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, litgpt};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::model::families::multimodal::text_name;
 use crate::model::families::{Family, Piece};
 use crate::model::linear::{Linear, Part};
 use crate::model::lora::LoraConfig;
@@ -89,8 +90,9 @@ fn fuse(parameters: &[f32], members: &[Member<'_>], file_rows: usize) -> Module 
             module.b[row * r + rank..][..lora.config.r].copy_from_slice(b);
         }
         rank += lora.config.r;
-        // All parts of a fused module share alpha and r, so the fused scale is theirs: alpha' / r' = alpha / r.
-        module.alpha = lora.config.alpha * r as f64 / lora.config.r as f64;
+        // All parts of a fused module share alpha and r, so the fused scale is theirs: alpha' / r' = alpha / r, or of roots.
+        let ratio = r as f64 / lora.config.r as f64;
+        module.alpha = lora.config.alpha * if lora.config.rslora { ratio.sqrt() } else { ratio };
     }
     module
 }
@@ -327,30 +329,40 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
 fn module_of(name: &str) -> Option<(String, usize)> {
     let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
     let name = name.strip_suffix(".default").unwrap_or(name);
+    // PEFT knows the text part of a model that also sees by its place in the whole.
+    let name = &text_name(name)?;
     let module = |end: &str| name.strip_suffix(end)?.strip_suffix('.');
     let (side, module) = ["lora_A", "lora_B"].iter().enumerate().find_map(|(side, end)| Some((side, module(end)?)))?;
     Some((if module == OLD_HEAD { HEAD } else { module }.to_owned(), side))
 }
 
-/// Whether a tensor is the base's head, which PEFT saves beside an adapter of it.
+/// Whether a tensor is the weight or the bias of the base's head, which PEFT saves beside an adapter of it.
 fn is_base_of_head(name: &str) -> bool {
-    let module = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(".base_layer.weight"));
-    module.is_some_and(|module| [HEAD, OLD_HEAD].contains(&module))
+    let part = name.strip_prefix(PREFIX).and_then(|name| name.split_once(".base_layer."));
+    part.is_some_and(|(module, part)| [HEAD, OLD_HEAD].contains(&module) && ["weight", "bias"].contains(&part))
 }
 
 /// What is wrong if the head that an adapter was saved with is not the model's.
 fn other_head(gpt: &Gpt, shards: &Shards, name: &str) -> Result<Option<String>> {
     const TOGETHER: usize = 1024;
+    const SMALLEST_F16: f32 = 1.0 / (1 << 24) as f32;
+    // Either may have been rounded, to bf16 or to f16.
+    let alike = |ours: &[f32], theirs: &[f32]| {
+        ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() <= b.abs() / 128.0 + SMALLEST_F16)
+    };
     let (theirs, vocab) = (shards.get(name)?, gpt.config.vocab_size);
     let equal = |first: usize| {
         let rows = first..(first + TOGETHER).min(vocab);
-        let ours = gpt.head_rows(&rows.clone().map(|row| row as u32).collect::<Vec<_>>());
+        let ours = gpt.head_weight(&rows.clone().map(|row| row as u32).collect::<Vec<_>>());
         let mut values = vec![0.0; ours.len()];
         theirs.dtype.decode(&theirs.rows(&[rows]), &mut values);
-        // One of the two may have been rounded to bf16.
-        ours.iter().zip(&values).all(|(a, b)| (a - b).abs() <= b.abs() / 128.0)
+        alike(&ours, &values)
     };
-    let same = theirs.shape == [vocab, gpt.config.n_embd] && (0..vocab).step_by(TOGETHER).all(equal);
+    let same = if name.ends_with(".bias") {
+        theirs.shape == [vocab] && gpt.head_bias().is_some_and(|ours| alike(ours, &theirs.to_f32()))
+    } else {
+        theirs.shape == [vocab, gpt.config.n_embd] && (0..vocab).step_by(TOGETHER).all(equal)
+    };
     shards.release(name);
     Ok((!same).then(|| format!("`{name}` is another head than the model's")))
 }

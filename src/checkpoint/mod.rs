@@ -72,7 +72,17 @@ pub struct Checkpoint {
     shards: Shards,
     /// Contents of files that are not in the folder as they have to be, by name: those that a GGUF file stands for, the
     /// config.json of a model's text part.
-    embedded: BTreeMap<&'static str, String>,
+    embedded: Embedded,
+}
+
+/// Contents of files that are not in a folder as they have to be.
+type Embedded = BTreeMap<&'static str, String>;
+
+/// The config of what is read of a model, with the file that says so where the folder's describes more.
+fn text_config(whole: HfConfig) -> Result<(HfConfig, Embedded)> {
+    let Some(text) = text_part(&whole)? else { return Ok((whole, Embedded::new())) };
+    let content = format!("{:#}", serde_json::Value::Object(text.keys().clone()));
+    Ok((text, Embedded::from([("config.json", content)])))
 }
 
 /// Tensors of a file that say nothing about the weights.
@@ -115,29 +125,25 @@ impl Checkpoint {
     }
 
     fn open_hf(dir: &Path) -> Result<Self> {
-        let whole = HfConfig::read(&dir.join("config.json"))?;
-        let text = text_part(&whole)?;
-        let mut embedded = BTreeMap::new();
-        if let Some(text) = &text {
-            embedded.insert("config.json", format!("{:#}", serde_json::Value::Object(text.keys().clone())));
-        }
-        let hf = text.unwrap_or(whole);
+        let (hf, embedded) = text_config(HfConfig::read(&dir.join("config.json"))?)?;
         let family = by_config(&hf)?;
         let config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
         bnb::check_method(hf.get("quantization_config"), hf.path())?;
         let mut shards = Shards::open(dir)?;
         if !embedded.is_empty() {
-            shards.rename(text_name);
+            shards.rename(text_name)?;
         }
         let layout = Layout::HuggingFace;
         let mut checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards, embedded };
         // A head that differs from the embedding is one of its own, whatever config.json says, as transformers 5 has it:
         // someone merged an adapter of the head.
         let [embedding, head] = [EMBEDDING, HEAD].map(|name| checkpoint.file_tensor(name));
-        if checkpoint.config.tie_embeddings && checkpoint.shards.info(&head).is_ok() {
-            checkpoint.config.tie_embeddings = checkpoint.shards.equal(&embedding, &head);
-            [embedding, head].iter().for_each(|name| checkpoint.shards.release(name));
+        for head in [head.as_str(), HEAD] {
+            if checkpoint.config.tie_embeddings && checkpoint.shards.info(head).is_ok() {
+                checkpoint.config.tie_embeddings = checkpoint.shards.equal(&embedding, head);
+                [&embedding, head].iter().for_each(|name| checkpoint.shards.release(name));
+            }
         }
         checkpoint.check()?;
         Ok(checkpoint)
@@ -161,7 +167,7 @@ impl Checkpoint {
     pub fn open_litgpt(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let hf = if path.is_file() { HfConfig::read(&path)? } else { litgpt::config::hf_config(dir)? };
-        let hf = text_part(&hf)?.unwrap_or(hf);
+        let (hf, embedded) = text_config(hf)?;
         let family = by_config(&hf)?;
         let mut config = (family.config)(&hf)?;
         check_numbers(&config, &hf)?;
@@ -174,7 +180,7 @@ impl Checkpoint {
         config.tie_embeddings = shards.get(head).is_err() || shards.equal(embedding, head);
         let old = shards.names().any(|n| n.contains(".attn.attn."));
         let layout = Layout::Litgpt(if old { Qkv::Interleaved } else { Qkv::Below });
-        let checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards, embedded: BTreeMap::new() };
+        let checkpoint = Self { dir: dir.to_owned(), config, family, layout, hf, shards, embedded };
         checkpoint.check()?;
         Ok(checkpoint)
     }

@@ -287,12 +287,22 @@ impl Shards {
     }
 
     /// Calls the tensors by other names; those that `new_name` has none for are none any more.
-    pub(super) fn rename(&mut self, new_name: impl Fn(&str) -> Option<String>) {
-        fn renamed<V>(map: &mut HashMap<String, V>, new_name: impl Fn(&str) -> Option<String>) {
-            *map = map.drain().filter_map(|(name, value)| Some((new_name(&name)?, value))).collect();
+    ///
+    /// # Errors
+    /// When two would have one name.
+    pub(super) fn rename(&mut self, new_name: impl Fn(&str) -> Option<String>) -> Result<()> {
+        let mut entries = HashMap::with_capacity(self.entries.len());
+        for (name, entry) in self.entries.drain() {
+            let Some(name) = new_name(&name) else { continue };
+            let file = entry.file;
+            if entries.insert(name.clone(), entry).is_some() {
+                let problem = format!("two tensors stand for `{name}` of its text part");
+                return Err(Error::invalid(&self.files[file].0, problem, AGAIN));
+            }
         }
-        renamed(&mut self.entries, &new_name);
-        renamed(&mut self.bits, &new_name);
+        self.entries = entries;
+        self.bits = self.bits.drain().filter_map(|(name, bits)| Some((new_name(&name)?, bits))).collect();
+        Ok(())
     }
 
     /// Whether both names are of the same bytes, or of equal ones.

@@ -76,6 +76,12 @@ impl Linear {
         self.weight.rows()
     }
 
+    /// The frozen bias: (outputs).
+    #[must_use]
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
     /// The frozen matrix.
     #[must_use]
     pub fn weight(&self) -> &Weight {

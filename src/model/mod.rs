@@ -310,8 +310,14 @@ impl Gpt {
     /// # Shapes
     /// Returns (ids, n_embd).
     #[must_use]
-    pub fn head_rows(&self, ids: &[u32]) -> Matrix {
+    pub fn head_weight(&self, ids: &[u32]) -> Matrix {
         self.head.weight().gather(&ids.to_vec().into()).to_host()
+    }
+
+    /// The head's bias, if it has one.
+    #[must_use]
+    pub fn head_bias(&self) -> Option<&[f32]> {
+        self.head.bias()
     }
 
     fn transform(&self) -> Transform {

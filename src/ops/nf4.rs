@@ -546,6 +546,16 @@ mod tests {
         assert_eq!(double.byte_count(), 700 * 32 + 700 + 3 * 4 + 4);
     }
 
+    /// What bitsandbytes 0.50.2 gave for the values about the limit of two codes, which the nearest entry is not.
+    #[test]
+    fn codes_of_scales_go_by_a_grid() {
+        let (below, above) = (NESTED_CODE[90], NESTED_CODE[91]);
+        let value = -0.024_058_389_f32;
+        assert!((value - below).abs() > (value - above).abs());
+        assert_eq!((nested_code_of(value), nested_code_of(-0.024_04), nested_code_of(-0.024_07)), (90, 91, 90));
+        assert_eq!([-1.0, 0.0, 1.0].map(nested_code_of), [0, 131, 255], "0 lies between two points");
+    }
+
     #[test]
     fn equal_scales_have_bitsandbytes_code() {
         let Absmax::Double { codes, nested_absmax, offset } = Absmax::double(&[0.5; 3]) else {

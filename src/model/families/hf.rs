@@ -268,7 +268,7 @@ impl HfConfig {
         if kinds.is_none() {
             self.rope(config, "rope_theta", "partial_rotary_factor", 1.0)?;
             config.rope_local_theta = Some(local(config.rope_theta)?);
-            return Ok(());
+            return self.refuse_longrope(config);
         }
         let (mut full, windowed) =
             (self.nested("rope_parameters", "full_attention"), self.nested("rope_parameters", "sliding_attention"));
@@ -286,7 +286,16 @@ impl HfConfig {
                 "only layers with full attention may have one; choose another checkpoint",
             ));
         }
-        Ok(())
+        self.refuse_longrope(config)
+    }
+
+    /// Layers with rotary tables of their own turn a text of any length in one way.
+    fn refuse_longrope(&self, config: &Config) -> Result<()> {
+        if !matches!(config.rope_scaling, Scaling::Long { .. }) {
+            return Ok(());
+        }
+        let what = format!("rope scaling `longrope` beside windowed layers' own (`{}`)", self.path.display());
+        Err(Error::unsupported(what, "choose another checkpoint"))
     }
 
     /// The scaling of a `rope_scaling` object; `outer` is the config it stands in.

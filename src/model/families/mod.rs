@@ -400,6 +400,30 @@ mod tests {
     }
 
     #[test]
+    fn longrope_beside_tables_of_windowed_layers_is_refused() {
+        let numbers = [1.0; 128];
+        let scaling = format!(
+            r#""rope_scaling": {{"rope_type": "longrope", "short_factor": {numbers:?}, "long_factor": {numbers:?}}}"#
+        );
+        let by_layer = r#", "rope_parameters": {"full_attention": {}, "sliding_attention": {}}"#;
+        for keys in [format!(", {scaling}"), format!("{by_layer}, {scaling}")] {
+            let error = dense("gemma3_text", &keys).unwrap_err().to_string();
+            assert!(error.contains("longrope") && error.contains("config.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_odd_number_of_rotated_channels_is_the_next_even_one() {
+        let config =
+            read("gpt_neox", r#", "intermediate_size": 96, "rotary_pct": 0.63, "rotary_emb_base": 1e4"#).unwrap();
+        assert_eq!((config.head_size, config.rotary_dim), (8, 6));
+        let got = crate::ops::rope::inverse_frequencies(config.rope_theta, 6, &Scaling::None, 0);
+        for (i, got) in got.iter().enumerate() {
+            assert!((got - 1e4f64.powf(-2.0 * i as f64 / 5.0)).abs() < 1e-12);
+        }
+    }
+
+    #[test]
     fn a_tied_head_keeps_its_bias() {
         let config = dense("phi", r#", "tie_word_embeddings": true"#).unwrap();
         let names: Vec<String> = slots(&config).into_iter().map(|slot| slot.name).collect();
