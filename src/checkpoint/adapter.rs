@@ -484,3 +484,27 @@ impl Change<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::lora::Lora;
+
+    #[test]
+    fn a_fused_module_has_the_scale_of_its_parts() {
+        for rslora in [false, true] {
+            let config = LoraConfig { r: 4, alpha: 12.0, rslora, dropout: 0.0 };
+            let part = |at: usize| Part {
+                name: String::new(),
+                rows: at * 2..at * 2 + 2,
+                lora: Some(Lora { config, a: at * 20..at * 20 + 12, b: at * 20 + 12..at * 20 + 20 }),
+            };
+            let parts = [part(0), part(1)];
+            let member = |at: usize| Member { part: &parts[at], inputs: 3, rows: Some(vec![at * 2..at * 2 + 2]) };
+            let module = fuse(&[1.0; 40], &[member(0), member(1)], 4);
+            let fused = LoraConfig { r: module.r, alpha: module.alpha, ..config };
+            assert_eq!((module.r, module.a.len(), module.b.len()), (8, 24, 32));
+            assert!((fused.scale() - config.scale()).abs() < 1e-6, "rslora {rslora}");
+        }
+    }
+}
