@@ -134,14 +134,22 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`]; `Unsupported` if BOS is forced on a tokenizer that has none.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text)?;
-        if self.adds_bos() {
-            let what = || format!("add_bos with the tokenizer of `{}`, which has no BOS token", self.dir.display());
-            let bos = self.bos_id.ok_or_else(|| Error::unsupported(what(), "use add_bos auto or never"))?;
-            if ids.first() != Some(&bos) {
-                ids.insert(0, bos);
-            }
+        if let Some(bos) = self.require_bos()?.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
         }
         Ok(ids)
+    }
+
+    /// The BOS that a prompt begins with, if it does.
+    ///
+    /// # Errors
+    /// `Unsupported` if it is forced on a tokenizer that has none.
+    pub fn require_bos(&self) -> Result<Option<u32>> {
+        if self.adds_bos() && self.bos_id.is_none() {
+            let what = format!("add_bos with the tokenizer of `{}`, which has no BOS token", self.dir.display());
+            return Err(Error::unsupported(what, "use --add_bos auto or off"));
+        }
+        Ok(self.bos_id.filter(|_| self.adds_bos()))
     }
 
     /// Ids of an answer: without a BOS that begins its own text, and with one EOS at its end.

@@ -570,6 +570,54 @@ fn a_run_needs_no_validation_rows() {
     run("--eval.early_stopping_patience 2").refused(1, &["no validation rows", "val_split_fraction"]);
 }
 
+/// Rows count as they were read, not as the masked ones leave them.
+#[test]
+fn masked_rows_are_not_said_to_be_too_few() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = |i: usize, long: bool| json!({"instruction": format!("Say {i}.{}", " fox".repeat(60 * usize::from(long))), "output": "Yes."});
+    let write = |name: &str, rows: Vec<Value>| fs::write(dir.path().join(name), json!(rows).to_string()).unwrap();
+    write("rows.json", (0..10).map(|i| row(i, i < 6)).collect());
+    fs::create_dir(dir.path().join("apart")).unwrap();
+    write("apart/train.json", (0..4).map(|i| row(i, false)).collect());
+    write("apart/val.json", (0..3).map(|i| row(i, true)).collect());
+    let masked = "--data.mask_prompt true --train.max_seq_length 80 --dry_run true --data.json_path";
+    let run = |more: &str| finetune(dir.path(), &tiny(), &format!("{masked} {more}"));
+    let few = run("rows.json").ok().stderr;
+    assert!(few.contains("6 of 10 samples left out") && few.contains("warning: 10 rows are too few"), "{few}");
+    assert!(few.contains("--data.val_split_fraction 0.1 would"), "{few}");
+    let apart = run("apart").ok().stderr;
+    assert!(apart.contains("all labels of the 3 validation samples are masked, so nothing"), "{apart}");
+    let stopping = run("apart --eval.early_stopping_patience 2");
+    assert!(!stopping.stderr.contains("val_split_fraction"), "{stopping:?}");
+    stopping.refused(1, &["all labels of the 3 validation samples", "--data.mask_prompt false"]);
+}
+
+/// No row is to blame for what the tokenizer lacks.
+#[test]
+fn a_tokenizer_without_marks_is_refused_before_the_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    for (token, flags, says) in [
+        ("bos_token", "--add_bos on", &["no BOS token", "--add_bos auto or off"][..]),
+        ("eos_token", "", &["no EOS token", "tokenizer_config.json"]),
+        ("eos_token", "--data.prompt_style chat", &["no EOS token", "tokenizer_config.json"]),
+    ] {
+        copy_tiny(&model);
+        fs::write(model.join("chat_template.jinja"), "{% for m in messages %}{{ m['content'] }}{% endfor %}").unwrap();
+        for name in ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"] {
+            let Ok(text) = fs::read_to_string(model.join(name)) else { continue };
+            let mut file: Value = serde_json::from_str(&text).unwrap();
+            let keys = file.as_object_mut().unwrap();
+            keys.remove(token);
+            keys.remove(&format!("{token}_id"));
+            fs::write(model.join(name), file.to_string()).unwrap();
+        }
+        let ran = finetune(dir.path(), &model, flags);
+        assert!(!ran.stderr.contains("instructions_tiny.json"), "{ran:?}");
+        ran.refused(1, says);
+    }
+}
+
 #[test]
 fn the_last_step_is_evaluated_once() {
     let dir = tempfile::tempdir().unwrap();

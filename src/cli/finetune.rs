@@ -14,11 +14,12 @@ use crate::checkpoint::{Checkpoint, adapter, state};
 use crate::data::prefix;
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
-use crate::data::{DataConfig, Dataset, Origin};
+use crate::data::{Content, DataConfig, Dataset, Origin, Record};
 use crate::error::{Error, Result};
 use crate::generate::{Draw, PROMPT_LOOKUP, Request, Session, text};
 use crate::model::lora::{LoraConfig, Targets};
 use crate::model::{Config, Gpt};
+use crate::ops::quantized::Quantizer;
 use crate::tokenizer::Tokenizer;
 use crate::train::estimate::{Computed, Estimate, ways_out};
 use crate::train::page::Page;
@@ -35,8 +36,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         return ui.result(&recipe::print_config(&settings, what)?);
     }
     settings.checkpoint_dir = fetched(&settings.checkpoint_dir, settings.access_token.clone(), ui)?;
-    let out_dir = settings.out_dir.clone();
-    check_out_dir(&out_dir)?;
+    check_out_dir(&settings.out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
     let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
@@ -45,11 +45,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let mut dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
     let style = dataset.style.clone();
     let encoder = encoder(&settings, &checkpoint, &tokenizer, &style);
-    let held_out = dataset.val.len();
-    let (train, val) = encode(&encoder, &mut dataset, ui)?;
-    if val.is_empty() {
-        without_validation(&settings, dataset.train.len(), held_out, ui)?;
-    }
+    let (train, val) = samples(&settings, &encoder, &mut dataset, ui)?;
     let packs = side_by_side(&settings, &train);
     let plan = Plan::new(&settings, packs.len())?;
     let compute = Compute::find(settings.accelerator, settings.precision)?;
@@ -58,76 +54,30 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     if settings.data.pack {
         ui.note(&format!("packed: {} samples side by side in {}", train.len(), packs.len()));
     }
-    let tokens = longest_tokens(&train, &packs, settings.train.micro_batch_size);
-    let longest = train.iter().chain(&val).map(|sample| sample.input_ids.len()).max().unwrap_or(0);
-    if longest > checkpoint.config.rope_scaling.alike() {
-        // Of a short and a long sample not even the first keys are the same.
-        settings.train.prefix_sharing = Switch::Off;
-    }
-    let prefix = if settings.train.prefix_sharing == Switch::Off { 0 } else { prefix::longest(&train) };
-    let computed = Computed {
-        store: compute.store(),
-        narrow: checkpoint.narrow(compute.store(), compute.device.is_some())?,
-        quantizer,
-        on_device: compute.device.is_some(),
-        tokens,
-        checkpointing: settings.train.activation_checkpointing == Switch::On,
-        prefix,
-    };
-    let wanted = prefix;
-    let Computed { checkpointing, prefix, .. } = preflight(&checkpoint.config, &settings, &compute, computed, ui)?;
-    if prefix < wanted {
-        // Rounding and dropout hang on it: a run that resumes has to do the same.
-        settings.train.prefix_sharing = Switch::Off;
-    }
+    let Computed { checkpointing, prefix, .. } =
+        computed(&mut settings, &checkpoint, &compute, quantizer, [&train, &val], &packs, ui)?;
     if settings.dry_run {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
     }
     let base_hash = checkpoint.content_hash()?;
-    let mut gpt = weights(&checkpoint, &compute, quantizer, ui)?;
-    attach(&mut gpt, &settings);
-    ui.note(&format!(
-        "{} trainable of {} parameters, frozen weights {:.2} GB{}",
-        millions(gpt.parameters.cols()),
-        millions(gpt.config.parameters()),
-        gpt.weight_bytes() as f64 / 1e9,
-        quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
-    ));
+    let mut gpt = trainable(&settings, &checkpoint, &compute, quantizer, ui)?;
     let mut job =
         Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing, prefix };
     let made_of = MadeOf::of(&job, &base_hash)?;
-    let _lock = resume::lock(&out_dir)?;
+    let _lock = resume::lock(&settings.out_dir)?;
     let from = resume::From::find(&settings, ui)?;
     if let Some(from) = &from {
         from.check(&made_of, settings.resume_force, ui)?;
     }
-    let folders = Folders::open(&out_dir, &settings.train, from.as_ref())?;
-    if let Some(from) = &from {
-        if from.finished() && is_over(&settings, &plan, &from.state.progress) {
-            ui.note(&format!(
-                "nothing to do: `{}` is the end of this run; a larger --train.max_steps or --train.epochs, with \
-                 --resume_force true, goes on",
-                from.dir.display()
-            ));
-            return Ok(());
-        }
-        ui.note(&format!("resuming from {} at step {}", from.dir.display(), from.state.progress.step));
+    let folders = Folders::open(&settings.out_dir, &settings.train, from.as_ref())?;
+    if from.as_ref().is_some_and(|from| !goes_on(from, &settings, &plan, ui)) {
+        return Ok(());
     }
     let start = from.as_ref().map(|from| Ok((from.state.progress, from.restore(job.gpt)?))).transpose();
     let start = start.map_err(|e: Error| e)?;
     let signals = Signals::listen()?;
-    let metrics = match from.as_ref().filter(|from| from.name_in(&out_dir).is_some()) {
-        _ if settings.logger_name == "none" => None,
-        Some(from) => Some(Metrics::resume(&out_dir, from.state.metrics_bytes)?),
-        None => Some(Metrics::create(&out_dir)?),
-    };
-    let tensorboard = match settings.logger_name.as_str() {
-        "tensorboard" => {
-            Some(TensorBoard::create(&out_dir, start.as_ref().map_or(0, |(progress, _)| progress.step + 1))?)
-        }
-        _ => None,
-    };
+    let (metrics, tensorboard) = loggers(&settings, from.as_ref())?;
     let mut outside = Run {
         ui,
         compute: &compute,
@@ -147,21 +97,132 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         signals,
     };
     let summary = fit(&mut job, &mut outside, start)?;
+    finish(&mut outside, &summary)
+}
+
+/// Training and validation samples; says so where there are none to validate with.
+fn samples(
+    settings: &FinetuneSettings,
+    encoder: &Encoder<'_>,
+    dataset: &mut Dataset,
+    ui: &mut Ui,
+) -> Result<(Vec<Sample>, Vec<Sample>)> {
+    // As they were read: those that teach nothing leave the dataset.
+    let (held_out, rows) = (dataset.val.len(), dataset.train.len() + dataset.val.len());
+    let (train, val) = encode(encoder, dataset, ui)?;
+    if val.is_empty() {
+        without_validation(settings, rows, held_out, ui)?;
+    }
+    Ok((train, val))
+}
+
+/// How the samples are computed in the memory that there is. Turns prefix sharing off in the settings where it is not done.
+fn computed(
+    settings: &mut FinetuneSettings,
+    checkpoint: &Checkpoint,
+    compute: &Compute,
+    quantizer: Option<Quantizer>,
+    [train, val]: [&[Sample]; 2],
+    packs: &[Vec<usize>],
+    ui: &mut Ui,
+) -> anyhow::Result<Computed> {
+    let longest = train.iter().chain(val).map(|sample| sample.input_ids.len()).max().unwrap_or(0);
+    if longest > checkpoint.config.rope_scaling.alike() {
+        // Of a short and a long sample not even the first keys are the same.
+        settings.train.prefix_sharing = Switch::Off;
+    }
+    let wanted = Computed {
+        store: compute.store(),
+        narrow: checkpoint.narrow(compute.store(), compute.device.is_some())?,
+        quantizer,
+        on_device: compute.device.is_some(),
+        tokens: longest_tokens(train, packs, settings.train.micro_batch_size),
+        checkpointing: settings.train.activation_checkpointing == Switch::On,
+        prefix: if settings.train.prefix_sharing == Switch::Off { 0 } else { prefix::longest(train) },
+    };
+    let prefix = wanted.prefix;
+    let computed = preflight(&checkpoint.config, settings, compute, wanted, ui)?;
+    if computed.prefix < prefix {
+        // Rounding and dropout hang on it: a run that resumes has to do the same.
+        settings.train.prefix_sharing = Switch::Off;
+    }
+    Ok(computed)
+}
+
+/// The model with its frozen weights and new adapters.
+fn trainable(
+    settings: &FinetuneSettings,
+    checkpoint: &Checkpoint,
+    compute: &Compute,
+    quantizer: Option<Quantizer>,
+    ui: &mut Ui,
+) -> Result<Gpt> {
+    let mut gpt = weights(checkpoint, compute, quantizer, ui)?;
+    attach(&mut gpt, settings);
+    ui.note(&format!(
+        "{} trainable of {} parameters, frozen weights {:.2} GB{}",
+        millions(gpt.parameters.cols()),
+        millions(gpt.config.parameters()),
+        gpt.weight_bytes() as f64 / 1e9,
+        quantizer.map_or_else(String::new, |quantizer| format!(", those of the blocks in {}", quantizer.name()))
+    ));
+    Ok(gpt)
+}
+
+/// Whether a run that was saved has steps left, and says from where it goes on.
+fn goes_on(from: &resume::From, settings: &FinetuneSettings, plan: &Plan, ui: &Ui) -> bool {
+    let over = from.finished() && is_over(settings, plan, &from.state.progress);
+    let dir = from.dir.display();
+    ui.note(&if over {
+        format!(
+            "nothing to do: `{dir}` is the end of this run; a larger --train.max_steps or --train.epochs, with \
+             --resume_force true, goes on"
+        )
+    } else {
+        format!("resuming from {dir} at step {}", from.state.progress.step)
+    });
+    !over
+}
+
+/// What the settings have the steps written to: new files, or those of the run that goes on.
+fn loggers(
+    settings: &FinetuneSettings,
+    from: Option<&resume::From>,
+) -> anyhow::Result<(Option<Metrics>, Option<TensorBoard>)> {
+    let out_dir = &settings.out_dir;
+    let metrics = match from.filter(|from| from.name_in(out_dir).is_some()) {
+        _ if settings.logger_name == "none" => None,
+        Some(from) => Some(Metrics::resume(out_dir, from.state.metrics_bytes)?),
+        None => Some(Metrics::create(out_dir)?),
+    };
+    let tensorboard = match settings.logger_name.as_str() {
+        "tensorboard" => Some(TensorBoard::create(out_dir, from.map_or(0, |from| from.state.progress.step + 1))?),
+        _ => None,
+    };
+    Ok((metrics, tensorboard))
+}
+
+/// Writes the page and says how the run went.
+///
+/// # Errors
+/// When a signal stopped it.
+fn finish(outside: &mut Run<'_>, summary: &Summary) -> anyhow::Result<()> {
+    let out_dir = &outside.settings.out_dir;
     // The adapter is saved: a page that cannot be written must not make the run fail.
     if outside.metrics.is_some()
-        && let Err(error) = outside.page.write(&out_dir, &serde_json::to_value(&settings)?, &summary)
+        && let Err(error) = outside.page.write(out_dir, &serde_json::to_value(outside.settings)?, summary)
     {
         outside.ui.note(&format!("no report.html: {error}"));
     }
     if let Some(stopped) = outside.signals.asked().filter(|_| summary.stopped) {
         outside.ui.end();
-        ui.note(&format!(
+        outside.ui.note(&format!(
             "stopped at step {}; the same command with --resume auto goes on exactly there",
             summary.at.step
         ));
         return Err(stopped.into());
     }
-    close(&summary, &out_dir, ui);
+    close(summary, out_dir, outside.ui);
     Ok(())
 }
 
@@ -217,9 +278,11 @@ fn encoder<'a>(
 
 /// Training and validation samples, checked and reported on. Records of samples that teach nothing leave the dataset.
 fn encode(encoder: &Encoder<'_>, dataset: &mut Dataset, ui: &mut Ui) -> Result<(Vec<Sample>, Vec<Sample>)> {
-    if encoder.style.template().is_none() {
-        // What no row is to blame for.
-        encoder.tokenizer.require_eos()?;
+    // What no row is to blame for.
+    encoder.tokenizer.require_eos()?;
+    let plain = |record: &Record| matches!(record.content, Content::Text(_));
+    if encoder.style.template().is_none() || dataset.train.iter().chain(&dataset.val).any(plain) {
+        encoder.tokenizer.require_bos()?;
     }
     ui.begin("tokenize", (dataset.train.len() + dataset.val.len()) as u64, false);
     let placed = |(row, error): (Origin, Error)| error.at(&dataset.locate(row));
@@ -250,13 +313,15 @@ fn encode(encoder: &Encoder<'_>, dataset: &mut Dataset, ui: &mut Ui) -> Result<(
     Ok((train, val))
 }
 
+/// What to do about samples of which no token is learned.
+const UNMASK: &str = "raise --train.max_seq_length, or set --data.mask_prompt false";
+
 /// Leaves out samples of which no token is learned: alone in a micro batch they would have no loss. One line says how many
 /// they are, and which is the first.
 ///
 /// # Errors
 /// When none is left to train on.
 fn leave_out_masked(dataset: &mut Dataset, train: &mut Vec<Sample>, val: &mut Vec<Sample>, ui: &Ui) -> Result<()> {
-    const WAYS: &str = "raise --train.max_seq_length, or set --data.mask_prompt false";
     let learned = |sample: &Sample| sample.target_tokens() > 0;
     let masked = train.iter().chain(&*val).filter(|sample| !learned(sample)).map(|sample| sample.row);
     let masked = masked.collect::<Vec<_>>();
@@ -264,11 +329,11 @@ fn leave_out_masked(dataset: &mut Dataset, train: &mut Vec<Sample>, val: &mut Ve
     let (first, n) = (dataset.locate(*first), masked.len());
     if !train.iter().any(learned) {
         let message = format!("no sample is left to train on: all labels of {n} are masked, the first is {first}");
-        return Err(Error::refused(message, WAYS));
+        return Err(Error::refused(message, UNMASK));
     }
     let all = train.len() + val.len();
     ui.note(&format!(
-        "warning: {n} of {all} samples left out, as all their labels are masked and they teach nothing; the first is {first}; {WAYS}"
+        "warning: {n} of {all} samples left out, as all their labels are masked and they teach nothing; the first is {first}; {UNMASK}"
     ));
     for (records, samples) in [(&mut dataset.train, train), (&mut dataset.val, val)] {
         let mut kept = samples.iter().map(learned);
@@ -278,17 +343,26 @@ fn leave_out_masked(dataset: &mut Dataset, train: &mut Vec<Sample>, val: &mut Ve
     Ok(())
 }
 
-/// Says that nothing is validated, and why: of `rows` rows none is held out, or those that were are left out.
+/// Says that nothing is validated, and why: of `rows` rows none is held out, or all labels of the `held_out` are masked.
 ///
 /// # Errors
 /// When the run is to end by its validation loss.
 fn without_validation(settings: &FinetuneSettings, rows: usize, held_out: usize, ui: &Ui) -> Result<()> {
     if settings.eval.early_stopping_patience.is_some() {
-        let message = "--eval.early_stopping_patience: there are no validation rows to go by";
-        return Err(Error::refused(message, "leave it out, or hold out more with --data.val_split_fraction"));
+        // Datasets with validation rows of their own, which take no share, have some: then these are masked.
+        let (why, way) = match held_out {
+            0 => ("there are no validation rows to go by".to_owned(), "hold out more with --data.val_split_fraction"),
+            _ => (format!("all labels of the {held_out} validation samples are masked"), UNMASK),
+        };
+        return Err(Error::refused(
+            format!("--eval.early_stopping_patience: {why}"),
+            format!("leave it out, or {way}"),
+        ));
     }
     ui.note(&match settings.data.val_split_fraction {
-        _ if held_out > 0 => "warning: no validation sample is left, so nothing is validated".to_owned(),
+        _ if held_out > 0 => {
+            format!("warning: all labels of the {held_out} validation samples are masked, so nothing is validated")
+        }
         Some(0.0) => "no row is held out, so nothing is validated".to_owned(),
         _ if rows == 1 => "warning: the only row is trained on, and nothing is validated".to_owned(),
         _ => {
