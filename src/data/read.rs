@@ -372,7 +372,9 @@ fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Resu
     }
     let mut text = |key: &str| match object.get_mut(key).map(Value::take) {
         Some(Value::String(text)) => Ok(Some(text)),
-        Some(Value::Number(number)) => Ok(Some(as_python(&number))),
+        Some(Value::Number(number)) => as_python(&number).map(Some).ok_or_else(|| {
+            format!("`{key}` is a number of more digits than are kept ({number}): put it in quotes, as a text")
+        }),
         None | Some(Value::Null) => Ok(None),
         Some(other) => Err(format!("`{key}` must be a text, found {}", kind(&other))),
     };
@@ -383,18 +385,23 @@ fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Resu
     Ok(Content::Instruction { instruction, input, sys_prompt, output })
 }
 
-/// A number as Python's `str` has it, which LitGPT's prompts are made with: `1.0`, `1e-05`.
-fn as_python(number: &Number) -> String {
-    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else { return number.to_string() };
+/// A number as Python's `str` has it, which LitGPT's prompts are made with: `1.0`, `1e-05`. `None` for a whole one that was
+/// read as a float because 64 bits do not hold it: digits of it may be lost.
+fn as_python(number: &Number) -> Option<String> {
+    const BEYOND: f64 = (1_u64 << 63) as f64;
+    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else { return Some(number.to_string()) };
+    if value.abs() >= BEYOND {
+        return None; // There are no fractions up there.
+    }
     // The shortest digits that mean the same number, in both.
     let text = format!("{value:e}");
     let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    match exponent.parse::<i32>() {
+    Some(match exponent.parse::<i32>() {
         Ok(exponent) if !(-4..16).contains(&exponent) => {
             format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
         }
         _ => format!("{value:?}"),
-    }
+    })
 }
 
 /// The keys of an object in words.
@@ -476,7 +483,8 @@ mod tests {
             ("100000.0", "100000.0"),
             ("1e15", "1000000000000000.0"),
             ("1e16", "1e+16"),
-            ("1.5e300", "1.5e+300"),
+            ("9.2e18", "9.2e+18"),
+            ("18446744073709551615", "18446744073709551615"),
             ("0.0001", "0.0001"),
             ("0.00001", "1e-05"),
             ("1.25e-7", "1.25e-07"),
@@ -492,6 +500,18 @@ mod tests {
         }
         let (problem, _) = fails("d.json", r#"[{"instruction": "i", "output": [3]}]"#);
         assert_eq!(problem, "row 1: `output` must be a text, found a list");
+    }
+
+    #[test]
+    fn numbers_whose_digits_would_be_lost_are_refused() {
+        for number in ["123456789012345678901234567890", "18446744073709551616", "-9223372036854775809", "1.5e300"] {
+            let row = format!("{{\"instruction\": \"i\", \"output\": {number}}}");
+            let (problem, _) = fails("d.jsonl", format!("\n{row}\n"));
+            assert!(problem.starts_with("line 2: `output` is a number of more digits than are kept"), "{problem}");
+            assert!(problem.ends_with("put it in quotes, as a text"), "{problem}");
+            let quoted = row.replace(number, &format!("\"{number}\""));
+            assert_eq!(turns("d.jsonl", &quoted)[1].1, number);
+        }
     }
 
     #[test]
