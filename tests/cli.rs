@@ -87,6 +87,11 @@ fn typing_mistakes_are_corrected() {
     fs::write(dir.path().join("r.yaml"), "train:\n  epoch: 1\nprecision: bf16-tru\n").unwrap();
     let says = ["did you mean `train.epochs`?", "did you mean `bf16-true`?"];
     litgpt(dir.path(), ["finetune_lora", "x", "--config", "r.yaml"]).refused(2, &says);
+    for (flag, file, says) in
+        [("config", "no.yaml", "recipe not found"), ("train", ".", "a folder"), ("optimizer", "no.yaml", "not found")]
+    {
+        litgpt(dir.path(), ["finetune_lora", "x", &format!("--{flag}"), file]).refused(2, &[file, says]);
+    }
     assert_eq!(names(dir.path()), ["r.yaml"]);
 }
 

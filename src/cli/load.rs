@@ -165,7 +165,8 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
         return recorded_style(&path, tokenizer);
     }
     let config = dir.join(litgpt::CONFIG);
-    let recorded = if config.is_file() { litgpt::config::read_yaml(&config)?.remove("name") } else { None };
+    // A file that is not needed for more than a name does not stop what works without it.
+    let recorded = litgpt::config::read_yaml(&config).ok().and_then(|mut yaml| yaml.remove("name"));
     if let Some(name) = recorded.as_ref().and_then(|name| name.as_str()) {
         return Ok(PromptStyle::for_model(name));
     }
@@ -177,11 +178,21 @@ pub fn prompt_style(dir: &Path, given: Option<&str>, tokenizer: &Tokenizer) -> R
 fn recorded_style(path: &Path, tokenizer: &Tokenizer) -> Result<PromptStyle> {
     let yaml = litgpt::config::read_yaml(path)?;
     let class = litgpt::config::field(&yaml, "class_path").as_str();
-    let class = class.ok_or_else(|| Error::invalid(path, "no `class_path:`", "give --prompt_style"))?;
-    PromptStyle::resolve(class, tokenizer).map_err(|error| {
-        let hint = error.hint().map_or_else(String::new, |hint| format!("{hint}; "));
-        Error::invalid(path, error.to_string(), format!("{hint}--prompt_style names one in place of the file's"))
-    })
+    let hint = "write `class_path: litgpt.prompts.STYLE` into it";
+    let class = class.ok_or_else(|| Error::invalid(path, "no `class_path:`", hint))?;
+    PromptStyle::resolve(class, tokenizer)
+        .map_err(|error| Error::invalid(path, error.to_string(), error.hint().unwrap_or_else(|| hint.to_owned())))
+}
+
+/// What the user of a command with --prompt_style can do about a recorded style that is wrong.
+fn or_given(error: Error) -> Error {
+    match error {
+        Error::Invalid { path, problem, hint } if path.ends_with(PROMPT_STYLE) => {
+            let hint = format!("{hint}; --prompt_style names one in place of the file's");
+            Error::Invalid { path, problem, hint }
+        }
+        other => other,
+    }
 }
 
 /// The folder `given`; a repository of the Hub that is no folder here is downloaded.
@@ -264,7 +275,8 @@ pub fn model(
     let base = if is_adapter { base_dir(dir, None)? } else { dir.to_owned() };
     let checkpoint = Checkpoint::open(&base)?;
     let tokenizer = tokenizer(dir, &checkpoint)?;
-    let style = prompt_style(if dir.join(PROMPT_STYLE).is_file() { dir } else { &base }, style, &tokenizer)?;
+    let styled = if dir.join(PROMPT_STYLE).is_file() { dir } else { &base };
+    let style = prompt_style(styled, style, &tokenizer).map_err(or_given)?;
     let manifest = manifest.filter(|_| is_adapter);
     let trained = manifest.as_ref().and_then(|m| m.quantize.as_deref());
     let quantizer = quantizer(quantize.or(trained), &checkpoint)?;
@@ -350,6 +362,10 @@ mod tests {
         assert_eq!(style().name(), "gemma");
         std::fs::write(dir.join(litgpt::CONFIG), "n_layer: 2\n").unwrap();
         assert_eq!(style().name(), "llama3");
+        for broken in ["name: [\n", "name: a\nname: b\n", "name: 3\n", ""] {
+            std::fs::write(dir.join(litgpt::CONFIG), broken).unwrap();
+            assert_eq!(style().name(), "llama3", "{broken}");
+        }
         std::fs::write(dir.join(PROMPT_STYLE), "class_path: litgpt.prompts.Alpaca\n").unwrap();
         assert_eq!(style().name(), "alpaca");
     }
@@ -367,7 +383,17 @@ mod tests {
         }
         let error = style("class_path: my.styles.Own\n").unwrap_err();
         assert!(error.to_string().contains("prompt_style.yaml`: no prompt style is called `my.styles.Own`"), "{error}");
-        assert!(error.hint().unwrap().contains("--prompt_style"));
-        assert!(style("class: x\n").unwrap_err().to_string().contains("no `class_path:`"));
+        for (text, says) in [
+            ("class_path: my.styles.Own\n", "no prompt style is called `my.styles.Own`"),
+            ("class: x\n", "no `class_path:`"),
+            ("class_path: a\n---\nclass_path: b\n", "more than one document"),
+            ("class_path: a\nclass_path: b\n", "duplicate"),
+        ] {
+            let error = style(text).unwrap_err();
+            assert!(error.to_string().contains(says) && !error.to_string().contains("Policy"), "{error}");
+            // Not every command has the flag.
+            assert!(!error.hint().unwrap().contains("--prompt_style"), "{error}");
+            assert!(or_given(error).hint().unwrap().contains("; --prompt_style names one"));
+        }
     }
 }

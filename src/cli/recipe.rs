@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use super::args::{self, FinetuneArgs, Flag, Kind, LOG_FLAGS};
 use super::{download, usage};
 use crate::checkpoint::hub::is_repo_id;
+use crate::checkpoint::litgpt::config::parse_yaml;
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result, closest};
 use crate::train::settings::{
@@ -131,34 +132,20 @@ fn read_tree(path: &Path) -> Result<Value> {
 }
 
 fn read_file(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::Missing {
-            what: "recipe".into(),
-            path: path.to_owned(),
-            hint: "give --config the path or web address of a YAML file".into(),
-        },
-        std::io::ErrorKind::InvalidData => {
-            Error::usage(format!("`{}`: not a text file", path.display()), "give --config a YAML file")
-        }
-        _ => Error::io("read", path)(error),
+    std::fs::read_to_string(path).map_err(|error| {
+        let name = path.display();
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound => format!("recipe not found: `{name}`"),
+            std::io::ErrorKind::IsADirectory => format!("`{name}`: a folder, not a recipe"),
+            std::io::ErrorKind::InvalidData => format!("`{name}`: not a text file"),
+            _ => format!("cannot read `{name}`: {error}"),
+        };
+        Error::usage(message, "give the path or web address of a YAML file that you may read")
     })
 }
 
 fn parse_tree(text: &str) -> std::result::Result<Value, String> {
-    let options = serde_saphyr::options! { with_snippet: false };
-    let in_words = |error: serde_saphyr::Error| {
-        let text = error.to_string();
-        // What the library tells its callers is no use to users.
-        if text.contains("from_str_multiple") {
-            return "more than one document, with `---` between them".to_owned();
-        }
-        if text.contains("budget breached") {
-            return "more keys, lists or aliases than any recipe has".to_owned();
-        }
-        text.replace(", set DuplicateKeyPolicy in Options if acceptable", "")
-            .replace(" rejected by the configured policy", " is not allowed")
-    };
-    match serde_saphyr::from_str_with_options(text, options).map_err(in_words)? {
+    match parse_yaml(text)? {
         Value::Null => Ok(json!({})),
         tree @ Value::Object(_) => Ok(tree),
         _ => Err("expected `key: value` lines".into()),
@@ -700,6 +687,27 @@ mod tests {
             let (_folder, path) = recipe(text);
             let error = resolved(&format!("litgpt finetune m --config {path}")).unwrap_err().to_string();
             assert!(error.contains(says) && error.len() < 300, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_recipe_that_cannot_be_read_is_a_wrong_command_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        std::fs::create_dir(path("dir.yaml")).unwrap();
+        std::fs::write(path("bytes.yaml"), [0xff, 0xfe]).unwrap();
+        std::fs::write(path("file"), "").unwrap();
+        for (name, says) in [
+            ("none.yaml", "recipe not found: `"),
+            ("dir.yaml", "dir.yaml`: a folder, not a recipe"),
+            ("bytes.yaml", "bytes.yaml`: not a text file"),
+            ("file/r.yaml", "cannot read `"),
+        ] {
+            for flag in ["config", "train", "eval", "optimizer", "data"] {
+                let error = resolved(&format!("litgpt finetune m --{flag} {}", path(name))).unwrap_err();
+                assert!(matches!(error, Error::Usage { .. }), "--{flag} {name}: {error:?}");
+                assert!(error.to_string().contains(says) && error.hint().is_some(), "--{flag} {name}: {error}");
+            }
         }
     }
 

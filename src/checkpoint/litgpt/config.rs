@@ -18,15 +18,38 @@ use std::path::Path;
 /// # Errors
 /// When it is missing or broken.
 pub fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let options = serde_saphyr::options! { with_snippet: false };
-    let parsed: std::result::Result<Value, _> = serde_saphyr::from_str_with_options(&text, options);
     let hint = "copy the file from where the checkpoint was made";
-    match parsed {
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::InvalidData => Error::invalid(path, "not a text file", hint),
+        _ => Error::io("read", path)(error),
+    })?;
+    match parse_yaml(&text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::invalid(path, "no `key: value` lines", hint)),
-        Err(e) => Err(Error::invalid(path, format!("not YAML: {}", e.to_string().replace('\n', " ")), hint)),
+        Err(problem) => Err(Error::invalid(path, format!("not YAML: {problem}"), hint)),
     }
+}
+
+/// The value of a YAML text, or what is wrong with it in the user's words: what the library tells its callers is no use
+/// to users.
+///
+/// # Errors
+/// What is wrong, without the file's name.
+pub fn parse_yaml(text: &str) -> std::result::Result<Value, String> {
+    let in_words = |error: serde_saphyr::Error| {
+        let text = error.to_string();
+        if text.contains("from_str_multiple") {
+            return "more than one document, with `---` between them".to_owned();
+        }
+        if text.contains("budget breached") {
+            return "more keys, lists or aliases than such a file has".to_owned();
+        }
+        text.replace(", set DuplicateKeyPolicy in Options if acceptable", "")
+            .replace(" rejected by the configured policy", " is not allowed")
+            .replace('\n', " ")
+    };
+    let options = serde_saphyr::options! { with_snippet: false };
+    serde_saphyr::from_str_with_options(text, options).map_err(in_words)
 }
 
 /// The value of `key`, null where it is absent.
