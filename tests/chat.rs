@@ -49,12 +49,20 @@ fn a_piped_conversation_is_answered_line_by_line() {
 
 #[test]
 fn litgpts_words_and_an_empty_line_leave() {
-    let (first, notes, _) = chat("What does the fox do?\n", &[]);
+    let (first, _, _) = chat("What does the fox do?\n", &[]);
     for leaving in ["!quit", "!Exit", ""] {
         let (answers, notes, code) = chat(&format!("What does the fox do?\n{leaving}\nWhat is a fox?\n"), &[]);
         assert_eq!((answers, code), (first.clone(), 0), "{leaving:?}: {notes}");
     }
-    assert_eq!(chat("What does\nthe fox do?\n!SUBMIT\n!quit\nnever\n!submit\n", &["--multiline"]).2, 0, "{notes}");
+    let lines = |input: &str| chat(input, &["--multiline"]);
+    let (first, notes, _) = lines("What does\nthe fox do?\n!submit\n");
+    for leaving in ["!quit", "!Exit"] {
+        let (answers, notes, code) =
+            lines(&format!("What does\nthe fox do?\n!SUBMIT\n{leaving}\nWhat is a fox?\n!submit\n"));
+        assert_eq!((answers, code), (first.clone(), 0), "{leaving}: {notes}");
+    }
+    // What comes behind is answered where nothing leaves.
+    assert_ne!(lines("What does\nthe fox do?\n!SUBMIT\nWhat is a fox?\n!submit\n").0, first, "{notes}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use super::exit_code;
 use super::signals::Stopped;
+use crate::data::sft::without_controls;
 use crate::error::Error;
 use crate::train::report::{Event, Figures, Report};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -130,6 +131,11 @@ fn printable(text: &str) -> String {
     line
 }
 
+/// What the model answered to a sample, which a terminal must not obey.
+fn example(text: &str) -> String {
+    format!("example: {}", without_controls(text).trim())
+}
+
 impl Report for Ui {
     fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         match event {
@@ -164,10 +170,7 @@ impl Report for Ui {
                     loss.exp()
                 ));
             }
-            Event::Example { text, .. } => {
-                let text = text.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "");
-                self.note(&format!("example: {}", text.trim()));
-            }
+            Event::Example { text, .. } => self.note(&example(text)),
             Event::Skipped { figures, problem } => {
                 self.position(figures.iter as u64);
                 self.note(&format!("warning: step {} is skipped, {problem}", figures.step));
@@ -217,4 +220,15 @@ fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with(name))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_of_others_moves_the_cursor() {
+        assert_eq!(example(" a\x1b[2Jb\r\u{9b}1mc\u{7}\n\td\0 \n"), "example: a[2Jb1mc\n\td");
+        assert_eq!(printable("a\x1b[2Jb\nc\td\u{9b}"), "a[2Jb c d");
+    }
 }

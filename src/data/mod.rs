@@ -231,13 +231,16 @@ fn form(kind: &DatasetKind, config: &DataConfig) -> Result<Form> {
 }
 
 fn check_fraction(config: &DataConfig) -> Result<()> {
-    match config.val_split_fraction {
-        Some(fraction) if !(0.0..=1.0).contains(&fraction) => {
-            let message = format!("val_split_fraction must lie between 0 and 1, got {fraction}");
-            Err(Error::usage(message, "for example --data.val_split_fraction 0.05"))
-        }
-        _ => Ok(()),
+    match config.val_split_fraction.and_then(wrong_fraction) {
+        Some(problem) => Err(Error::usage(problem, "for example --data.val_split_fraction 0.05")),
+        None => Ok(()),
     }
+}
+
+/// What is wrong with a share of rows to hold out, if anything is.
+pub(crate) fn wrong_fraction(fraction: f64) -> Option<String> {
+    let wrong = !(0.0..1.0).contains(&fraction);
+    wrong.then(|| format!("`data.val_split_fraction` must be at least 0 and below 1, got {fraction}"))
 }
 
 /// The records of `files`, the first of which is number `first` of the dataset's.
@@ -407,7 +410,7 @@ mod tests {
         assert_eq!(parts(&DataConfig { val_split_fraction: Some(0.0), ..json(&path) }), (10, 0));
         assert_eq!(parts(&DataConfig { val_split_fraction: Some(0.1), ..json(&path) }), (9, 1));
         let (text, _) = fails(&DataConfig { val_split_fraction: Some(1.0), ..json(&path) });
-        assert!(text.ends_with("leaves none for training"), "{text}");
+        assert!(text.ends_with("at least 0 and below 1, got 1"), "{text}");
     }
 
     #[test]
@@ -433,7 +436,7 @@ mod tests {
         let config = DataConfig { json_path: Some("x.json".into()), ..DataConfig::default() };
         assert!(fails(&config).0.contains("goes with --data JSON"));
         let config = DataConfig { val_split_fraction: Some(f64::NAN), ..DataConfig::default() };
-        assert!(fails(&config).0.contains("between 0 and 1"));
+        assert!(fails(&config).0.contains("at least 0 and below 1"));
         let config = DataConfig { name: "LongForm".into(), val_split_fraction: Some(0.1), ..DataConfig::default() };
         assert!(fails(&config).0.contains("validation rows of its own"));
         assert!(fails(&json(Path::new("/nonexistent.json"))).0.starts_with("dataset not found: `/nonexistent.json`"));

@@ -64,7 +64,7 @@ impl Encoder<'_> {
     /// Ids and labels of one record.
     ///
     /// A BOS that begins the answer's own text is dropped, an EOS that ends it is not doubled. A sample without a
-    /// target (the prompt fills it) is returned all the same; [`Report::all_masked`] lists it.
+    /// target (the prompt fills it) is returned all the same; [`Sample::target_tokens`] is 0.
     ///
     /// # Errors
     /// `Unsupported` if the tokenizer has no EOS token, or the style cannot write the record; else as
@@ -199,8 +199,6 @@ pub struct Report {
     pub p95: usize,
     /// Samples that were cut.
     pub truncated: usize,
-    /// Samples without a target: they teach nothing.
-    pub all_masked: Vec<Origin>,
 }
 
 impl Report {
@@ -209,15 +207,12 @@ impl Report {
     pub fn of(samples: &[Sample]) -> Self {
         let mut report = Self { samples: samples.len(), ..Self::default() };
         for sample in samples {
-            let (length, targets) = (sample.input_ids.len(), sample.target_tokens());
+            let length = sample.input_ids.len();
             report.tokens += length;
-            report.target_tokens += targets;
+            report.target_tokens += sample.target_tokens();
             report.longest = report.longest.max(length);
             report.longest_raw = report.longest_raw.max(sample.raw_len);
             report.truncated += usize::from(length < sample.raw_len);
-            if targets == 0 {
-                report.all_masked.push(sample.row);
-            }
         }
         report.mean = report.tokens as f64 / report.samples.max(1) as f64;
         let mut lengths: Vec<usize> = samples.iter().map(|sample| sample.input_ids.len()).collect();
@@ -231,8 +226,13 @@ impl Report {
     }
 }
 
-/// Text of a sample, special tokens included, with what is learned between `open` and `close`, without control characters: a
-/// terminal would obey them.
+/// `text` without the control characters that a terminal would obey; lines and tabs stay.
+#[must_use]
+pub fn without_controls(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "")
+}
+
+/// Text of a sample, special tokens included, with what is learned between `open` and `close`, [`without_controls`].
 ///
 /// # Errors
 /// As `Tokenizer::decode`.
@@ -242,7 +242,7 @@ pub fn with_mask(sample: &Sample, tokenizer: &Tokenizer, open: &str, close: &str
     for at in 1..=sample.input_ids.len() {
         if at == sample.input_ids.len() || learned(at) != learned(from) {
             let part = tokenizer.decode_all(&sample.input_ids[from..at])?;
-            let part = part.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "");
+            let part = without_controls(&part);
             if learned(from) {
                 text.extend([open, &part, close]);
             } else {
@@ -503,7 +503,6 @@ mod tests {
             median: 2,
             p95: 6,
             truncated: 1,
-            all_masked: vec![Origin { file: 0, row: 1 }],
         };
         assert_eq!(report, expected);
         assert_eq!(Report::of(&[]), Report::default());

@@ -12,6 +12,7 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+use crate::data::wrong_fraction;
 use crate::error::{Error, Result, closest};
 
 /// Number format of weights and activations; adapters and optimizer state are f32 in all of them.
@@ -603,11 +604,7 @@ impl DataSettings {
         check(&mut found, module.name != "Hub" || self.repo_id.is_some(), || {
             "the data module Hub needs a repository: `--data ORGANISATION/NAME`".into()
         });
-        if let Some(fraction) = self.val_split_fraction {
-            check(&mut found, (0.0..1.0).contains(&fraction), || {
-                format!("`data.val_split_fraction` must be at least 0 and below 1, got {fraction}")
-            });
-        }
+        found.extend(self.val_split_fraction.and_then(wrong_fraction));
         check(&mut found, self.ignore_index < 0, || {
             format!("`data.ignore_index` must be negative, as others are token ids, got {}", self.ignore_index)
         });
