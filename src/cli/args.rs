@@ -250,7 +250,7 @@ pub const FLAGS: &[Flag] = &[
     row("eval", Group, EVALUATION, "A YAML file with the keys of this group, or the group as JSON"),
     row("eval.interval", Whole, EVALUATION, "Steps between two evaluations"),
     row("eval.max_new_tokens", Whole, EVALUATION, "Length of the sample text; null: no sample text"),
-    row("eval.max_iters", Whole, EVALUATION, "Micro batches in one evaluation, at most; before the first and after the last step it is all"),
+    row("eval.max_iters", Whole, EVALUATION, "Micro batches in one evaluation, at most; the initial and the final validation have all"),
     row("eval.initial_validation", Boolean, EVALUATION, "Evaluate before the first step"),
     row("eval.final_validation", Boolean, EVALUATION, "Evaluate after the last step"),
     row("eval.evaluate_example", Text, EVALUATION,
