@@ -500,7 +500,8 @@ mod tests {
                 lora: Some(Lora { config, a: at * 20..at * 20 + 12, b: at * 20 + 12..at * 20 + 20 }),
             };
             let parts = [part(0), part(1)];
-            let member = |at: usize| Member { part: &parts[at], inputs: 3, rows: Some(vec![at * 2..at * 2 + 2]) };
+            let rows = |at: usize| std::iter::once(at * 2..at * 2 + 2).collect();
+            let member = |at: usize| Member { part: &parts[at], inputs: 3, rows: Some(rows(at)) };
             let module = fuse(&[1.0; 40], &[member(0), member(1)], 4);
             let fused = LoraConfig { r: module.r, alpha: module.alpha, ..config };
             assert_eq!((module.r, module.a.len(), module.b.len()), (8, 24, 32));

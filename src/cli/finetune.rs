@@ -129,6 +129,9 @@ fn computed(
     let longest = train.iter().chain(val).map(|sample| sample.input_ids.len()).max().unwrap_or(0);
     if longest > checkpoint.config.rope_scaling.alike() {
         // Of a short and a long sample not even the first keys are the same.
+        if settings.train.prefix_sharing == Switch::On {
+            ui.note("prefixes are not shared: samples on both sides of the model's longrope begin otherwise");
+        }
         settings.train.prefix_sharing = Switch::Off;
     }
     let wanted = Computed {
