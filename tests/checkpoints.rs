@@ -258,6 +258,8 @@ fn adapters_of_peft_that_name_the_base_are_understood() {
     all.remove(&name);
     put(&all);
     edit(&folder.join("adapter_config.json"), |config| config["init_lora_weights"] = json!("pissa_niter_4"));
-    let refused = adapted().unwrap_err().to_string();
+    let refused = adapted().unwrap_err();
+    assert!(refused.hint().is_some_and(|hint| hint.starts_with("merge that adapter with PEFT")), "{refused:?}");
+    let refused = refused.to_string();
     assert!(refused.contains("pissa_niter_4") && refused.contains("adapter_config.json"), "{refused}");
 }

@@ -44,6 +44,9 @@ struct Member<'a> {
     rows: Option<Vec<Range<usize>>>,
 }
 
+/// What to do with an adapter that asks for more than is done here.
+const BY_PEFT: &str = "merge that adapter with PEFT and use the merged model";
+
 /// PEFT's module of the head, whatever its tensor is called in the family's files.
 const HEAD: &str = "lm_head";
 /// The same of a GPT-NeoX before transformers 5.
@@ -231,7 +234,7 @@ impl PeftConfig {
         for key in keys {
             if let Some(value) = json.get(key).filter(|v| !neutral(key, v)) {
                 let what = format!("`{key}`: {value} (`{}`)", path.display());
-                return Err(Error::unsupported(what, "merge that adapter with PEFT and use the merged model"));
+                return Err(Error::unsupported(what, BY_PEFT));
             }
         }
         Ok(())
@@ -244,9 +247,7 @@ impl PeftConfig {
             return Ok(());
         }
         let what = format!("`init_lora_weights`: \"{how}\" (`{}`)", path.display());
-        let hint =
-            "save it from PEFT with `path_initial_model_for_weight_conversion`, which makes it an ordinary adapter";
-        Err(Error::unsupported(what, hint))
+        Err(Error::unsupported(what, BY_PEFT))
     }
 
     fn of(&self, module: &str, r: usize) -> LoraConfig {

@@ -139,7 +139,7 @@ impl Checkpoint {
         // A head that differs from the embedding is one of its own, whatever config.json says, as transformers 5 has it:
         // someone merged an adapter of the head.
         let [embedding, head] = [EMBEDDING, HEAD].map(|name| checkpoint.file_tensor(name));
-        for head in [head.as_str(), HEAD] {
+        for head in std::iter::once(head.as_str()).chain((head != HEAD).then_some(HEAD)) {
             if checkpoint.config.tie_embeddings && checkpoint.shards.info(head).is_ok() {
                 checkpoint.config.tie_embeddings = checkpoint.shards.equal(&embedding, head);
                 [&embedding, head].iter().for_each(|name| checkpoint.shards.release(name));

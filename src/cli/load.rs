@@ -342,7 +342,6 @@ pub fn check_vocabulary(tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Resul
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

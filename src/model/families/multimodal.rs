@@ -5,8 +5,8 @@ use super::HfConfig;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 
-/// `model_type` of the whole, and of its text part.
-const KINDS: [(&str, &str); 1] = [("gemma3", "gemma3_text")];
+/// `model_type` of the whole, and that of its text part with transformers' class for it.
+const KINDS: [(&str, &str, &str); 1] = [("gemma3", "gemma3_text", "Gemma3ForCausalLM")];
 
 /// Keys of the whole's config that its text part may leave out.
 const SHARED: [&str; 7] = [
@@ -21,7 +21,7 @@ const SHARED: [&str; 7] = [
 
 /// Values of `model_type` of models of which the text part is read.
 pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
-    KINDS.iter().map(|(whole, _)| *whole)
+    KINDS.iter().map(|(whole, ..)| *whole)
 }
 
 /// The config of the text part, if `config` is that of a model which has other parts as well.
@@ -30,14 +30,14 @@ pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
 /// When there is no `text_config` in it.
 pub fn text_part(config: &HfConfig) -> Result<Option<HfConfig>> {
     let model_type = config.model_type()?;
-    let Some((_, text_type)) = KINDS.iter().find(|(whole, _)| *whole == model_type) else { return Ok(None) };
+    let Some((_, text_type, class)) = KINDS.iter().find(|(whole, ..)| *whole == model_type) else { return Ok(None) };
     let Some(text) = config.get("text_config").and_then(Value::as_object) else {
         let problem = format!("no `text_config` object in a {model_type} model");
         return Err(Error::invalid(config.path(), problem, "download the checkpoint again"));
     };
     let mut keys: Map<String, Value> = text.clone();
     keys.insert("model_type".to_owned(), json!(text_type));
-    keys.insert("architectures".to_owned(), json!(["Gemma3ForCausalLM"]));
+    keys.insert("architectures".to_owned(), json!([class]));
     for key in SHARED {
         if let (Some(value), false) = (config.get(key), keys.contains_key(key)) {
             keys.insert(key.to_owned(), value.clone());
