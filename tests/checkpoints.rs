@@ -209,6 +209,7 @@ fn of_a_model_that_also_sees_the_text_part_is_trained_and_merged() {
         gpt.all_logits(&ids, &mut gpt.cache()).to_vec()
     };
     let want = adapted();
+    assert!(want != logits(&whole, &ids), "the adapter makes a difference");
     let theirs = tensors(&file).into_iter().map(|(name, t)| (name.replace(".layers.", ".language_model.layers."), t));
     write_tensors(&file, &theirs.collect());
     fs::remove_file(dir.path().join("out/final/manifest.json")).unwrap();
@@ -232,6 +233,7 @@ fn adapters_of_peft_that_name_the_base_are_understood() {
         adapter::load(&folder, checkpoint.family, &mut gpt).map(|()| gpt.all_logits(&ids, &mut gpt.cache()).to_vec())
     };
     let want = adapted().unwrap();
+    assert!(want != logits(&tiny(), &ids), "the adapter makes a difference");
     // PEFT saves the head beside its adapter.
     let file = folder.join("adapter_model.safetensors");
     let (mut all, head) = (tensors(&file), tiny_tensors()["model.embed_tokens.weight"].clone());
