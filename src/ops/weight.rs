@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn bf16_elements_kept_for_f32_give_the_bits_of_f32() {
+    fn bf16_elements_kept_for_f32_give_f32s_results() {
         let (t, out, inn) = (29, 130, 77);
         let elements: Vec<bf16> = random(out * inn, 1).iter().map(|v| bf16::from_f32(*v)).collect();
         let (x, dy) = (random(t * inn, 2), random(t * out, 3));
@@ -513,7 +513,15 @@ mod tests {
         let narrow = Weight::widened(out, inn, elements.clone());
         let wide = Weight::new(out, inn, Data::F32(elements.iter().map(|v| v.to_f32()).collect()));
         assert_eq!(wide.bytes(), narrow.bytes() * if Weight::widens() { 2 } else { 1 });
-        assert_eq!(products(&narrow), products(&wide));
+        let (narrow, wide) = (products(&narrow), products(&wide));
+        assert_close(&narrow.0, &wide.0, 1e-6);
+        assert_close(&narrow.1, &wide.1, 1e-6);
+        // AMX adds in another order.
+        #[cfg(target_arch = "x86_64")]
+        if simd::level() == Some(simd::Level::Amx) {
+            return;
+        }
+        assert_eq!(narrow, wide);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `dx = dy W`: elements of some rows of dy times vectors over W's columns.
 
+use super::amx::{self, Contraction};
 use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, tile};
 use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{
@@ -20,7 +21,10 @@ pub fn backward(level: Level, dy: View<'_>, w: Panels<'_>, shape: (usize, usize)
     let (weight, level) = Weight::new(level, w, shape);
     assert!(dy.cols == weight.rows && dx.cols == weight.cols && dx.rows == dy.rows, "product: shapes do not fit");
     if dy.rows > 0 && weight.cols > 0 {
-        at_level!(level, product(dy, weight, dx, accumulate));
+        match (level.parts(), w) {
+            (Some(parts), Panels::Bf16(w)) => amx::product(Contraction::Rows, parts, dy, (w, weight), dx, accumulate),
+            _ => at_level!(level, product(dy, weight, dx, accumulate)),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
+use super::amx::{self, Contraction};
 use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, tile};
 use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
@@ -24,7 +25,10 @@ pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), 
     let (weight, level) = Weight::new(level, w, shape);
     assert!(x.cols == weight.cols && y.cols == weight.rows && y.rows == x.rows, "product: shapes do not fit");
     if x.rows > 0 && weight.rows > 0 {
-        at_level!(level, product(x, weight, y, accumulate));
+        match (level.parts(), w) {
+            (Some(parts), Panels::Bf16(w)) => amx::product(Contraction::Columns, parts, x, (w, weight), y, accumulate),
+            _ => at_level!(level, product(x, weight, y, accumulate)),
+        }
     }
 }
 

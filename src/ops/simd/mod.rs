@@ -13,6 +13,7 @@
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
 #![allow(unsafe_code)] // SIMD intrinsics, and disjoint parts of one matrix written by several threads
 
+mod amx;
 mod backward;
 mod few;
 mod forward;
@@ -95,13 +96,38 @@ pub enum Level {
     Avx512,
     /// And `vdpbf16ps`.
     Avx512Bf16,
+    /// AVX-512 F, BW, VL, DQ, and AMX for bf16.
+    Amx,
+    /// The same, where products with bf16 elements have to be f32's.
+    AmxExact,
 }
 
 impl Level {
     /// The same, but for products that round what is multiplied by bf16 elements.
     #[must_use]
     pub fn exact(self) -> Self {
-        if self == Self::Avx512Bf16 { Self::Avx512 } else { self }
+        match self {
+            Self::Avx512Bf16 => Self::Avx512,
+            Self::Amx => Self::AmxExact,
+            other => other,
+        }
+    }
+
+    /// The same for other elements than bf16.
+    fn without_bf16(self) -> Self {
+        match self {
+            Self::Avx512Bf16 | Self::Amx | Self::AmxExact => Self::Avx512,
+            other => other,
+        }
+    }
+
+    /// Into how many bf16 AMX has to cut what it multiplies by bf16 elements; `None` without AMX.
+    fn parts(self) -> Option<usize> {
+        match self {
+            Self::Amx => Some(1),
+            Self::AmxExact => Some(3),
+            _ => None,
+        }
     }
 }
 
@@ -110,7 +136,9 @@ macro_rules! at_level {
     ($level:expr, $name:ident($($arg:expr),*)) => {
         match $level {
             $crate::ops::simd::Level::Avx2 => $name::<$crate::ops::simd::wide::Halves>($($arg),*),
-            $crate::ops::simd::Level::Avx512 => $name::<std::arch::x86_64::__m512>($($arg),*),
+            $crate::ops::simd::Level::Avx512
+            | $crate::ops::simd::Level::Amx
+            | $crate::ops::simd::Level::AmxExact => $name::<std::arch::x86_64::__m512>($($arg),*),
             $crate::ops::simd::Level::Avx512Bf16 => $name::<$crate::ops::simd::wide::Pairs>($($arg),*),
         }
     };
@@ -122,7 +150,7 @@ macro_rules! at_width {
     ($level:expr, $name:ident $(<$t:ident>)? ($($arg:expr),*)) => {
         match $level {
             $crate::ops::simd::Level::Avx2 => $name::<$crate::ops::simd::wide::Halves $(, $t)?>($($arg),*),
-            $crate::ops::simd::Level::Avx512 | $crate::ops::simd::Level::Avx512Bf16 => {
+            _ => {
                 $name::<std::arch::x86_64::__m512 $(, $t)?>($($arg),*)
             }
         }
@@ -143,6 +171,9 @@ fn detect() -> Option<Level> {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
+    if base && wide && amx::is_available() {
+        return Some(Level::Amx);
+    }
     match (base, wide, is_x86_feature_detected!("avx512bf16") && !intel()) {
         (true, true, true) => Some(Level::Avx512Bf16),
         (true, true, false) => Some(Level::Avx512),
@@ -236,7 +267,7 @@ impl<'a> Weight<'a> {
     /// When `w` is not (rows, cols).
     fn new(level: Level, w: Panels<'a>, (rows, cols): (usize, usize)) -> (Self, Level) {
         assert!(w.len() == packed_len(rows, cols), "product: shapes do not fit");
-        (Self { w, rows, cols }, if matches!(w, Panels::Bf16(_)) { level } else { level.exact() })
+        (Self { w, rows, cols }, if matches!(w, Panels::Bf16(_)) { level } else { level.without_bf16() })
     }
 }
 
@@ -312,13 +343,14 @@ mod tests {
     /// This processor may be faster with another level than the best that it has; products of all of them are tested.
     #[test]
     fn both_products_are_those_of_plain_loops_at_every_level() {
-        let bf16 = is_x86_feature_detected!("avx512bf16");
-        let levels = match level() {
-            None => vec![],
-            Some(Level::Avx2) => vec![Level::Avx2],
-            Some(_) if bf16 => vec![Level::Avx2, Level::Avx512, Level::Avx512Bf16],
-            Some(_) => vec![Level::Avx2, Level::Avx512],
+        let all = [Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx, Level::AmxExact];
+        let has = |level: &Level| match level {
+            Level::Avx2 => super::level().is_some(),
+            Level::Avx512 => super::level().is_some_and(|level| level != Level::Avx2),
+            Level::Avx512Bf16 => is_x86_feature_detected!("avx512bf16"),
+            Level::Amx | Level::AmxExact => super::level() == Some(Level::Amx),
         };
+        let levels: Vec<Level> = all.into_iter().filter(has).collect();
         // One row to more than a tile, an odd depth, more than a chunk of it, more tokens than go together.
         for (t, rows, cols) in [(1, 1, 1), (17, 25, 35), (33, 1100, 40), (47, 30, 2211), (205, 13, 64)] {
             let (w, x, dy) = (random(rows * cols, 1), random(t * cols, 2), random(t * rows, 3));
@@ -336,7 +368,7 @@ mod tests {
             for level in &levels {
                 for (panels, tolerance) in [
                     (Panels::F32(&wide_packed), 1e-5),
-                    (Panels::Bf16(&narrow), if *level == Level::Avx512Bf16 { 8e-3 } else { 1e-5 }),
+                    (Panels::Bf16(&narrow), if *level == level.exact() { 1e-5 } else { 8e-3 }),
                 ] {
                     let (mut got_y, mut got_dx) = (vec![1.0; t * rows], vec![f32::NAN; t * cols]);
                     let (x, dy) = (View::of(&x, t, cols), View::of(&dy, t, rows));
