@@ -104,16 +104,26 @@ impl Bench {
         let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
         let mut d = gate_up.clone();
         self.row("glu backward", 0.0, 20.0 * bytes, || glu::gated_backward(Activation::Silu, &dh, &mut d));
-        let attention =
-            Attention { n_head: 9, n_query_groups: 3, head_size: 64, scale: 0.125, softcap: None, window: None };
         let qkv = Matrix::from_slice(T, 960, &values(T * 960));
         let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
         let spans = Spans::tail(T, T);
-        let (o, saved) = attention.forward(q, k, v, &spans);
-        let flops = 2.0 * (T * T * 576) as f64;
-        self.row("attention forward", flops, 0.0, || drop(attention.forward(q, k, v, &spans)));
-        let backward = || drop(attention.backward([q, k, v], &o, &o, &saved, &spans));
-        self.row("attention backward", 2.5 * flops, 0.0, backward);
+        for (name, bf16) in [("f32", false), ("bf16", true)] {
+            let attention = Attention {
+                n_head: 9,
+                n_query_groups: 3,
+                head_size: 64,
+                scale: 0.125,
+                softcap: None,
+                window: None,
+                bf16,
+            };
+            let (o, saved) = attention.forward(q, k, v, &spans);
+            let flops = 2.0 * (T * T * 576) as f64;
+            let forward = || drop(attention.forward(q, k, v, &spans));
+            self.row(&format!("attention {name} forward"), flops, 0.0, forward);
+            let backward = || drop(attention.backward([q, k, v], &o, &o, &saved, &spans));
+            self.row(&format!("attention {name} backward"), 2.5 * flops, 0.0, backward);
+        }
     }
 }
 

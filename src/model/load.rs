@@ -283,8 +283,10 @@ impl Loader<'_> {
             }
         };
         let window = config.windows[layer];
+        let qkv = self.linear(&prefix, &parts, config.n_embd, config.biases.qkv)?;
+        let bf16 = qkv.weight().is_bf16();
         Ok(Attention {
-            qkv: self.linear(&prefix, &parts, config.n_embd, config.biases.qkv)?,
+            qkv,
             projection: self.linear(&prefix, &[("o_proj", config.n_embd)], q, config.biases.projection)?,
             qk_norm: qk_norm("q_norm", q)?.zip(qk_norm("k_norm", kv)?).map(|(q, k)| [q, k]),
             clip: config.clip_qkv,
@@ -295,6 +297,7 @@ impl Loader<'_> {
                 scale: config.attention_scale,
                 softcap: config.attention_softcap,
                 window,
+                bf16,
             },
             rope: (config.rotary_dim > 0 && !config.no_rope[layer])
                 .then_some(usize::from(config.rope_local_theta.is_some() && window.is_some())),

@@ -7,7 +7,7 @@
 
 use super::device::{Constant, Device, Dtype, int, long};
 use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
-use super::matmul::{Side, Threads, ViewMut, matmul};
+use super::matmul::{Side, Threads, ViewMut, matmul, matmul_rounded};
 use super::matrix::{Matrix, Segment, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -48,6 +48,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// A position sees itself and `window - 1` before it.
     pub window: Option<usize>,
+    /// Whether products on the host may round both sides to bf16, as a model of bf16 weights may.
+    pub bf16: bool,
 }
 
 /// Query rows of one sample and the key rows that they belong to; the last of both is the same position.
@@ -244,8 +246,16 @@ impl Attention {
     /// `scale · a b` for the rows and `keys` keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
     fn products(&self, scale: f32, a: View<'_>, b: Side<'_>, keys: usize) -> Matrix {
         let mut s = Matrix::new(a.rows, keys.next_multiple_of(LANES));
-        matmul(Threads::One, s.columns_mut(0..keys), false, scale, Side::N(a), b);
+        self.product(s.columns_mut(0..keys), false, scale, Side::N(a), b);
         s
+    }
+
+    /// `y = alpha · lhs · rhs`, added to `y` where `accumulate`, on the calling thread.
+    fn product(&self, y: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
+        if self.bf16 {
+            return matmul_rounded(y, accumulate, alpha, lhs, rhs);
+        }
+        matmul(Threads::One, y, accumulate, alpha, lhs, rhs);
     }
 
     /// Scaled and capped scores of a block, as `products` gives them.
@@ -337,7 +347,7 @@ impl Attention {
             let lse = s.chunks_exact_mut(cols).enumerate().map(lse).collect();
             let mut o = Matrix::new(queries.rows(), hs);
             let to = ViewMut::of(&mut o, queries.rows(), hs);
-            matmul(Threads::One, to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
+            self.product(to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
             Part { o, lse }
         });
         let sum = parts.reduce(|mut sum, part| {
@@ -437,14 +447,14 @@ impl Attention {
             }
             let keys = block.keys.start * hs..block.keys.end * hs;
             let (p, whole) = (p.columns(0..width), ds.columns(0..width));
-            matmul(Threads::One, ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
-            matmul(Threads::One, ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
+            self.product(ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
+            self.product(ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
             let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
             let mut at = 0;
             for keys in span.rows(block.keys.clone()) {
                 let ds = ds.columns(at..at + keys.len());
                 let to = ViewMut::of(&mut dq[rows.clone()], m, hs);
-                matmul(Threads::One, to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
+                self.product(to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
                 at += keys.len();
             }
         }
@@ -664,7 +674,15 @@ mod tests {
 
     #[test]
     fn forward_and_backward_equal_the_reference() {
-        let base = Attention { n_head: 4, n_query_groups: 2, head_size: 10, scale: 0.4, softcap: None, window: None };
+        let base = Attention {
+            n_head: 4,
+            n_query_groups: 2,
+            head_size: 10,
+            scale: 0.4,
+            softcap: None,
+            window: None,
+            bf16: false,
+        };
         let variants = [
             base,
             Attention { window: Some(7), ..base },
@@ -684,15 +702,27 @@ mod tests {
             let [q, k, v] = [qkv.columns(0..40), qkv.columns(40..40 + g), qkv.columns(40 + g..40 + 2 * g)];
             let (o, saved) = attention.forward(q, k, v, &spans);
             assert_close(&o, &oracle.y, 1e-5);
-            let d = attention.backward([q, k, v], &o, &Matrix::from_slice(t, 40, &d_o), &saved, &spans);
+            let d_o = Matrix::from_slice(t, 40, &d_o);
+            let d = attention.backward([q, k, v], &o, &d_o, &saved, &spans);
             assert_close(&d, &oracle.grads[0], 1e-5);
+            let rounded = Attention { bf16: true, ..attention };
+            let (o, saved) = rounded.forward(q, k, v, &spans);
+            assert_close(&o, &oracle.y, 2e-2);
+            assert_close(&rounded.backward([q, k, v], &o, &d_o, &saved, &spans), &oracle.grads[0], 2e-2);
         }
     }
 
     #[test]
     fn later_queries_over_kept_keys_equal_the_whole() {
-        let attention =
-            Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, softcap: None, window: Some(40) };
+        let attention = Attention {
+            n_head: 2,
+            n_query_groups: 1,
+            head_size: 8,
+            scale: 0.3,
+            softcap: None,
+            window: Some(40),
+            bf16: false,
+        };
         let (q, k, v) = (random(90 * 16, 1), random(90 * 8, 2), random(90 * 8, 3));
         let (k, v) = (View::of(&k, 90, 8), View::of(&v, 90, 8));
         let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &Spans::tail(90, 90));
@@ -702,7 +732,15 @@ mod tests {
 
     #[test]
     fn samples_after_a_common_prefix_equal_each_as_a_whole() {
-        let base = Attention { n_head: 4, n_query_groups: 2, head_size: 10, scale: 0.4, softcap: None, window: None };
+        let base = Attention {
+            n_head: 4,
+            n_query_groups: 2,
+            head_size: 10,
+            scale: 0.4,
+            softcap: None,
+            window: None,
+            bf16: false,
+        };
         let variants =
             [base, Attention { window: Some(9), ..base }, Attention { softcap: Some(1.5), window: Some(70), ..base }];
         let (prefix, t, q_cols, kv_cols) = (70, 91, 40, 20);
@@ -749,7 +787,8 @@ mod tests {
         // leaves some shares nothing to see.
         let (t, hs, new) = (2 * KEYS_OF_FEW + 300, 256, 3);
         for (n_head, window) in [(2, None), (70, Some(KEYS_OF_FEW))] {
-            let attention = Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, softcap: None, window };
+            let attention =
+                Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, softcap: None, window, bf16: false };
             let (q, k, v) = (random(new * n_head * hs, 1), random(t * hs, 2), random(t * hs, 3));
             let (k, v) = (View::of(&k, t, hs), View::of(&v, t, hs));
             let (got, saved) = attention.forward(View::of(&q, new, n_head * hs), k, v, &Spans::tail(new, t));

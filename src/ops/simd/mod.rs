@@ -22,6 +22,7 @@ mod sparse;
 mod tile;
 mod wide;
 
+pub use amx::rounded;
 pub use backward::backward;
 pub use few::few_rows;
 pub use forward::forward;
@@ -187,6 +188,15 @@ fn detect() -> Option<Level> {
 fn intel() -> bool {
     let leaf = __cpuid(0);
     [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+}
+
+/// Rows from which on tiles of AMX are worth being made for a product.
+const ROWS_OF_TILES: usize = 16;
+
+/// Whether a product with so many rows and columns is one for [`rounded`].
+#[must_use]
+pub fn rounds(y: &ViewMut<'_>) -> bool {
+    y.rows >= ROWS_OF_TILES && y.cols > 0 && level() == Some(Level::Amx)
 }
 
 thread_local! {
