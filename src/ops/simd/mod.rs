@@ -326,9 +326,10 @@ fn chunks(units: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     (0..units).step_by(depth).map(move |from| from..(from + depth).min(units))
 }
 
-/// Runs `f` over consecutive ranges of `0..n` in parallel, two of about one length for each thread.
+/// Runs `f` over consecutive ranges of `0..n` in parallel, eight of about one length for each thread: where other programs have
+/// a share of a core, the other ones take over what it is behind with.
 fn in_shares(n: usize, f: impl Fn(Range<usize>) + Sync) {
-    let shares = (2 * rayon::current_num_threads()).min(n);
+    let shares = (8 * rayon::current_num_threads()).min(n);
     (0..shares).into_par_iter().with_max_len(1).for_each(|i| f(i * n / shares..(i + 1) * n / shares));
 }
 

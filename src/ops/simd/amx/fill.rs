@@ -4,7 +4,6 @@
 use super::{PANEL, TILES};
 use crate::ops::matmul::Side;
 use crate::ops::matrix::View;
-use crate::ops::simd::tile::prefetch;
 use crate::ops::simd::wide::{LANES, Wide};
 use half::bf16;
 use std::arch::x86_64::*;
@@ -182,12 +181,8 @@ pub unsafe fn right(side: Side<'_>, place: [usize; 2], to: &mut [f32]) {
     }
 }
 
-/// Elements of 32 rows of a panel of a weight: where they lie, or with zeros for those that are missing, in `padded`. Asks
-/// memory for `next`, which need not exist.
-fn panel<'a>(w: &'a [bf16], count: usize, at: usize, next: usize, padded: &'a mut Vec<bf16>) -> *const bf16 {
-    for row in 0..count {
-        prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(next + row * PANEL).cast());
-    }
+/// Elements of 32 rows of a panel of a weight: where they lie, or with zeros for those that are missing, in `padded`.
+fn panel<'a>(w: &'a [bf16], count: usize, at: usize, padded: &'a mut Vec<bf16>) -> *const bf16 {
     let elements = &w[at..at + count * PANEL];
     if count == PANEL {
         return elements.as_ptr();
@@ -204,7 +199,7 @@ fn panel<'a>(w: &'a [bf16], count: usize, at: usize, next: usize, padded: &'a mu
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub unsafe fn transposed_panel(w: &[bf16], rows: usize, [panel_at, block]: [usize; 2], to: &mut [f32]) {
     let (at, mut padded) = ((panel_at * rows + block * PANEL) * PANEL, Vec::new());
-    let from = panel(w, PANEL.min(rows - block * PANEL), at, at + PANEL * PANEL, &mut padded);
+    let from = panel(w, PANEL.min(rows - block * PANEL), at, &mut padded);
     for half in [0, LANES] {
         let mut lines = [_mm512_setzero_ps(); LANES];
         for (i, line) in lines.iter_mut().enumerate() {
@@ -223,7 +218,7 @@ pub unsafe fn transposed_panel(w: &[bf16], rows: usize, [panel_at, block]: [usiz
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub unsafe fn interleaved_panel(w: &[bf16], rows: usize, [panel_at, block]: [usize; 2], to: &mut [f32]) {
     let (at, mut padded) = ((panel_at * rows + block * PANEL) * PANEL, Vec::new());
-    let from = panel(w, PANEL.min(rows - block * PANEL), at, at + rows * PANEL, &mut padded);
+    let from = panel(w, PANEL.min(rows - block * PANEL), at, &mut padded);
     for (half, to) in to.chunks_exact_mut(TILES / 2).enumerate() {
         for (pair, to) in to.chunks_exact_mut(LANES).enumerate() {
             // SAFETY: `panel` has 32 rows; a line is 16 units.

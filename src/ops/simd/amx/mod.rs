@@ -11,12 +11,13 @@
 mod fill;
 mod registers;
 
+use super::tile::LINE;
 use super::wide::LANES;
 use super::{PANEL, Shared, Weight, checked, in_shares};
 use crate::ops::matmul::{Side, ViewMut};
 use crate::ops::matrix::{Matrix, View};
 use half::bf16;
-use registers::{Factors, Sums, Tiles};
+use registers::{Ahead, Factors, Sums, Tiles};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -79,7 +80,14 @@ pub fn product(
             };
         }
     });
-    let job = Job { left: &units[first..], blocks, parts, rows: x.rows, columns: y.cols, ldy: y.stride, accumulate };
+    let of_panel = weight.rows * LINE;
+    let [strip, block] = match contraction {
+        Contraction::Columns => [PANEL * LINE, of_panel],
+        Contraction::Rows => [of_panel, PANEL * LINE],
+    };
+    let source = Source { at: w.as_ptr().cast(), strip, block };
+    let left = &units[first..];
+    let job = Job { left, blocks, parts, source, rows: x.rows, columns: y.cols, ldy: y.stride, accumulate };
     let y = Shared(y.data.as_mut_ptr());
     in_shares(job.columns.div_ceil(PANEL), |strips| {
         // SAFETY: the level found the instructions; the shapes fit; strips have columns of y of their own.
@@ -114,7 +122,9 @@ pub unsafe fn rounded(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<
             // SAFETY: passed on.
             unsafe { fill::left(lhs, place, alpha, to) };
         }
-        let job = Job { left, blocks, parts: 1, rows: dst.rows, columns: dst.cols, ldy: dst.stride, accumulate };
+        let source = Source { at: left.as_ptr().cast(), strip: 0, block: 0 };
+        let (rows, columns, ldy) = (dst.rows, dst.cols, dst.stride);
+        let job = Job { left, blocks, parts: 1, source, rows, columns, ldy, accumulate };
         let y = dst.data.as_mut_ptr().wrapping_add(dst.offset);
         // SAFETY: passed on.
         unsafe {
@@ -145,10 +155,31 @@ struct Job<'a> {
     left: &'a [f32],
     blocks: usize,
     parts: usize,
+    source: Source,
     rows: usize,
     columns: usize,
     ldy: usize,
     accumulate: bool,
+}
+
+/// Where in memory the right side comes from, in bytes from 32 columns to the next and from block to block.
+#[derive(Clone, Copy)]
+struct Source {
+    at: *const i8,
+    strip: usize,
+    block: usize,
+}
+
+// SAFETY: memory is only asked for.
+unsafe impl Sync for Source {}
+
+impl Source {
+    /// What memory is asked for while some of `rows` rows, from `row` on, are multiplied: their share of a strip's blocks.
+    fn ahead(&self, strip: usize, block: usize, row: usize, rows: usize) -> Ahead {
+        let lines = PANEL.div_ceil(rows.div_ceil(PANEL));
+        let at = self.at.wrapping_add(strip * self.strip + block * self.block + row / PANEL * lines * LINE);
+        Ahead { at, next: self.block, lines }
+    }
 }
 
 impl Job<'_> {
@@ -167,7 +198,8 @@ impl Job<'_> {
                     blocks.clone().zip(right.chunks_exact_mut(TILES)).for_each(|(block, to)| make(strip, block, to));
                     for row in (0..self.rows).step_by(PANEL) {
                         let left = &self.left[(row / PANEL * self.blocks + blocks.start) * self.parts * TILES..];
-                        let factors = Factors { left, right, parts: self.parts };
+                        let ahead = self.source.ahead(strip + 1, blocks.start, row, self.rows);
+                        let factors = Factors { left, right, parts: self.parts, ahead };
                         let sums = Sums {
                             y: y.wrapping_add(row * self.ldy + strip * PANEL),
                             ldy: self.ldy,

@@ -27,6 +27,17 @@ pub struct Factors<'a> {
     pub left: &'a [f32],
     pub right: &'a [f32],
     pub parts: usize,
+    pub ahead: Ahead,
+}
+
+/// Memory that is asked for with each block of the contraction, as it will be needed soon.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    pub at: *const i8,
+    /// Bytes from what is asked for with one block to that with the next.
+    pub next: usize,
+    /// Lines with each; at least one.
+    pub lines: usize,
 }
 
 /// Where up to 32 x 32 sums go.
@@ -109,7 +120,7 @@ impl Factors<'_> {
         // SAFETY: passed on; the assert bounds what is read.
         unsafe {
             asm!(
-                "test {accumulate}, {accumulate}",
+                "test {count}, {count}",
                 "jz 2f",
                 "tileloadd tmm0, [{y} + {row}]",
                 "tileloadd tmm1, [{y} + {row} + 64]",
@@ -124,7 +135,7 @@ impl Factors<'_> {
                 "3:",
                 "tileloadd tmm6, [{right} + {line}]",
                 "tileloadd tmm7, [{right} + {line} + 1024]",
-                "mov {part}, {parts}",
+                "mov {count}, {parts}",
                 "4:",
                 "tileloadd tmm4, [{left} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -133,8 +144,16 @@ impl Factors<'_> {
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {left}, 2048",
-                "dec {part}",
+                "dec {count}",
                 "jnz 4b",
+                "mov {at}, {ahead}",
+                "mov {count}, {lines}",
+                "5:",
+                "prefetcht1 [{at}]",
+                "add {at}, 64",
+                "dec {count}",
+                "jnz 5b",
+                "add {ahead}, {next}",
                 "add {right}, 2048",
                 "dec {depth}",
                 "jnz 3b",
@@ -142,7 +161,7 @@ impl Factors<'_> {
                 "tilestored [{y} + {row} + 64], tmm1",
                 "tilestored [{below} + {row}], tmm2",
                 "tilestored [{below} + {row} + 64], tmm3",
-                accumulate = in(reg) usize::from(accumulate),
+                count = inout(reg) usize::from(accumulate) => _,
                 y = in(reg) y,
                 below = in(reg) below,
                 row = in(reg) ldy * size_of::<f32>(),
@@ -151,7 +170,10 @@ impl Factors<'_> {
                 right = inout(reg) self.right.as_ptr() => _,
                 depth = inout(reg) depth => _,
                 parts = in(reg) self.parts,
-                part = out(reg) _,
+                at = out(reg) _,
+                ahead = inout(reg) self.ahead.at => _,
+                next = in(reg) self.ahead.next,
+                lines = in(reg) self.ahead.lines,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
