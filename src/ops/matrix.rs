@@ -411,7 +411,8 @@ impl Parked {
 }
 
 vectorize! {
-    fn round(to: &mut [bf16], from: &[f32]) {
+    /// To nearest even.
+    pub(super) fn round(to: &mut [bf16], from: &[f32]) {
         to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from));
     }
 }

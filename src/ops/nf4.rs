@@ -9,6 +9,8 @@
 //! Here is the format and its CPU code, on plain slices: values come in as f32, and the caller rounds what comes out to
 //! its own type. The CUDA twins are `nf4_*` in `kernels/nf4.cu`; the product with such a weight is in `ops/weight.rs`.
 
+#[cfg(target_arch = "x86_64")]
+use super::simd;
 use candle_core::{Result, bail};
 
 /// Values that share one scale.
@@ -426,7 +428,16 @@ impl Quantized {
         if let [value] = head {
             *value = pairs[self.packed[at / 2] as usize][1] * absmax;
         }
-        let bytes = &self.packed[at.div_ceil(2)..];
+        let mut bytes = &self.packed[at.div_ceil(2)..];
+        #[cfg(target_arch = "x86_64")]
+        let even = match simd::level() {
+            Some(level) => {
+                let done = simd::decode_4_bits(level, self.kind.levels(), bytes, absmax, even);
+                bytes = &bytes[done / 2..];
+                &mut even[done..]
+            }
+            None => even,
+        };
         let (twos, tail) = even.as_chunks_mut::<2>();
         for (two, &byte) in twos.iter_mut().zip(bytes) {
             let pair = pairs[byte as usize];

@@ -8,6 +8,8 @@
 
 use super::device::{Constant, Device, Dtype};
 use super::matmul::{Side, Threads, ViewMut, matmul};
+#[cfg(target_arch = "x86_64")]
+use super::matrix::round;
 use super::matrix::{Matrix, View};
 use super::quantized::Codes;
 use super::resident::Resident;
@@ -331,7 +333,7 @@ impl Weight {
                         let mut row = vec![0.0; self.cols];
                         move |at: usize, out: &mut [bf16]| {
                             self.decode_parts(parts, first + at..first + at + 1, &mut row);
-                            out.convert_from_f32_slice(&row);
+                            round(out, &row);
                         }
                     };
                     simd::pack(rows, self.cols, reader, scratch);

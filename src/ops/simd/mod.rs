@@ -15,6 +15,7 @@
 
 mod amx;
 mod backward;
+mod codes;
 mod few;
 mod forward;
 mod small;
@@ -24,6 +25,7 @@ mod wide;
 
 pub use amx::rounded;
 pub use backward::backward;
+pub use codes::decode_4_bits;
 pub use few::few_rows;
 pub use forward::forward;
 pub use small::{is_small, small};

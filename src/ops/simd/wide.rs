@@ -129,12 +129,16 @@ pub trait Wide: Copy + Compiled {
     unsafe fn load_f16(from: *const f16) -> Self;
     /// Of 32 bf16 those at even and those at odd places, widened.
     unsafe fn load_split(from: *const bf16) -> [Self; 2];
+    /// The levels of 32 codes, two a byte, the one in the high half first.
+    unsafe fn of_codes(levels: &[f32; 16], codes: &[u8; 16]) -> [Self; 2];
     /// All 16 elements.
     unsafe fn store(self, to: *mut f32);
     /// The first `len`; the others are not written.
     unsafe fn store_first(self, to: *mut f32, len: usize);
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
+    /// `self · other`.
+    unsafe fn multiply(self, other: Self) -> Self;
     /// `self · factor + sum`, rounded once.
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
     /// Of all elements.
@@ -255,6 +259,20 @@ impl Wide for __m512 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn of_codes(levels: &[f32; 16], codes: &[u8; 16]) -> [Self; 2] {
+        // SAFETY: both are of these lengths.
+        let (levels, codes) = unsafe { (_mm512_loadu_ps(levels.as_ptr()), _mm_loadu_si128(codes.as_ptr().cast())) };
+        let codes = _mm512_cvtepu8_epi32(codes);
+        // Of each lane only the lowest four bits count.
+        let first = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), levels);
+        let second = _mm512_permutexvar_ps(codes, levels);
+        let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        [_mm512_permutex2var_ps(first, low, second), _mm512_permutex2var_ps(first, high, second)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: passed on.
         unsafe { _mm512_storeu_ps(to, self) };
@@ -271,6 +289,12 @@ impl Wide for __m512 {
     #[target_feature(enable = "avx512f")]
     unsafe fn add(self, other: Self) -> Self {
         _mm512_add_ps(self, other)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn multiply(self, other: Self) -> Self {
+        _mm512_mul_ps(self, other)
     }
 
     #[inline]
@@ -487,6 +511,27 @@ impl Wide for Halves {
 
     #[inline]
     #[target_feature(enable = "avx2")]
+    unsafe fn of_codes(levels: &[f32; 16], codes: &[u8; 16]) -> [Self; 2] {
+        // SAFETY: both are of these lengths.
+        let (low, high) = unsafe { (_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels[LANES / 2..].as_ptr())) };
+        let look_up = |codes: __m256i| {
+            // Three bits count; the fourth chooses the table.
+            let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+            let [low, high] = [low, high].map(|levels| _mm256_permutevar8x32_ps(levels, codes));
+            _mm256_blendv_ps(low, high, fourth)
+        };
+        let of_8 = |codes: *const u8| {
+            // SAFETY: eight of 16.
+            let codes = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(codes.cast()) });
+            let (first, second) = (look_up(_mm256_srli_epi32::<4>(codes)), look_up(codes));
+            let (low, high) = (_mm256_unpacklo_ps(first, second), _mm256_unpackhi_ps(first, second));
+            Self(_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high))
+        };
+        [of_8(codes.as_ptr()), of_8(codes[LANES / 2..].as_ptr())]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: passed on.
         unsafe {
@@ -509,6 +554,12 @@ impl Wide for Halves {
     #[target_feature(enable = "avx2")]
     unsafe fn add(self, other: Self) -> Self {
         Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn multiply(self, other: Self) -> Self {
+        Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1))
     }
 
     #[inline]
