@@ -119,14 +119,26 @@ pub fn erf(x: f32) -> f32 {
 
 /// One value of 16 lanes, half of them with the other half at a time.
 #[inline(always)]
-fn fold(lanes: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = lanes;
+fn fold(lanes: &[f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = *lanes;
     for half in [8, 4, 2, 1] {
         for j in 0..half {
             lanes[j] = f(lanes[j], lanes[j + half]);
         }
     }
     lanes[0]
+}
+
+/// A function of its own, as the compiler would cut the lanes of the loop before it into the pieces that are added here.
+#[inline(never)]
+fn total(lanes: &[f32; 16]) -> f32 {
+    fold(lanes, |a, b| a + b)
+}
+
+/// As [`total`].
+#[inline(never)]
+fn largest(lanes: &[f32; 16]) -> f32 {
+    fold(lanes, |a, b| if a > b { a } else { b })
 }
 
 /// Sum of the products of two slices, in 16 lanes.
@@ -141,7 +153,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[j] += x[j] * y[j];
         }
     }
-    fold(lanes, |a, b| a + b) + tail
+    total(&lanes) + tail
 }
 
 /// Sum of a slice, in 16 lanes.
@@ -156,7 +168,7 @@ pub fn sum(a: &[f32]) -> f32 {
             lanes[j] += x[j];
         }
     }
-    fold(lanes, |a, b| a + b) + tail
+    total(&lanes) + tail
 }
 
 /// Largest element of a slice, in 16 lanes; the least f32 for an empty one.
@@ -171,7 +183,7 @@ pub fn max(a: &[f32]) -> f32 {
             lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
         }
     }
-    fold(lanes, |a, b| if a > b { a } else { b }).max(tail)
+    largest(&lanes).max(tail)
 }
 
 /// Replaces `x` by `e^(x - shift)` and returns the sum.
@@ -191,7 +203,7 @@ pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
         *v = exp(*v - shift);
         tail += *v;
     }
-    fold(lanes, |a, b| a + b) + tail
+    total(&lanes) + tail
 }
 
 #[cfg(test)]

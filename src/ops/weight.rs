@@ -7,6 +7,7 @@
 //! in bf16: kept in these 16 bits, widened as they are read, they give the f32 model's results in half its memory.
 
 use super::device::{Constant, Device, Dtype};
+use super::math::{dot, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 #[cfg(target_arch = "x86_64")]
 use super::matrix::round;
@@ -24,7 +25,6 @@ use std::ops::Range;
 const PANEL: usize = 1 << 18;
 
 /// Rows of a batch up to which a weight is better read in its own order.
-#[cfg(target_arch = "x86_64")]
 const FEW: usize = 8;
 
 /// Half of the largest relative change of a number that is rounded to bf16.
@@ -131,6 +131,16 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     kept: Kept,
+}
+
+vectorize! {
+    /// The products of a row of a weight and each row of `x`.
+    fn dots(w: &[f32], x: View<'_>, out: &mut [f32]) {
+        // A closure would be compiled without the vectors' instructions.
+        for (t, out) in out.iter_mut().enumerate() {
+            *out = dot(w, x.row(t));
+        }
+    }
 }
 
 impl Weight {
@@ -375,6 +385,11 @@ impl Weight {
         if let Kept::Resident(resident) = &self.kept {
             return resident.forward(x, y, accumulate);
         }
+        if let Kept::Quantized { parts, .. } = &self.kept
+            && x.rows <= FEW
+        {
+            return self.forward_few(parts, x, y, accumulate);
+        }
         #[cfg(target_arch = "x86_64")]
         if let Some(level) = self.level() {
             let total = y.cols();
@@ -389,6 +404,25 @@ impl Weight {
             });
         }
         self.forward_portable(x, y, accumulate);
+    }
+
+    /// `y = x Wᵀ` for few rows of x, each row of W decoded where its products need it.
+    fn forward_few(&self, parts: &[Codes], x: View<'_>, y: &mut Matrix, accumulate: bool) {
+        let t = x.rows;
+        let mut products = Matrix::new(self.rows, t);
+        let share = self.rows.div_ceil(8 * rayon::current_num_threads()).max(1);
+        products.par_chunks_mut((share * t).max(1)).enumerate().for_each(|(i, out)| {
+            let mut row = Matrix::new(1, self.cols);
+            for (at, out) in out.chunks_exact_mut(t).enumerate() {
+                let at = i * share + at;
+                self.decode_parts(parts, at..at + 1, &mut row);
+                dots(&row, x, out);
+            }
+        });
+        for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
+            let products = products.chunks_exact(x.rows).map(|products| products[t]);
+            y.iter_mut().zip(products).for_each(|(y, v)| *y = if accumulate { *y + v } else { v });
+        }
     }
 
     fn forward_portable(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
