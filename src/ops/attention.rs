@@ -24,6 +24,10 @@ const FEW: usize = 8;
 /// Keys of such a share.
 const KEYS_OF_FEW: usize = 512;
 
+/// Query rows of a block from which on its products may be rounded to bf16: fewer do not fill a tile, and those of decoding
+/// have to be the same whichever rows they are with.
+const ROUNDED: usize = 16;
+
 /// Elements of keys that are worked on together, so that they stay in the second-level cache.
 const KEYS: usize = 128 << 10;
 
@@ -211,6 +215,30 @@ fn combine((o, lse): (&mut [f32], &mut f32), (other, other_lse): (&[f32], &f32))
     *lse = total;
 }
 
+/// The products of a block, on the calling thread.
+#[derive(Debug, Clone, Copy)]
+struct Products {
+    /// Whether both sides may be rounded to bf16.
+    bf16: bool,
+}
+
+impl Products {
+    /// `y = alpha · lhs · rhs`, added to `y` where `accumulate`.
+    fn product(self, y: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
+        if self.bf16 {
+            return matmul_rounded(y, accumulate, alpha, lhs, rhs);
+        }
+        matmul(Threads::One, y, accumulate, alpha, lhs, rhs);
+    }
+
+    /// `scale · a b` for the rows and `keys` keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
+    fn scores(self, scale: f32, a: View<'_>, b: Side<'_>, keys: usize) -> Matrix {
+        let mut s = Matrix::new(a.rows, keys.next_multiple_of(LANES));
+        self.product(s.columns_mut(0..keys), false, scale, Side::N(a), b);
+        s
+    }
+}
+
 impl Attention {
     /// Columns of all query heads.
     fn q_cols(&self) -> usize {
@@ -243,24 +271,14 @@ impl Attention {
         head / (self.n_head / self.n_query_groups)
     }
 
-    /// `scale · a b` for the rows and `keys` keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
-    fn products(&self, scale: f32, a: View<'_>, b: Side<'_>, keys: usize) -> Matrix {
-        let mut s = Matrix::new(a.rows, keys.next_multiple_of(LANES));
-        self.product(s.columns_mut(0..keys), false, scale, Side::N(a), b);
-        s
+    /// How products of a block are computed, in the forward as in the backward.
+    fn products(&self, block: &Block) -> Products {
+        Products { bf16: self.bf16 && block.rows.len() >= ROUNDED }
     }
 
-    /// `y = alpha · lhs · rhs`, added to `y` where `accumulate`, on the calling thread.
-    fn product(&self, y: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
-        if self.bf16 {
-            return matmul_rounded(y, accumulate, alpha, lhs, rhs);
-        }
-        matmul(Threads::One, y, accumulate, alpha, lhs, rhs);
-    }
-
-    /// Scaled and capped scores of a block, as `products` gives them.
-    fn scores(&self, q: View<'_>, k: Side<'_>, keys: usize) -> Matrix {
-        let mut s = self.products(self.scale, q, k, keys);
+    /// Scaled and capped scores of a block, as `Products::scores` gives them.
+    fn scores(&self, by: Products, q: View<'_>, k: Side<'_>, keys: usize) -> Matrix {
+        let mut s = by.scores(self.scale, q, k, keys);
         if let Some(cap) = self.softcap {
             soft_cap(&mut s, cap);
         }
@@ -337,17 +355,18 @@ impl Attention {
         for (to, (head, row)) in queries.chunks_exact_mut(hs).zip(from) {
             to.copy_from_slice(self.head(q, head).row(row));
         }
+        let by = self.products(block);
         let blocks = block.clone().split((KEYS / hs).max(1)).flat_map(|block| block.split_at(span.prefix));
         let parts = blocks.map(|block| {
             let keys = span.rows(block.keys.clone()).next().expect("a part has keys");
             let [k, v] = [k, v].map(|view| view.slice_rows(keys.clone()));
-            let mut s = self.scores(queries.view(), Side::T(k), k.rows);
+            let mut s = self.scores(by, queries.view(), Side::T(k), k.rows);
             let cols = s.cols();
             let lse = |(i, row)| softmax_row(row, self.seen(&block, i % rows));
             let lse = s.chunks_exact_mut(cols).enumerate().map(lse).collect();
             let mut o = Matrix::new(queries.rows(), hs);
             let to = ViewMut::of(&mut o, queries.rows(), hs);
-            self.product(to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
+            by.product(to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
             Part { o, lse }
         });
         let sum = parts.reduce(|mut sum, part| {
@@ -438,7 +457,8 @@ impl Attention {
             let (m, width) = (block.rows.len(), block.keys.len());
             let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
             let [kt, vt] = [kt, vt].map(|turned| Side::N(turned.columns(block.keys.clone())));
-            let (mut p, mut ds) = (self.scores(q, kt, width), self.products(1.0, d_o, vt, width));
+            let by = self.products(&block);
+            let (mut p, mut ds) = (self.scores(by, q, kt, width), by.scores(1.0, d_o, vt, width));
             let cols = p.cols();
             for (i, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
                 let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
@@ -447,14 +467,14 @@ impl Attention {
             }
             let keys = block.keys.start * hs..block.keys.end * hs;
             let (p, whole) = (p.columns(0..width), ds.columns(0..width));
-            self.product(ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
-            self.product(ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
+            by.product(ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
+            by.product(ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
             let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
             let mut at = 0;
             for keys in span.rows(block.keys.clone()) {
                 let ds = ds.columns(at..at + keys.len());
                 let to = ViewMut::of(&mut dq[rows.clone()], m, hs);
-                self.product(to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
+                by.product(to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
                 at += keys.len();
             }
         }

@@ -92,7 +92,7 @@ impl Side<'_> {
 }
 
 /// Whether a rectangle lies inside `len` elements.
-fn fits(len: usize, offset: usize, rows: usize, cols: usize, stride: usize) -> bool {
+pub(super) fn fits(len: usize, offset: usize, rows: usize, cols: usize, stride: usize) -> bool {
     rows == 0 || cols == 0 || (cols <= stride || rows == 1) && offset + (rows - 1) * stride + cols <= len
 }
 
@@ -109,12 +109,13 @@ fn check_bounds(dst: &ViewMut<'_>, sides: [&Side<'_>; 2]) {
 /// As [`matmul`] on the calling thread, with both sides rounded to bf16 where the processor is faster with it.
 ///
 /// # Panics
-/// As [`matmul`].
+/// As [`matmul`], and when one of the shapes is empty.
 pub fn matmul_rounded(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
     #[cfg(target_arch = "x86_64")]
-    if dst.place.is_none() && super::simd::rounds(&dst) {
+    if dst.place.is_none() && super::simd::rounds() {
         let ((m, k, ..), (k2, n, ..)) = (lhs.shape(), rhs.shape());
-        assert!(dst.rows == m && dst.cols == n && k == k2 && k > 0, "matmul: shapes do not fit");
+        assert!(dst.rows == m && dst.cols == n && k == k2, "matmul: shapes do not fit");
+        assert!(m > 0 && n > 0 && k > 0, "matmul: nothing to multiply");
         check_bounds(&dst, [&lhs, &rhs]);
         // SAFETY: every element of the three views lies inside its data.
         return unsafe { super::simd::rounded(dst, accumulate, alpha, lhs, rhs) };

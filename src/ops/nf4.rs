@@ -428,15 +428,14 @@ impl Quantized {
         if let [value] = head {
             *value = pairs[self.packed[at / 2] as usize][1] * absmax;
         }
-        let mut bytes = &self.packed[at.div_ceil(2)..];
+        let bytes = &self.packed[at.div_ceil(2)..];
         #[cfg(target_arch = "x86_64")]
-        let even = match simd::level() {
+        let (bytes, even) = match simd::level() {
             Some(level) => {
                 let done = simd::decode_4_bits(level, self.kind.levels(), bytes, absmax, even);
-                bytes = &bytes[done / 2..];
-                &mut even[done..]
+                (&bytes[done / 2..], &mut even[done..])
             }
-            None => even,
+            None => (bytes, even),
         };
         let (twos, tail) = even.as_chunks_mut::<2>();
         for (two, &byte) in twos.iter_mut().zip(bytes) {

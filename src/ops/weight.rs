@@ -3,7 +3,7 @@
 //!
 //! The elements are kept once: in the panels of [`simd`] where the processor has its instructions, which both products and
 //! the decoding of a single token read in memory's order, else in the checkpoint's order, (out, in). A quantized matrix is
-//! decoded some rows at a time into a scratch, of which the same products are taken. So are f32 elements that a checkpoint has
+//! decoded some rows at a time into a scratch, of which the same products are taken, or one by one for few rows. So are f32 elements that a checkpoint has
 //! in bf16: kept in these 16 bits, widened as they are read, they give the f32 model's results in half its memory.
 
 use super::device::{Constant, Device, Dtype};
@@ -116,8 +116,8 @@ enum Kept {
         data: Data,
         exact: bool,
     },
-    /// `parts` are consecutive rows, quantized by themselves. `bf16`: products round the decoded values to bf16, as the
-    /// rest of such a model is; else they are f32.
+    /// `parts` are consecutive rows, quantized by themselves. `bf16`: products of many rows round the decoded values to bf16,
+    /// as the rest of such a model is; else they are f32.
     Quantized {
         parts: Vec<Codes>,
         bf16: bool,
@@ -218,7 +218,8 @@ impl Weight {
         }
     }
 
-    /// Whether its products, on the host, are of bf16 elements; those of many rows round their input to bf16, too.
+    /// Whether its products, on the host, are those of a bf16 model: of many rows they may round its elements and their input
+    /// to bf16.
     #[must_use]
     pub fn is_bf16(&self) -> bool {
         match &self.kept {
@@ -409,18 +410,19 @@ impl Weight {
     /// `y = x Wᵀ` for few rows of x, each row of W decoded where its products need it.
     fn forward_few(&self, parts: &[Codes], x: View<'_>, y: &mut Matrix, accumulate: bool) {
         let t = x.rows;
+        assert!(x.cols == self.cols && y.rows() == t && y.cols() == self.rows, "product: shapes do not fit");
         let mut products = Matrix::new(self.rows, t);
         let share = self.rows.div_ceil(8 * rayon::current_num_threads()).max(1);
         products.par_chunks_mut((share * t).max(1)).enumerate().for_each(|(i, out)| {
             let mut row = Matrix::new(1, self.cols);
-            for (at, out) in out.chunks_exact_mut(t).enumerate() {
+            for (at, out) in out.chunks_exact_mut(t.max(1)).enumerate() {
                 let at = i * share + at;
                 self.decode_parts(parts, at..at + 1, &mut row);
                 dots(&row, x, out);
             }
         });
-        for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
-            let products = products.chunks_exact(x.rows).map(|products| products[t]);
+        for (t, y) in y.chunks_exact_mut(self.rows.max(1)).enumerate() {
+            let products = products.chunks_exact(x.rows.max(1)).map(|products| products[t]);
             y.iter_mut().zip(products).for_each(|(y, v)| *y = if accumulate { *y + v } else { v });
         }
     }

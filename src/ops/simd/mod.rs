@@ -3,9 +3,10 @@
 //!
 //! That copy is laid out in panels ([`pack`]): for each 32 columns, those of all rows, row after row. `dy W` takes vectors of
 //! 32 neighbouring columns, one row after the other; `x Wᵀ` takes single elements of some rows, each time 32 of them side
-//! by side. Either way memory is read in its order, and nothing is rearranged but the activations.
+//! by side. Either way memory is read in its order.
 //!
-//! Most are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
+//! Where there is AMX, bf16 weights are multiplied by its tiles (`amx`), which are made of the panels for each product.
+//! Others are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
 //! what differs between the two, and between f32 and pairs of bf16, is in `wide`. A few rows of activations (`few`) and
 //! gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened some at a time; bf16 goes through
 //! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it.
@@ -192,13 +193,10 @@ fn intel() -> bool {
     [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
 }
 
-/// Rows from which on tiles of AMX are worth being made for a product.
-const ROWS_OF_TILES: usize = 16;
-
-/// Whether a product with so many rows and columns is one for [`rounded`].
+/// Whether this processor is faster with products by [`rounded`].
 #[must_use]
-pub fn rounds(y: &ViewMut<'_>) -> bool {
-    y.rows >= ROWS_OF_TILES && y.cols > 0 && level() == Some(Level::Amx)
+pub fn rounds() -> bool {
+    level() == Some(Level::Amx)
 }
 
 thread_local! {
@@ -392,5 +390,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn infinities_and_what_is_no_number_come_through_all_parts() {
+        if level() != Some(Level::Amx) {
+            return;
+        }
+        let (t, rows, cols) = (20, 3, 40);
+        let w = packed(&vec![bf16::ONE; rows * cols], rows, cols);
+        let mut x = vec![1.0; t * cols];
+        (x[7], x[cols + 9]) = (f32::NEG_INFINITY, f32::from_bits(0x7f80_0001));
+        x[2 * cols] = f32::MAX;
+        let mut y = vec![0.0; t * rows];
+        let to = ViewMut::of(&mut y, t, rows);
+        forward(Level::AmxExact, View::of(&x, t, cols), Panels::Bf16(&w), (rows, cols), to, false);
+        assert!(y[..rows].iter().all(|v| *v == f32::NEG_INFINITY), "{:?}", &y[..rows]);
+        assert!(y[rows..2 * rows].iter().all(|v| v.is_nan()));
+        assert!(y[2 * rows..3 * rows].iter().all(|v| *v == f32::MAX));
+        assert!(y[3 * rows..].iter().all(|v| *v == 40.0));
     }
 }

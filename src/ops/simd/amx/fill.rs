@@ -25,7 +25,7 @@ pub unsafe fn cut(x: View<'_>, (row, col): (usize, usize), parts: usize, to: *mu
             let now = if part + 1 == parts { left } else { [upper(left[0]), upper(left[1])] };
             // SAFETY: a part has 32 lines.
             unsafe { _mm512_store_ps(to.add(part * TILES + i * LANES), rounded(now)) };
-            left = [_mm512_sub_ps(left[0], now[0]), _mm512_sub_ps(left[1], now[1])];
+            left = [rest(left[0], now[0]), rest(left[1], now[1])];
         }
     }
 }
@@ -66,11 +66,26 @@ impl Block {
     }
 }
 
-/// The bits of f32 that bf16 has.
+/// NaN and infinity.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn no_numbers(x: __m512) -> u16 {
+    _mm512_fpclass_ps_mask::<0b1001_1001>(x)
+}
+
+/// The bits of f32 that bf16 has; all where there are no numbers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 fn upper(x: __m512) -> __m512 {
-    _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32.cast_signed())))
+    let bits = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+    _mm512_mask_and_ps(x, !no_numbers(x), x, bits)
+}
+
+/// What is left of `x` without its upper bits; nothing where there are no numbers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn rest(x: __m512, upper: __m512) -> __m512 {
+    _mm512_maskz_sub_ps(!no_numbers(x), x, upper)
 }
 
 /// 32 elements as bf16, to nearest even.
@@ -128,13 +143,12 @@ unsafe fn rows(x: View<'_>, [row, col]: [usize; 2], scale: f32, transpose: bool,
 unsafe fn pairs(x: View<'_>, [row, col]: [usize; 2], scale: f32, transpose: bool, to: &mut [f32]) {
     let (scale, block) = (_mm512_set1_ps(scale), Block::of(x, row, col));
     let mut lines = [[_mm512_setzero_ps(); LANES]; 2];
-    for i in 0..LANES {
-        // SAFETY: passed on.
-        let (even, odd) = unsafe { (block.row(2 * i), block.row(2 * i + 1)) };
-        for half in 0..2 {
+    for (half, lines) in lines.iter_mut().enumerate() {
+        for (i, line) in lines.iter_mut().enumerate() {
+            // SAFETY: passed on.
+            let (even, odd) = unsafe { (block.row(2 * i), block.row(2 * i + 1)) };
             let both = rounded([_mm512_mul_ps(even[half], scale), _mm512_mul_ps(odd[half], scale)]);
-            let both = _mm512_permutexvar_epi16(alternately(), _mm512_castps_si512(both));
-            lines[half][i] = _mm512_castsi512_ps(both);
+            *line = _mm512_castsi512_ps(_mm512_permutexvar_epi16(alternately(), _mm512_castps_si512(both)));
         }
     }
     for (lines, to) in lines.into_iter().zip(to.chunks_exact_mut(TILES / 2)) {
