@@ -692,22 +692,16 @@ mod tests {
         p.matmul(&v)?.transpose(0, 1)?.reshape((t, h * hs))
     }
 
+    const BASE: Attention =
+        Attention { n_head: 4, n_query_groups: 2, head_size: 10, scale: 0.4, softcap: None, window: None, bf16: false };
+
     #[test]
     fn forward_and_backward_equal_the_reference() {
-        let base = Attention {
-            n_head: 4,
-            n_query_groups: 2,
-            head_size: 10,
-            scale: 0.4,
-            softcap: None,
-            window: None,
-            bf16: false,
-        };
         let variants = [
-            base,
-            Attention { window: Some(7), ..base },
-            Attention { softcap: Some(1.5), window: Some(70), n_query_groups: 1, ..base },
-            Attention { n_query_groups: 4, ..base },
+            BASE,
+            Attention { window: Some(7), ..BASE },
+            Attention { softcap: Some(1.5), window: Some(70), n_query_groups: 1, ..BASE },
+            Attention { n_query_groups: 4, ..BASE },
         ];
         let t = 5 + 123 + 1;
         let spans = Spans::whole(&[0..5, 5..128, 128..129]);
@@ -727,22 +721,14 @@ mod tests {
             assert_close(&d, &oracle.grads[0], 1e-5);
             let rounded = Attention { bf16: true, ..attention };
             let (o, saved) = rounded.forward(q, k, v, &spans);
-            assert_close(&o, &oracle.y, 2e-2);
-            assert_close(&rounded.backward([q, k, v], &o, &d_o, &saved, &spans), &oracle.grads[0], 2e-2);
+            assert_close(&o, &oracle.y, 8e-3);
+            assert_close(&rounded.backward([q, k, v], &o, &d_o, &saved, &spans), &oracle.grads[0], 8e-3);
         }
     }
 
     #[test]
     fn later_queries_over_kept_keys_equal_the_whole() {
-        let attention = Attention {
-            n_head: 2,
-            n_query_groups: 1,
-            head_size: 8,
-            scale: 0.3,
-            softcap: None,
-            window: Some(40),
-            bf16: false,
-        };
+        let attention = Attention { n_head: 2, n_query_groups: 1, head_size: 8, scale: 0.3, window: Some(40), ..BASE };
         let (q, k, v) = (random(90 * 16, 1), random(90 * 8, 2), random(90 * 8, 3));
         let (k, v) = (View::of(&k, 90, 8), View::of(&v, 90, 8));
         let (whole, _) = attention.forward(View::of(&q, 90, 16), k, v, &Spans::tail(90, 90));
@@ -752,17 +738,8 @@ mod tests {
 
     #[test]
     fn samples_after_a_common_prefix_equal_each_as_a_whole() {
-        let base = Attention {
-            n_head: 4,
-            n_query_groups: 2,
-            head_size: 10,
-            scale: 0.4,
-            softcap: None,
-            window: None,
-            bf16: false,
-        };
         let variants =
-            [base, Attention { window: Some(9), ..base }, Attention { softcap: Some(1.5), window: Some(70), ..base }];
+            [BASE, Attention { window: Some(9), ..BASE }, Attention { softcap: Some(1.5), window: Some(70), ..BASE }];
         let (prefix, t, q_cols, kv_cols) = (70, 91, 40, 20);
         let one = 0..t;
         let samples = [vec![0..3, 3..90, 90..t], vec![one]];
@@ -807,8 +784,7 @@ mod tests {
         // leaves some shares nothing to see.
         let (t, hs, new) = (2 * KEYS_OF_FEW + 300, 256, 3);
         for (n_head, window) in [(2, None), (70, Some(KEYS_OF_FEW))] {
-            let attention =
-                Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, softcap: None, window, bf16: false };
+            let attention = Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, window, ..BASE };
             let (q, k, v) = (random(new * n_head * hs, 1), random(t * hs, 2), random(t * hs, 3));
             let (k, v) = (View::of(&k, t, hs), View::of(&v, t, hs));
             let (got, saved) = attention.forward(View::of(&q, new, n_head * hs), k, v, &Spans::tail(new, t));

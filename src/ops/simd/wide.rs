@@ -184,8 +184,8 @@ macro_rules! for_each_width {
             unsafe {
                 match <$w as $crate::ops::simd::wide::Compiled>::LEVEL {
                     $crate::ops::simd::Level::Avx512Bf16 => of_pairs::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
-                    $crate::ops::simd::Level::Avx512 | $crate::ops::simd::Level::Amx | $crate::ops::simd::Level::AmxExact => of_512_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
                     $crate::ops::simd::Level::Avx2 => of_256_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
+                    _ => of_512_bits::<$w $(, $t)* $($(, $c)+)?>($($arg),*),
                 }
             }
         }
