@@ -399,7 +399,6 @@ mod tests {
     #[test]
     fn infinities_and_what_is_no_number_come_through_all_parts() {
         if level() != Some(Level::Amx) {
-            println!("skipped: this processor has no AMX");
             return;
         }
         let (t, rows, cols) = (20, 3, 40);
