@@ -22,10 +22,10 @@ pub unsafe fn cut(x: View<'_>, (row, col): (usize, usize), parts: usize, to: *mu
         // SAFETY: passed on.
         let mut left = unsafe { block.row(i) };
         for part in 0..parts {
-            let now = if part + 1 == parts { left } else { [upper(left[0]), upper(left[1])] };
+            let now = rounded(left);
             // SAFETY: a part has 32 lines.
-            unsafe { _mm512_store_ps(to.add(part * TILES + i * LANES), rounded(now)) };
-            left = [rest(left[0], now[0]), rest(left[1], now[1])];
+            unsafe { _mm512_store_ps(to.add(part * TILES + i * LANES), now) };
+            left = rest(left, now);
         }
     }
 }
@@ -66,34 +66,26 @@ impl Block {
     }
 }
 
-/// NaN and infinity.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn no_numbers(x: __m512) -> u16 {
-    _mm512_fpclass_ps_mask::<0b1001_1001>(x)
-}
-
-/// The bits of f32 that bf16 has; all where there are no numbers.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn upper(x: __m512) -> __m512 {
-    let bits = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-    _mm512_mask_and_ps(x, !no_numbers(x), x, bits)
-}
-
-/// What is left of `x` without its upper bits; nothing where there are no numbers.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn rest(x: __m512, upper: __m512) -> __m512 {
-    _mm512_maskz_sub_ps(!no_numbers(x), x, upper)
-}
-
 /// 32 elements as bf16, to nearest even.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn rounded([low, high]: [__m512; 2]) -> __m512 {
     // SAFETY: 32 bf16 are as long as 16 f32.
     unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// What rounding took from 32 elements; nothing where what is rounded is no number.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn rest(of: [__m512; 2], rounded: __m512) -> [__m512; 2] {
+    let rounded = _mm512_castps_si512(rounded);
+    let [low, high] = [_mm512_castsi512_si256(rounded), _mm512_extracti64x4_epi64::<1>(rounded)];
+    let less = |x: __m512, y: __m256i| {
+        let y = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(y)));
+        // NaN and infinity.
+        _mm512_maskz_sub_ps(!_mm512_fpclass_ps_mask::<0b1001_1001>(y), x, y)
+    };
+    [less(of[0], low), less(of[1], high)]
 }
 
 /// Writes a tile, or its transpose.

@@ -5,9 +5,10 @@
 //! the contraction, of 16 columns of the result. The right side is laid out so for 32 columns at a time, which all rows of the
 //! left side are multiplied by.
 //!
-//! With a weight the left side is rounded to bf16, or, where the result has to be f32's, cut into three bf16 that add up to
-//! it. Their products with bf16 are exact, so that only sums are rounded, as they are by FMA; but that AMX takes numbers below
-//! 2⁻¹²⁶ for zero, among them the last parts of those below 10⁻³³.
+//! With a weight the left side is rounded to bf16, or, where the result has to be close to f32's, cut into two bf16: what
+//! rounding leaves and what it took. Their sum is within 2⁻¹⁷ of the element, PyTorch's "high" precision of f32 products, which
+//! LitGPT asks for; products of a part and a bf16 weight are exact, and summed up in f32. AMX takes numbers below 2⁻¹²⁶ for zero,
+//! and what rounds to no bf16 is infinite.
 
 mod fill;
 mod registers;
@@ -59,7 +60,7 @@ pub fn is_available() -> bool {
 }
 
 /// The product of `x` and a bf16 weight, added to `y` where `accumulate`; `parts`: into how many bf16 an element of `x` is
-/// cut, 1 or 3. The shapes fit together.
+/// cut, 1 or 2. The shapes fit together.
 pub fn product(
     contraction: Contraction,
     parts: usize,
