@@ -83,6 +83,22 @@ __device__ __forceinline__ float quad_max(float v) {
     return fmaxf(v, __shfl_xor_sync(ALL_LANES, v, 2));
 }
 
+// Calls f with whether every key of a tile is seen and whether scores are capped, as constants: a branch or a tangent for
+// each score would take as long as the products.
+template <bool VALUE>
+struct Constant {
+    static constexpr bool value = VALUE;
+};
+template <class F>
+__device__ __forceinline__ void with_rule(bool all_seen, bool capped, F f) {
+    if (capped)
+        f(Constant<false>(), Constant<true>());
+    else if (all_seen)
+        f(Constant<true>(), Constant<false>());
+    else
+        f(Constant<false>(), Constant<false>());
+}
+
 // Rows first.. of acc, times a factor for each of this thread's two rows, columns `from`.. of a head.
 template <int C, class T>
 __device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, int from, int head_size, const float (&acc)[C / 8][4],
@@ -126,6 +142,7 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
         row[half] = first + own + lane / 4 + half * 8;
         seen[half] = seen_by(segment_start, row[half], tokens, offset, prefix, window);
     }
+    const Seen by_all = seen_by_all(segment_start, first + own, 16, tokens, offset, window);
     copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
     const int start = prefix > 0 ? 0 : begin;
     copy_rows<D, TILE>(k_tile, k, ld_k, start, keys, head_size);
@@ -138,14 +155,17 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
         float p[TILE / 8][4];
         multiply_rows<D, TILE>(p, q_rows + own * STRIDE<D>, k_tile);
         float new_top[2] = {top[0], top[1]};
+        with_rule(by_all.has_all(key0, TILE), soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
-        for (int j = 0; j < TILE / 8; ++j)
+            for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
-                p[j][i] = seen[i / 2].has(key) ? soft_capped(p[j][i] * scale, soft_cap) : MINUS_INFINITY;
-                new_top[i / 2] = fmaxf(new_top[i / 2], p[j][i]);
-            }
+                for (int i = 0; i < 4; ++i) {
+                    const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
+                    const float score = p[j][i] * scale, s = capped.value ? soft_capped(score, soft_cap) : score;
+                    p[j][i] = all.value || seen[i / 2].has(key) ? s : MINUS_INFINITY;
+                    new_top[i / 2] = fmaxf(new_top[i / 2], p[j][i]);
+                }
+        });
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             new_top[half] = quad_max(new_top[half]);
@@ -205,6 +225,7 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
         row_lse[half] = lse[i64(head) * tokens + row];
         row_delta[half] = delta[i64(head) * tokens + row];
     }
+    const Seen by_all = seen_by_all(segment_start, first + own, 16, tokens, offset, window);
     copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
     copy_rows<D, OWN_ROWS>(do_rows, d_o + i64(head) * head_size, ld_do, first, tokens, head_size);
     for (int key0 = prefix > 0 ? 0 : begin; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
@@ -217,15 +238,18 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
         float s[TILE / 8][4], ds[TILE / 8][4];
         multiply_rows<D, TILE>(s, q_rows + own * STRIDE<D>, k_tile);
         multiply_rows<D, TILE>(ds, do_rows + own * STRIDE<D>, v_tile);
+        with_rule(by_all.has_all(key0, TILE), soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
-        for (int j = 0; j < TILE / 8; ++j)
+            for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
-                const float capped = soft_capped(s[j][i] * scale, soft_cap);
-                const float p = seen[i / 2].has(key) ? __expf(capped - row_lse[i / 2]) : 0.0f;
-                ds[j][i] = p * (ds[j][i] - row_delta[i / 2]) * soft_cap_slope(capped, soft_cap) * scale;
-            }
+                for (int i = 0; i < 4; ++i) {
+                    const int key = key0 + j * 8 + lane % 4 * 2 + i % 2;
+                    const float score = capped.value ? soft_capped(s[j][i] * scale, soft_cap) : s[j][i] * scale;
+                    const float slope = capped.value ? soft_cap_slope(score, soft_cap) * scale : scale;
+                    const float p = all.value || seen[i / 2].has(key) ? __expf(score - row_lse[i / 2]) : 0.0f;
+                    ds[j][i] = p * (ds[j][i] - row_delta[i / 2]) * slope;
+                }
+        });
         multiply_tile<D, TILE, D>(acc, ds, k_tile);
     }
     store_rows<D>(dq + i64(head) * head_size, ld_dq, first + own, tokens, 0, head_size, acc, 1.0f, 1.0f);
@@ -260,28 +284,46 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
             copy_rows<D, TILE>(q_tile, q + i64(head) * head_size, ld_q, row0, tokens, head_size);
             copy_rows<D, TILE>(do_tile, d_o + i64(head) * head_size, ld_do, row0, tokens, head_size);
             copy_commit();
+            // What a lane knows of 32 rows, one each, it tells the others later.
+            float lse_of[TILE / 32], delta_of[TILE / 32];
+            int from_of[TILE / 32], prefix_from_of[TILE / 32];
+            for (int part = 0; part < TILE / 32; ++part) {
+                const int row = row0 + part * 32 + lane;
+                const Seen seen = seen_by(segment_start, row, tokens, offset, prefix, window);
+                lse_of[part] = row < tokens ? lse[i64(head) * tokens + row] : 0.0f;
+                delta_of[part] = row < tokens ? delta[i64(head) * tokens + row] : 0.0f;
+                from_of[part] = row < tokens ? seen.from : keys;
+                prefix_from_of[part] = row < tokens ? seen.prefix_from : prefix;
+            }
+            const bool by_all = seen_by_all(segment_start, row0, TILE, tokens, offset, window).has_all(first + own, 16);
             copy_wait();
             __syncthreads();
             float p[TILE / 8][4], ds[TILE / 8][4];
             multiply_rows<D, TILE>(p, k_rows + own * STRIDE<D>, q_tile);
             multiply_rows<D, TILE>(ds, v_rows + own * STRIDE<D>, do_tile);
+            with_rule(by_all, soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
+                for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-                for (int column = 0; column < 2; ++column) {
-                    const int row = row0 + j * 8 + lane % 4 * 2 + column;
-                    const bool exists = row < tokens;
-                    const Seen seen = seen_by(segment_start, row, tokens, offset, prefix, window);
-                    const float row_lse = exists ? lse[i64(head) * tokens + row] : 0.0f;
-                    const float row_delta = exists ? delta[i64(head) * tokens + row] : 0.0f;
+                    for (int column = 0; column < 2; ++column) {
+                        const int part = j / 4, source = j % 4 * 8 + lane % 4 * 2 + column, row = row0 + part * 32 + source;
+                        const float row_lse = __shfl_sync(ALL_LANES, lse_of[part], source);
+                        const float row_delta = __shfl_sync(ALL_LANES, delta_of[part], source);
+                        Seen seen = {0, row + offset, 0, prefix};
+                        if (!all.value) {
+                            seen.from = __shfl_sync(ALL_LANES, from_of[part], source);
+                            seen.prefix_from = __shfl_sync(ALL_LANES, prefix_from_of[part], source);
+                        }
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int i = half * 2 + column, key = first + own + lane / 4 + half * 8;
-                        const float capped = soft_capped(p[j][i] * scale, soft_cap);
-                        p[j][i] = seen.has(key) ? __expf(capped - row_lse) : 0.0f;
-                        ds[j][i] = p[j][i] * (ds[j][i] - row_delta) * soft_cap_slope(capped, soft_cap) * scale;
+                        for (int half = 0; half < 2; ++half) {
+                            const int i = half * 2 + column, key = first + own + lane / 4 + half * 8;
+                            const float score = capped.value ? soft_capped(p[j][i] * scale, soft_cap) : p[j][i] * scale;
+                            const float slope = capped.value ? soft_cap_slope(score, soft_cap) * scale : scale;
+                            p[j][i] = all.value || seen.has(key) ? __expf(score - row_lse) : 0.0f;
+                            ds[j][i] = p[j][i] * (ds[j][i] - row_delta) * slope;
+                        }
                     }
-                }
+            });
             multiply_tile<D, TILE, C>(acc_v, p, do_tile + from);
             multiply_tile<D, TILE, C>(acc_k, ds, q_tile + from);
         }

@@ -132,15 +132,25 @@ __device__ __forceinline__ int first_key(const int* segment_start, int row, int 
 struct Seen {
     int from, last, prefix_from, prefix;
 
+    // Without branches: there are as many of these as scores.
     __device__ __forceinline__ bool has(int key) const {
-        return key <= last && (key >= from || (key < prefix && key >= prefix_from));
+        return (key <= last) & ((key >= from) | ((key < prefix) & (key >= prefix_from)));
     }
+
+    // Whether `count` keys are all its sample's own; those of the prefix do not count.
+    __device__ __forceinline__ bool has_all(int first, int count) const { return first >= from && first + count - 1 <= last; }
 };
 
 __device__ __forceinline__ Seen seen_by(const int* segment_start, int row, int tokens, int offset, int prefix, int window) {
     if (row >= tokens) return {0, -1, 0, 0};
     const int start = segment_start && prefix > 0 ? segment_start[row] : prefix, position = prefix + row + offset - start;
     return {first_key(segment_start, row, offset, window), row + offset, window > 0 ? max(0, position - window + 1) : 0, prefix};
+}
+
+// What `count` queries from `row` on all see of their own; nothing where one of them is not there.
+__device__ __forceinline__ Seen seen_by_all(const int* segment_start, int row, int count, int tokens, int offset, int window) {
+    if (row + count > tokens) return {0, -1, 0, 0};
+    return {first_key(segment_start, row + count - 1, offset, window), row + offset, 0, 0};
 }
 
 // The tile of keys after the one at `key`, for queries that see of their own none before the tile at `begin`.

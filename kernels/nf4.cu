@@ -193,20 +193,28 @@ __device__ void product_mma(const FewRows& job, const T* x, T* y, int kind) {
     constexpr int COLS = 32;  // of a lane at a time: all of one scale
     __shared__ float levels[16];
     __shared__ float partial[PRODUCT_WARPS][PRODUCT_ROWS][16];
+    __shared__ float nested_code[NESTED_BLOCK];
+    Scales scales = job.scales;
+    if (scales.codes) {
+        for (int i = threadIdx.x; i < NESTED_BLOCK; i += 32 * PRODUCT_WARPS) nested_code[i] = scales.nested_code[i];
+        scales.nested_code = nested_code;
+    }
     load_levels(levels, kind);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
+    const int rows[2] = {int(blockIdx.x) * 16 + group, int(blockIdx.x) * 16 + group + 8};
     float sums[4] = {};
     for (int first = warp * 4 * COLS; first < job.cols; first += PRODUCT_WARPS * 4 * COLS) {
         const int k = first + quarter * COLS;
-        Pack<uint32_t, 4> codes[2] = {};
-        float absmax[2] = {};
+        Pack<uint32_t, 4> codes[2];
+        float absmax[2];
+        // Of rows and columns that are not there others are read, times zero: no branch keeps one load waiting for another.
         for (int half = 0; half < 2; ++half) {
-            const int row = blockIdx.x * 16 + group + 8 * half;
-            if (row >= job.rows || k >= job.cols) continue;
-            const i64 at = i64(row) * job.cols + k;
+            const i64 at = i64(min(rows[half], job.rows - 1)) * job.cols + min(k, job.cols - COLS);
             codes[half] = *reinterpret_cast<const Pack<uint32_t, 4>*>(job.packed + at / 2);
-            absmax[half] = job.scales[at / QUANT_BLOCK];
+            absmax[half] = scales[at / QUANT_BLOCK];
         }
+        for (int half = 0; half < 2; ++half)
+            if (rows[half] >= job.rows || k >= job.cols) absmax[half] = 0.0f;
         for (int w = 0; w < 4; ++w) {
             Pack<uint32_t, 4> right = {};  // eight elements of one row of x
             if (group < job.n && k < job.cols) right = *reinterpret_cast<const Pack<uint32_t, 4>*>(x + group * job.ldx + k + 8 * w);

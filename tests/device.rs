@@ -7,7 +7,9 @@ use crate::golden::{
     load_on, logits, root, within,
 };
 use litgpt::checkpoint::adapter;
-use litgpt::ops::device::Device;
+use litgpt::ops::Matrix;
+use litgpt::ops::attention::{Attention, Spans};
+use litgpt::ops::device::{Device, Dtype};
 use litgpt::ops::quantized::Quantizer;
 use litgpt::ops::weight::Store;
 use std::path::Path;
@@ -17,9 +19,12 @@ fn check_model(device: &Device, dir: &Path) {
     let (fixture, golden) = (Fixture::read(&dir.join("golden.safetensors")), json(&dir.join("golden.json")));
     let rows = fixture.rows("input_ids");
     let want = &fixture.get("logits").1;
-    within("logits / std", largest_difference(&logits(&gpt, &rows), want) / deviation(want), 1e-4);
+    let got = logits(&gpt, &rows);
+    device.check().unwrap(); // before it is compared: what a failed device computes are zeros
+    within("logits / std", largest_difference(&got, want) / deviation(want), 1e-4);
     let tokens = batch(&rows, &rows);
     let loss = gpt.loss(&tokens, None) / tokens.n_targets() as f64;
+    device.check().unwrap();
     within("loss, relative", (loss / golden["loss"].as_f64().unwrap() - 1.0).abs() as f32, 1e-5);
     if let Some(generation) = golden.get("generation") {
         check_generation(&gpt, generation);
@@ -30,15 +35,19 @@ fn check_model(device: &Device, dir: &Path) {
 
 #[test]
 fn golden_models_on_a_device() {
-    let (Some(root), Some(device)) = (root(), emulated::device()) else { return };
-    let all = each(&cases(&root, "models", "golden.safetensors"), |dir| check_model(&device, dir));
+    let Some(root) = root() else { return };
+    let all = each(&cases(&root, "models", "golden.safetensors"), |dir| {
+        let Some(device) = emulated::device() else { return };
+        check_model(&device, dir);
+    });
     assert!(all.is_empty(), "cases that failed: {all:?}");
 }
 
 #[test]
 fn golden_lora_on_a_device() {
-    let (Some(root), Some(device)) = (root(), emulated::device()) else { return };
+    let Some(root) = root() else { return };
     let all = each(&cases(&root, "lora", "golden.json"), |dir| {
+        let Some(device) = emulated::device() else { return };
         let golden = json(&dir.join("golden.json"));
         let base = root.join(golden["base_model"].as_str().unwrap());
         let Some((checkpoint, mut gpt)) = load_on(Some(&device), &base, Store::F32, None) else { return };
@@ -72,7 +81,9 @@ fn other_types_on_a_device() {
                 adapter::load(&dir.join("final"), checkpoint.family, &mut host).unwrap();
                 adapter::load(&dir.join("final"), checkpoint.family, &mut gpt).unwrap();
                 let want = logits(&host, &rows[..1]);
-                let error = largest_difference(&logits(&gpt, &rows[..1]), &want) / deviation(&want);
+                let got = logits(&gpt, &rows[..1]);
+                device.check().unwrap();
+                let error = largest_difference(&got, &want) / deviation(&want);
                 within(&format!("{store:?} {quantizer:?}"), error, limit);
                 // So few rows that 4-bit weights are not decoded first.
                 let few = [rows[0][..5].to_vec()];
@@ -86,4 +97,78 @@ fn other_types_on_a_device() {
         }
     }
     device.check().unwrap();
+}
+
+/// Numbers from -1 to 1 that look random.
+fn noise(n: usize, seed: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 97 + seed * 31) as f32 * 12.9898).sin()).collect()
+}
+
+/// Samples and what they may see.
+struct Case {
+    spans: Spans,
+    queries: usize,
+    keys: usize,
+    softcap: Option<f32>,
+    window: Option<usize>,
+}
+
+/// `t` tokens: of one sample, of two, after a prefix, in a window with capped scores, and few after many.
+fn attention_cases(t: usize) -> Vec<Case> {
+    let case = |spans, queries, keys| Case { spans, queries, keys, softcap: None, window: None };
+    let halves = [0..t / 3, t / 3..t];
+    vec![
+        case(Spans::tail(t, t), t, t),
+        case(Spans::whole(&halves), t, t),
+        case(Spans::after(t / 4, &halves), t, t + t / 4),
+        Case { softcap: Some(5.0), window: Some(t / 3), ..case(Spans::whole(&halves), t, t) },
+        case(Spans::tail(3, t), 3, t),
+    ]
+}
+
+/// Attention of a device and its gradients are those of the host, for all sizes of heads that there are kernels for.
+#[test]
+fn attention_on_a_device() {
+    let Some(device) = emulated::device() else { return };
+    // Several blocks of 64 rows; the emulation takes its time.
+    let t = if emulated::is_real() { 300 } else { 70 };
+    for head_size in [64, 80, 128, 256] {
+        for (i, case) in attention_cases(t).iter().enumerate() {
+            for (dtype, limit) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2), (Dtype::F16, 3e-3)] {
+                let attention = Attention {
+                    n_head: 2,
+                    n_query_groups: 1,
+                    head_size,
+                    scale: (head_size as f32).sqrt().recip(),
+                    softcap: case.softcap,
+                    window: case.window,
+                    bf16: false,
+                };
+                let [q, kv, d_o] =
+                    [(case.queries, 2, 1), (case.keys, 2, 2), (case.queries, 2, 3)].map(|(rows, heads, seed)| {
+                        let x = noise(rows * heads * head_size, seed);
+                        Matrix::from_slice(rows, heads * head_size, &x).to(Some((&device, dtype)))
+                    });
+                let past = case.keys - case.queries;
+                let run = |[q, kv, d_o]: [&Matrix; 3]| {
+                    let qkv = [q.view(), kv.columns(0..head_size), kv.columns(head_size..2 * head_size)];
+                    let (o, saved) = attention.forward(qkv[0], qkv[1], qkv[2], &case.spans);
+                    let d = attention.backward(qkv, &o, d_o, &saved, &case.spans);
+                    let d = d.to_host();
+                    // Queries of rows that are not there have no gradients.
+                    let dq = (past..case.keys).flat_map(|row| d.row(row)[..2 * head_size].to_vec()).collect();
+                    let dkv = (0..case.keys).flat_map(|row| d.row(row)[2 * head_size..].to_vec()).collect();
+                    [o.to_host().to_vec(), dq, dkv]
+                };
+                let got = run([&q, &kv, &d_o]);
+                device.check().unwrap();
+                let want = run([&q.to_host(), &kv.to_host(), &d_o.to_host()]);
+                for (what, (got, want)) in ["o", "dq", "dk and dv"].into_iter().zip(got.iter().zip(&want)) {
+                    let scale = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                    let what = format!("head size {head_size}, case {i}, {dtype:?}, {what}");
+                    within(&what, largest_difference(got, want) / scale, limit);
+                }
+            }
+        }
+    }
 }

@@ -15,7 +15,7 @@ type LaunchFn =
 
 /// The device, or `None` (said on stdout) where there is no C++ compiler. `LITGPT_TEST_DEVICE=cuda` takes a real one.
 pub fn device() -> Option<Device> {
-    if std::env::var_os("LITGPT_TEST_DEVICE").is_some_and(|name| name == "cuda") {
+    if is_real() {
         return Some(Device::cuda(0).unwrap().expect("a CUDA device, and a build with it"));
     }
     static LIBRARY: LazyLock<Option<libloading::Library>> = LazyLock::new(compile);
@@ -23,6 +23,11 @@ pub fn device() -> Option<Device> {
     // SAFETY: the symbol is of that type, as kernels/emulate/device.cpp defines it.
     let launch = unsafe { *library.get::<LaunchFn>(b"emulate_launch").unwrap() };
     Some(Device::new(Box::new(Emulated { launch, sizes: Mutex::default() })))
+}
+
+/// Whether the tests run on a GPU.
+pub fn is_real() -> bool {
+    std::env::var_os("LITGPT_TEST_DEVICE").is_some_and(|name| name == "cuda")
 }
 
 fn compile() -> Option<libloading::Library> {

@@ -557,6 +557,8 @@ impl Outside for Run<'_> {
         staging.write(recipe::HYPERPARAMETERS, recipe::to_yaml(self.settings)?.as_bytes())?;
         staging.write_all(&self.companions)?;
         resume::save(&staging, gpt, snapshot, self.metrics.as_ref().map_or(Ok(0), Metrics::bytes)?, &self.made_of)?;
+        // What is read from a device that has failed is zero.
+        gpt.check()?;
         state::seal(&staging)?;
         self.folders.before(name, &snapshot.progress, self.ui)?;
         staging.commit()?;

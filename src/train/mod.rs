@@ -370,6 +370,7 @@ impl Run<'_, '_> {
             let Some(window) = self.window()? else { return Ok(false) };
             let scale = 1.0 / (window.targets.max(1) as f64 * f64::from(self.at.loss_factor()));
             let grad_norm = norm(&self.grads) * scale;
+            self.job.gpt.check()?;
             let too_large = window.loss.is_finite() && !grad_norm.is_finite();
             if !too_large || !self.at.loss_scale.as_mut().is_some_and(LossScale::lower) {
                 break (window, scale, grad_norm);

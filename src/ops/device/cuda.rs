@@ -11,7 +11,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// Bytes at an address that the driver may read words from, which those of `include_bytes` alone need not be.
 #[repr(C, align(16))]
@@ -152,8 +152,11 @@ impl Cuda {
         }
         let c_name = CString::new(name).map_err(|e| e.to_string())?;
         // SAFETY: the modules were loaded and are never unloaded.
-        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
-        let handle = self.modules.iter().find_map(find).ok_or("there is no such kernel")?;
+        let find = |module: &sys::CUmodule| match unsafe { result::module::get_function(*module, c_name.clone()) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => None,
+            found => Some(found.map_err(text)),
+        };
+        let handle = self.modules.iter().find_map(find).ok_or("there is no such kernel")??;
         let shared = shared.max(SHARED_WITHOUT_ASKING);
         if shared > SHARED_WITHOUT_ASKING {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -301,7 +304,8 @@ impl Backend for Cuda {
             let stream = self.stream.cu_stream();
             result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers)
         }
-        .map_err(text)
+        .map_err(text)?;
+        if waits() { self.wait() } else { Ok(()) }
     }
 
     fn product(&self, product: &Product) -> Result<(), String> {
@@ -341,7 +345,8 @@ impl Backend for Cuda {
                 blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
         }
-        .map_err(|e| format!("cuBLAS: {e:?}"))
+        .map_err(|e| format!("cuBLAS: {e:?}"))?;
+        if waits() { self.wait() } else { Ok(()) }
     }
 
     fn memory(&self) -> Result<(usize, usize), String> {
@@ -352,6 +357,12 @@ impl Backend for Cuda {
 
 /// Whether f32 products are to be f32 throughout (`LITGPT_TF32=0`), not rounded to TF32 first.
 fn exact() -> bool {
-    static EXACT: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    static EXACT: OnceLock<bool> = OnceLock::new();
     *EXACT.get_or_init(|| std::env::var_os("LITGPT_TF32").is_some_and(|value| value == "0"))
+}
+
+/// Whether each launch is waited for (`LITGPT_CUDA_SYNC=1`), so that a fault is reported with the kernel that it is of.
+fn waits() -> bool {
+    static WAITS: OnceLock<bool> = OnceLock::new();
+    *WAITS.get_or_init(|| std::env::var_os("LITGPT_CUDA_SYNC").is_some_and(|value| value == "1"))
 }
