@@ -144,11 +144,10 @@ fn attention_on_a_device() {
                     window: case.window,
                     bf16: false,
                 };
-                let [q, kv, d_o] =
-                    [(case.queries, 2, 1), (case.keys, 2, 2), (case.queries, 2, 3)].map(|(rows, heads, seed)| {
-                        let x = noise(rows * heads * head_size, seed);
-                        Matrix::from_slice(rows, heads * head_size, &x).to(Some((&device, dtype)))
-                    });
+                let [q, kv, d_o] = [(case.queries, 1), (case.keys, 2), (case.queries, 3)].map(|(rows, seed)| {
+                    let x = noise(rows * 2 * head_size, seed);
+                    Matrix::from_slice(rows, 2 * head_size, &x).to(Some((&device, dtype)))
+                });
                 let past = case.keys - case.queries;
                 let run = |[q, kv, d_o]: [&Matrix; 3]| {
                     let qkv = [q.view(), kv.columns(0..head_size), kv.columns(head_size..2 * head_size)];
