@@ -27,15 +27,15 @@ __device__ void scale_rows(T* x, const float* factor, int c) {
     for (int i = threadIdx.x; i < c; i += blockDim.x) x[i] = from_float<T>(by * to_float(x[i]));
 }
 
-// out[r] = row r of a · row r of b.
+// out[index[r]] = row r of a · row r of b.
 template <class T>
-__device__ void dot_rows(const T* a, const T* b, float* out, int c) {
+__device__ void dot_rows(const T* a, const T* b, const int* index, float* out, int c) {
     a += i64(blockIdx.x) * c;
     b += i64(blockIdx.x) * c;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < c; i += blockDim.x) sum += to_float(a[i]) * to_float(b[i]);
     sum = block_sum(sum);
-    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+    if (threadIdx.x == 0) out[index[blockIdx.x]] = sum;
 }
 
 // A rectangle into another; rows are ld_x and ld_y apart.
@@ -52,7 +52,9 @@ __device__ void copy_rows(const T* x, T* y, int c, i64 ld_x, i64 ld_y) {
         scatter_add_rows(part, index, factor, y, c);                                                                      \
     }                                                                                                                     \
     extern "C" __global__ void scale_rows_##type(T* x, const float* factor, int c) { scale_rows(x, factor, c); }          \
-    extern "C" __global__ void dot_rows_##type(const T* a, const T* b, float* out, int c) { dot_rows(a, b, out, c); }     \
+    extern "C" __global__ void dot_rows_##type(const T* a, const T* b, const int* index, float* out, int c) {                 \
+        dot_rows(a, b, index, out, c);                                                                                    \
+    }                                                                                                                     \
     extern "C" __global__ void copy_rows_##type(const T* x, T* y, int c, i64 ld_x, i64 ld_y) {                            \
         copy_rows(x, y, c, ld_x, ld_y);                                                                                   \
     }

@@ -81,7 +81,7 @@ impl Experts {
     ) {
         let x = LazyCell::new(x);
         let Saved { routing, visited } = saved;
-        let mut d_shares = vec![0.0; routing.n_shares()];
+        let mut d_shares = routing.d_shares();
         if let Some((dx, false)) = &mut dx {
             dx.zero();
         }

@@ -31,7 +31,7 @@ pub struct Visits {
     /// Their shares.
     pub shares: Constant<f32>,
     /// The places of these among all shares.
-    places: Vec<usize>,
+    places: Constant<u32>,
 }
 
 impl Routing {
@@ -65,12 +65,12 @@ impl Routing {
     pub fn visits(&self) -> Vec<Visits> {
         let mut places = vec![Vec::new(); self.p.cols()];
         for (at, expert) in self.experts.iter().enumerate() {
-            places[*expert].push(at);
+            places[*expert].push(at as u32);
         }
-        let visits = |places: Vec<usize>| Visits {
-            rows: places.iter().map(|at| (at / self.k) as u32).collect(),
-            shares: places.iter().map(|at| self.shares[*at]).collect(),
-            places,
+        let visits = |places: Vec<u32>| Visits {
+            rows: places.iter().map(|at| at / self.k as u32).collect(),
+            shares: places.iter().map(|at| self.shares[*at as usize]).collect(),
+            places: places.into(),
         };
         places.into_iter().map(visits).collect()
     }
@@ -86,11 +86,11 @@ impl Routing {
     /// Gradient of an expert's output, `share · dy[row]`; that of the shares, `part · dy[row]`, is written to `d_shares`.
     ///
     /// # Shapes
-    /// `dy`: (T, C); `part`: (visits, C); `d_shares`: (T k); returns (visits, C).
+    /// `dy`: (T, C); `part`: (visits, C); `d_shares`: (1, T k); returns (visits, C).
     #[must_use]
-    pub fn add_to_backward(&self, dy: &Matrix, part: &Matrix, visits: &Visits, d_shares: &mut [f32]) -> Matrix {
+    pub fn add_to_backward(&self, dy: &Matrix, part: &Matrix, visits: &Visits, d_shares: &mut Matrix) -> Matrix {
         let mut d = gather(dy, &visits.rows);
-        visits.places.iter().zip(dot_rows(&d, part)).for_each(|(at, share)| d_shares[*at] = share);
+        dot_rows(&d, part, &visits.places, d_shares);
         scale_rows(&mut d, &visits.shares);
         d
     }
@@ -98,9 +98,11 @@ impl Routing {
     /// Gradient of the logits.
     ///
     /// # Shapes
-    /// `d_shares`: (T k); returns (T, E).
+    /// `d_shares`: (1, T k), of all experts; returns (T, E).
     #[must_use]
-    pub fn backward(&self, d_shares: &[f32]) -> Matrix {
+    pub fn backward(&self, d_shares: &Matrix) -> Matrix {
+        // The one wait for the device: `p` and the choice are the host's.
+        let d_shares = d_shares.to_host();
         let n_expert = self.p.cols();
         let mut d = Matrix::zeros(self.p.rows(), n_expert);
         let rows = d.chunks_exact_mut(n_expert).zip(self.p.chunks_exact(n_expert)).zip(d_shares.chunks_exact(self.k));
@@ -122,10 +124,16 @@ impl Routing {
         }
     }
 
-    /// Number of shares: T k.
+    /// Room for the gradient of the shares, f32, where the rows are.
+    ///
+    /// # Shapes
+    /// Returns (1, T k).
     #[must_use]
-    pub fn n_shares(&self) -> usize {
-        self.shares.len()
+    pub fn d_shares(&self) -> Matrix {
+        match &self.place {
+            Some((device, _)) => Matrix::new_on(device, Dtype::F32, 1, self.shares.len()),
+            None => Matrix::new(1, self.shares.len()),
+        }
     }
 }
 
@@ -173,7 +181,8 @@ mod tests {
             let oracle = Oracle::run(&inputs, |i| reference(i, k, norm_topk, n_expert, c), &dy);
             let routing = Routing::new(&Matrix::from_slice(t, n_expert, &logits), k, norm_topk);
             let (mut y, dy) = (Matrix::zeros(t, c), Matrix::from_slice(t, c, &dy));
-            let mut d_shares = vec![f32::NAN; routing.n_shares()];
+            let mut d_shares = routing.d_shares();
+            d_shares.fill(f32::NAN);
             let mut d_parts = vec![0.0; parts.len()];
             for (expert, visits) in routing.visits().iter().enumerate() {
                 let all = Matrix::from_slice(t, n_expert * c, &parts);

@@ -60,21 +60,20 @@ pub fn scale_rows(x: &mut Matrix, factors: &Constant<f32>) {
     x.chunks_exact_mut(cols).zip(&**factors).for_each(|(x, f)| x.iter_mut().for_each(|v| *v *= f));
 }
 
-/// `a[r] · b[r]`.
+/// `out[index[r]] = a[r] · b[r]`.
 ///
 /// # Shapes
-/// `a`, `b`: (R, C); returns (R).
-#[must_use]
-pub fn dot_rows(a: &Matrix, b: &Matrix) -> Vec<f32> {
+/// `a`, `b`: (R, C); `index`: (R); `out`: f32, one row.
+pub fn dot_rows(a: &Matrix, b: &Matrix, index: &Constant<u32>, out: &mut Matrix) {
     let (rows, cols) = (a.rows(), a.cols());
     if let Some(place) = a.place() {
-        let out = Matrix::new_on(place.0, Dtype::F32, 1, rows);
-        let args = [a.pointer().into(), b.pointer().into(), out.pointer().into(), int(cols)];
-        launch_rows("dot_rows", place, rows, cols, &args);
-        return out.to_host().to_vec();
+        let to = [index.on(place.0).into(), out.pointer().into()];
+        let args = [a.pointer().into(), b.pointer().into(), to[0], to[1], int(cols)];
+        return launch_rows("dot_rows", place, rows, cols, &args);
     }
-    let rows = a.chunks_exact(cols).zip(b.chunks_exact(cols));
-    rows.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect()
+    for ((a, b), at) in a.chunks_exact(cols).zip(b.chunks_exact(cols)).zip(&**index) {
+        out[*at as usize] = a.iter().zip(b).map(|(a, b)| a * b).sum();
+    }
 }
 
 /// Copies a rectangle.
