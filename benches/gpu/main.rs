@@ -2,6 +2,10 @@
 //! same samples in file order, and the same JSON line. `benches/gpu/README.md` says how to run both.
 #![allow(clippy::print_stdout, clippy::unwrap_used)] // prints its result; a bench stops at the first surprise
 
+#[path = "../idle/mod.rs"]
+mod idle;
+mod ops;
+
 use clap::Parser;
 use litgpt::checkpoint::Checkpoint;
 use litgpt::model::lora::{LoraConfig, Targets};
@@ -225,6 +229,10 @@ fn rounded(value: f64, digits: i32) -> f64 {
 }
 
 fn main() {
+    let given: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    if given.first().is_some_and(|arg| arg == "--ops") {
+        return ops::run(given.get(1).map_or("", String::as_str));
+    }
     let args = Args::parse();
     assert!((args.warmup + args.iterations).is_multiple_of(args.accumulate), "whole windows only");
     let sequences = sequences(&args);

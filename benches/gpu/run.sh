@@ -13,6 +13,7 @@ ITERATIONS=${ITERATIONS:-320}
 EXTRA=${EXTRA:-}
 LIMIT=${LIMIT:-560}
 TESTS=${TESTS:-1}
+OPS=${OPS:-1}
 PYTHON=${PYTHON:-python3}
 DATA=${DATA:-$here/data/alpaca_999.json}
 WORK=${WORK:-/dev/shm/bench}
@@ -36,6 +37,12 @@ if [ "$TESTS" = 1 ]; then
     echo "$name: exit $?"
     grep -E -A1 'panicked|cases that failed' "$OUT/$name.log" | cut -c1-400
   done
+fi
+
+# Each op by itself, so that what is slow has a name.
+if [ "$OPS" = 1 ]; then
+  timeout 150 "$here/gpu" --ops >"$OUT/ops.jsonl" 2>>"$log"
+  echo "ops: exit $?, $(wc -l <"$OUT/ops.jsonl") lines"
 fi
 
 for model in $MODELS; do

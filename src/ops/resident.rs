@@ -8,9 +8,10 @@ use super::quantized::{Codes, Quantizer};
 use super::weight::Data;
 use half::{bf16, f16};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-/// Elements that are decoded at a time: 64 MB of bf16, enough rows for a product to fill the device.
+/// Elements that are decoded at a time unless `LITGPT_DECODED_MB` says otherwise: 64 MB of bf16, enough rows for a product to
+/// fill the device.
 const PANEL: usize = 32 << 20;
 
 /// Rows of x up to which 4-bit weights are multiplied as they are; `PRODUCT_ROWS` of `kernels/nf4.cu`.
@@ -117,6 +118,8 @@ pub struct Resident {
     rows: usize,
     cols: usize,
     kept: Kept,
+    /// Elements that are decoded at a time.
+    panel: usize,
 }
 
 fn upload(device: &Device, data: &Data, dtype: Dtype) -> Buffer {
@@ -136,12 +139,21 @@ fn upload(device: &Device, data: &Data, dtype: Dtype) -> Buffer {
     }
 }
 
+/// Elements that are decoded at a time.
+fn panel() -> usize {
+    static ELEMENTS: OnceLock<usize> = OnceLock::new();
+    *ELEMENTS.get_or_init(|| {
+        let megabytes = std::env::var("LITGPT_DECODED_MB").ok().and_then(|value| value.parse::<usize>().ok());
+        megabytes.map_or(PANEL, |megabytes| megabytes << 19)
+    })
+}
+
 impl Resident {
     /// A matrix of whole elements, kept as `dtype`.
     #[must_use]
     pub fn whole(device: &Device, dtype: Dtype, rows: usize, cols: usize, data: &Data) -> Self {
         let kept = Kept::Whole(upload(device, data, dtype));
-        Self { device: device.clone(), dtype, rows, cols, kept }
+        Self { device: device.clone(), dtype, rows, cols, kept, panel: panel() }
     }
 
     /// A matrix in few bits, whose rows are those of `parts` one after another; its products are of type `dtype`.
@@ -149,7 +161,13 @@ impl Resident {
     pub fn quantized(device: &Device, dtype: Dtype, cols: usize, parts: Vec<Part>) -> Self {
         let rows = parts.iter().map(|part| part.rows).sum();
         let kept = Kept::Parts(parts, Arc::new(nested_code().to_vec().into()));
-        Self { device: device.clone(), dtype, rows, cols, kept }
+        Self { device: device.clone(), dtype, rows, cols, kept, panel: panel() }
+    }
+
+    /// The same matrix, of which so many elements are decoded at a time.
+    #[must_use]
+    pub fn decoded_at_a_time(self, panel: usize) -> Self {
+        Self { panel, ..self }
     }
 
     /// (out, in).
@@ -258,7 +276,7 @@ impl Resident {
             return each(0..self.rows, operand(table.pointer()));
         }
         // Panels begin where cuBLAS's fastest products want the columns of y to begin.
-        let panel = (PANEL / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
+        let panel = (self.panel / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
         let scratch = self.device.allocate(panel * self.cols * self.dtype.size());
         for from in (0..self.rows).step_by(panel) {
             let rows = from..(from + panel).min(self.rows);
