@@ -2,7 +2,7 @@
 //! it the whole model runs through the launches of a GPU, and each launch's arguments are checked.
 #![allow(unsafe_code)] // calls into the library that it compiles
 
-use litgpt::ops::device::{Arg, Backend, Device, Dtype, Launch, Operand, Product};
+use litgpt::ops::device::{Arg, Backend, Device, Dtype, Launch, Operand, Product, Refusal};
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -75,7 +75,7 @@ impl Backend for Emulated {
         "emulated device"
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Option<u64>, String> {
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
         // SAFETY: no allocation is empty. What is never written is NaN in every type.
         let pointer = unsafe {
             let pointer = std::alloc::alloc(layout(bytes));
@@ -83,7 +83,7 @@ impl Backend for Emulated {
             pointer as u64
         };
         self.sizes.lock().unwrap().insert(pointer, bytes);
-        Ok(Some(pointer))
+        Ok(pointer)
     }
 
     fn free(&self, pointer: u64) {
@@ -92,31 +92,31 @@ impl Backend for Emulated {
         unsafe { std::alloc::dealloc(pointer as *mut u8, layout(bytes)) };
     }
 
-    fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
+    fn upload(&self, from: &[u8], to: u64) -> Result<(), Refusal> {
         // SAFETY: `to` has room for `from`.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
-    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Refusal> {
         // SAFETY: `from` has that many bytes.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
-    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String> {
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Refusal> {
         // SAFETY: both have that many bytes.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 
-    fn zero(&self, at: u64, bytes: usize) -> Result<(), String> {
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Refusal> {
         // SAFETY: `at` has that many bytes.
         unsafe { (at as *mut u8).write_bytes(0, bytes) };
         Ok(())
     }
 
-    fn launch(&self, launch: &Launch<'_>) -> Result<(), String> {
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), Refusal> {
         let name = CString::new(launch.kernel).unwrap();
         let mut args = launch.args.to_vec();
         let sizes: Vec<u8> = args.iter().map(|a| if matches!(a, Arg::Wide(_)) { 8 } else { 4 }).collect();
@@ -139,7 +139,7 @@ impl Backend for Emulated {
         }
     }
 
-    fn product(&self, product: &Product) -> Result<(), String> {
+    fn product(&self, product: &Product) -> Result<(), Refusal> {
         let Product { m, n, k, alpha, accumulate, out, lhs, rhs } = *product;
         assert_eq!(lhs.dtype, rhs.dtype, "cuBLAS takes two sides of one type");
         for row in 0..m {

@@ -5,7 +5,7 @@
 //! first of its length asks the system for nothing.
 #![allow(unsafe_code)] // the driver and cuBLAS take raw pointers
 
-use super::{Arg, Backend, Dtype, Failure, Launch, Operand, Product};
+use super::{Arg, Backend, Dtype, Failure, Launch, Operand, Product, Refusal};
 use cudarc::cublas::{CudaBlas, result as cublas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;
@@ -81,6 +81,18 @@ fn text(error: DriverError) -> String {
     error.error_string().map_or(name.clone(), |what| format!("{} ({name})", what.to_string_lossy()))
 }
 
+/// The same as a refusal.
+fn refusal(error: DriverError) -> Refusal {
+    if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY { Refusal::Memory } else { Refusal::Other(text(error)) }
+}
+
+fn blas_refusal(error: cublas::CublasError) -> Refusal {
+    match error.0 {
+        blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => Refusal::Memory,
+        status => Refusal::Other(format!("cuBLAS: {status:?}")),
+    }
+}
+
 impl Cuda {
     /// The device of this number, or `None` where the machine has no driver or no such device.
     ///
@@ -127,6 +139,22 @@ impl Cuda {
         waited.map_err(text)
     }
 
+    /// Does `work`, and where there is no memory for it, as for a kernel that is loaded when it is first used, does it again
+    /// without what the pool keeps.
+    fn with_room<T>(&self, work: impl Fn() -> Result<T, Refusal>) -> Result<T, Refusal> {
+        match work() {
+            Err(Refusal::Memory) => {}
+            done => return done,
+        }
+        self.wait()?;
+        // SAFETY: the context is bound; what is in use stays.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(self.context.cu_device()).map_err(text)?;
+            result::mem_pool::trim_to(pool, 0).map_err(text)?;
+        }
+        work()
+    }
+
     /// Keeps freed memory in the pool, gives cuBLAS its scratch and has it sum in f32 alone.
     fn prepare(&self) -> Result<(), String> {
         self.bind()?;
@@ -145,7 +173,7 @@ impl Cuda {
         }
     }
 
-    fn function(&self, name: &str, shared: usize) -> Result<sys::CUfunction, String> {
+    fn function(&self, name: &str, shared: usize) -> Result<sys::CUfunction, Refusal> {
         let known = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name).copied();
         if let Some(function) = known.filter(|function| function.shared >= shared) {
             return Ok(function.handle);
@@ -154,14 +182,14 @@ impl Cuda {
         // SAFETY: the modules were loaded and are never unloaded.
         let find = |module: &sys::CUmodule| match unsafe { result::module::get_function(*module, c_name.clone()) } {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => None,
-            found => Some(found.map_err(text)),
+            found => Some(found.map_err(refusal)),
         };
-        let handle = self.modules.iter().find_map(find).ok_or("there is no such kernel")??;
+        let handle = self.modules.iter().find_map(find).ok_or_else(|| "there is no such kernel".to_owned())??;
         let shared = shared.max(SHARED_WITHOUT_ASKING);
         if shared > SHARED_WITHOUT_ASKING {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the handle was just found.
-            unsafe { result::function::set_function_attribute(handle, attribute, shared as i32) }.map_err(text)?;
+            unsafe { result::function::set_function_attribute(handle, attribute, shared as i32) }.map_err(refusal)?;
         }
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         functions.insert(name.to_owned(), Function { handle, shared });
@@ -231,14 +259,10 @@ impl Backend for Cuda {
         &self.name
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Option<u64>, String> {
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
         self.bind()?;
         // SAFETY: all uses of the memory are on this one stream.
-        match unsafe { result::malloc_async(self.stream.cu_stream(), bytes) } {
-            Ok(pointer) => Ok(Some(pointer)),
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
-            Err(error) => Err(text(error)),
-        }
+        self.with_room(|| unsafe { result::malloc_async(self.stream.cu_stream(), bytes) }.map_err(refusal))
     }
 
     fn free(&self, pointer: u64) {
@@ -249,44 +273,44 @@ impl Backend for Cuda {
         }
     }
 
-    fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
+    fn upload(&self, from: &[u8], to: u64) -> Result<(), Refusal> {
         self.bind()?;
         let stream = self.stream.cu_stream();
         if self.reads_host && from.len() <= KEPT_ALIVE {
             let kept: Box<[u8]> = from.into();
             // SAFETY: `to` has room; the copy of the bytes lives until the stream was waited for.
-            unsafe { result::memcpy_htod_async(to, &kept, stream) }.map_err(text)?;
+            unsafe { result::memcpy_htod_async(to, &kept, stream) }.map_err(refusal)?;
             self.in_flight.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
             return Ok(());
         }
         // SAFETY: `to` has room. Pageable memory is staged before the call returns, or, where the device reads it itself,
         // waited for before the borrow ends.
-        unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(text)?;
-        if self.reads_host { self.wait() } else { Ok(()) }
+        unsafe { result::memcpy_htod_async(to, from, stream) }.map_err(refusal)?;
+        if self.reads_host { Ok(self.wait()?) } else { Ok(()) }
     }
 
-    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Refusal> {
         self.bind()?;
         // SAFETY: `from` has that many bytes; the stream is waited for before the borrow ends.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(text)?;
-        self.wait()
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(refusal)?;
+        Ok(self.wait()?)
     }
 
-    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String> {
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Refusal> {
         self.bind()?;
         // SAFETY: both have that many bytes, as the caller checked.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(text)
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(refusal)
     }
 
-    fn zero(&self, at: u64, bytes: usize) -> Result<(), String> {
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Refusal> {
         self.bind()?;
         // SAFETY: `at` has that many bytes.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }.map_err(text)
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }.map_err(refusal)
     }
 
-    fn launch(&self, launch: &Launch<'_>) -> Result<(), String> {
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), Refusal> {
         self.bind()?;
-        let function = self.function(launch.kernel, launch.shared)?;
+        let function = self.with_room(|| self.function(launch.kernel, launch.shared))?;
         let mut args = launch.args.to_vec();
         let pointer = |arg: &mut Arg| -> *mut c_void {
             match arg {
@@ -294,21 +318,21 @@ impl Backend for Cuda {
                 Arg::Narrow(value) => std::ptr::from_mut(value).cast(),
             }
         };
-        let mut pointers: Vec<*mut c_void> = args.iter_mut().map(pointer).collect();
+        let pointers: Vec<*mut c_void> = args.iter_mut().map(pointer).collect();
         let [x, y, z] = launch.grid;
         let [width, height] = launch.block;
         let shared = launch.shared as u32;
-        // SAFETY: number and sizes of the arguments are the kernel's, which the emulated device checks for every launch
-        // of the tests; the driver copies them before it returns.
-        unsafe {
-            let stream = self.stream.cu_stream();
-            result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers)
-        }
-        .map_err(text)?;
-        if waits() { self.wait() } else { Ok(()) }
+        let launch = || {
+            let (stream, mut pointers) = (self.stream.cu_stream(), pointers.clone());
+            // SAFETY: number and sizes of the arguments are the kernel's, which the emulated device checks for every launch
+            // of the tests; the driver copies them before it returns.
+            unsafe { result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers) }
+        };
+        self.with_room(|| launch().map_err(refusal))?;
+        if waits() { Ok(self.wait()?) } else { Ok(()) }
     }
 
-    fn product(&self, product: &Product) -> Result<(), String> {
+    fn product(&self, product: &Product) -> Result<(), Refusal> {
         self.bind()?;
         let Product { m, n, k, alpha, accumulate, out, lhs, rhs } = *product;
         let beta = if accumulate { 1f32 } else { 0f32 };
@@ -319,34 +343,36 @@ impl Backend for Cuda {
             blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
         };
         let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let sizes = [size(n)?, size(m)?, size(k)?];
+        let strides = [size(rhs.stride)?, size(lhs.stride)?, size(out.stride)?];
         // cuBLAS sees row-major matrices as their transposes: outᵀ = rhsᵀ lhsᵀ.
         // SAFETY: the operands' rows and strides lie within their buffers, as their views were made; alpha and beta
         // are read before the call returns.
-        unsafe {
+        let product = || unsafe {
             cublas::gemm_ex(
                 *blas.handle(),
                 transposition(&rhs),
                 transposition(&lhs),
-                size(n)?,
-                size(m)?,
-                size(k)?,
+                sizes[0],
+                sizes[1],
+                sizes[2],
                 (&raw const alpha).cast(),
                 rhs.pointer as *const c_void,
                 data_type(rhs.dtype),
-                size(rhs.stride)?,
+                strides[0],
                 lhs.pointer as *const c_void,
                 data_type(lhs.dtype),
-                size(lhs.stride)?,
+                strides[1],
                 (&raw const beta).cast(),
                 out.pointer as *mut c_void,
                 data_type(out.dtype),
-                size(out.stride)?,
+                strides[2],
                 compute,
                 blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
-        }
-        .map_err(|e| format!("cuBLAS: {e:?}"))?;
-        if waits() { self.wait() } else { Ok(()) }
+        };
+        self.with_room(|| product().map_err(blas_refusal))?;
+        if waits() { Ok(self.wait()?) } else { Ok(()) }
     }
 
     fn memory(&self) -> Result<(usize, usize), String> {

@@ -17,13 +17,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// Why work on a device failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// An allocation did not fit.
-    #[error("out of memory on {device}: {bytes} more bytes were needed, {free} of {total} are free")]
+    /// Something did not fit.
+    #[error("out of memory on {device}: no room for {what}; {free} of {total} bytes are free")]
     OutOfMemory {
         /// Name of the device.
         device: String,
-        /// Size of the allocation.
-        bytes: usize,
+        /// What was tried.
+        what: String,
         /// Free bytes at that time.
         free: usize,
         /// Bytes of the device.
@@ -173,47 +173,62 @@ pub struct Product {
     pub rhs: Operand,
 }
 
+/// Why a device did not do what it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// It has no memory left.
+    Memory,
+    /// Anything else, in the driver's words.
+    Other(String),
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
+    }
+}
+
 /// What a device must do. Addresses are what `allocate` returned, or inside of it; work is done in order.
 pub trait Backend: Send + Sync {
     /// Name for messages.
     fn name(&self) -> &str;
-    /// `bytes` of memory, aligned to 256, or `None` when there is not enough.
+    /// `bytes` of memory, aligned to 256.
     ///
     /// # Errors
-    /// What the driver says, other than a lack of memory.
-    fn allocate(&self, bytes: usize) -> Result<Option<u64>, String>;
+    /// A lack of it, or what the driver says.
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal>;
     /// Gives memory back, once all work so far is done.
     fn free(&self, pointer: u64);
     /// Copies to the device.
     ///
     /// # Errors
     /// What the driver says.
-    fn upload(&self, from: &[u8], to: u64) -> Result<(), String>;
+    fn upload(&self, from: &[u8], to: u64) -> Result<(), Refusal>;
     /// Copies from the device, once all work so far is done.
     ///
     /// # Errors
     /// What the driver says, of this or of earlier work.
-    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String>;
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Refusal>;
     /// Copies within the device.
     ///
     /// # Errors
     /// What the driver says.
-    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), String>;
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), Refusal>;
     /// Writes zeros.
     ///
     /// # Errors
     /// What the driver says.
-    fn zero(&self, at: u64, bytes: usize) -> Result<(), String>;
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Refusal>;
     /// Queues a kernel.
     ///
     /// # Errors
-    /// An unknown kernel, or what the driver says.
-    fn launch(&self, launch: &Launch<'_>) -> Result<(), String>;
+    /// An unknown kernel, a lack of memory for it, or what the driver says.
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), Refusal>;
     /// Queues a product.
     ///
     /// # Errors
-    /// What the driver says.
-    fn product(&self, product: &Product) -> Result<(), String>;
+    /// A lack of memory, or what the driver says.
+    fn product(&self, product: &Product) -> Result<(), Refusal>;
     /// (free, all) bytes.
     ///
     /// # Errors
@@ -277,7 +292,8 @@ impl Device {
     /// # Errors
     /// When the driver does not say.
     pub fn memory(&self) -> Result<(usize, usize), Failure> {
-        self.0.backend.memory().map_err(|reason| self.failure("asking for free memory", reason))
+        let what = "asking for free memory";
+        self.0.backend.memory().map_err(|reason| self.failure(what, Refusal::Other(reason)))
     }
 
     /// The first failure so far.
@@ -288,8 +304,15 @@ impl Device {
         self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
     }
 
-    fn failure(&self, what: &str, reason: String) -> Failure {
-        Failure::Other { device: self.name().to_owned(), what: what.to_owned(), reason }
+    fn failure(&self, what: &str, refusal: Refusal) -> Failure {
+        let (device, what) = (self.name().to_owned(), what.to_owned());
+        match refusal {
+            Refusal::Other(reason) => Failure::Other { device, what, reason },
+            Refusal::Memory => {
+                let (free, total) = self.0.backend.memory().unwrap_or_default();
+                Failure::OutOfMemory { device, what, free, total }
+            }
+        }
     }
 
     fn fail(&self, failure: Failure) {
@@ -297,12 +320,12 @@ impl Device {
     }
 
     /// Does `work` unless something failed before.
-    fn work(&self, what: &str, work: impl FnOnce(&dyn Backend) -> Result<(), String>) {
+    fn work(&self, what: &str, work: impl FnOnce(&dyn Backend) -> Result<(), Refusal>) {
         if self.check().is_err() {
             return;
         }
-        if let Err(reason) = work(self.0.backend.as_ref()) {
-            self.fail(self.failure(what, reason));
+        if let Err(refusal) = work(self.0.backend.as_ref()) {
+            self.fail(self.failure(what, refusal));
         }
     }
 
@@ -312,12 +335,8 @@ impl Device {
         let mut pointer = 0;
         if bytes > 0 && self.check().is_ok() {
             match self.0.backend.allocate(bytes) {
-                Ok(Some(at)) => pointer = at,
-                Ok(None) => {
-                    let (free, total) = self.0.backend.memory().unwrap_or_default();
-                    self.fail(Failure::OutOfMemory { device: self.name().to_owned(), bytes, free, total });
-                }
-                Err(reason) => self.fail(self.failure("an allocation", reason)),
+                Ok(at) => pointer = at,
+                Err(refusal) => self.fail(self.failure(&format!("an allocation of {bytes} bytes"), refusal)),
             }
         }
         Buffer { device: self.clone(), pointer, bytes }
@@ -500,5 +519,104 @@ impl<T> Deref for Constant<T> {
 
     fn deref(&self) -> &[T] {
         &self.values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A device on which the launches of one kernel find no memory.
+    #[derive(Default)]
+    struct Small {
+        asked: AtomicUsize,
+    }
+
+    impl Small {
+        fn done(&self) -> Result<(), Refusal> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    impl Backend for Arc<Small> {
+        fn name(&self) -> &str {
+            "a small device"
+        }
+
+        fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
+            if bytes > 1000 { Err(Refusal::Memory) } else { self.done().map(|()| 256) }
+        }
+
+        fn free(&self, _: u64) {}
+
+        fn upload(&self, _: &[u8], _: u64) -> Result<(), Refusal> {
+            self.done()
+        }
+
+        fn download(&self, _: u64, to: &mut [u8]) -> Result<(), Refusal> {
+            to.fill(1);
+            self.done()
+        }
+
+        fn copy(&self, _: u64, _: u64, _: usize) -> Result<(), Refusal> {
+            self.done()
+        }
+
+        fn zero(&self, _: u64, _: usize) -> Result<(), Refusal> {
+            self.done()
+        }
+
+        fn launch(&self, launch: &Launch<'_>) -> Result<(), Refusal> {
+            match launch.kernel {
+                "large" => Err(Refusal::Memory),
+                "broken" => Err("no such kernel".to_owned().into()),
+                _ => self.done(),
+            }
+        }
+
+        fn product(&self, _: &Product) -> Result<(), Refusal> {
+            self.done()
+        }
+
+        fn memory(&self) -> Result<(usize, usize), String> {
+            Ok((10, 1000))
+        }
+    }
+
+    fn launch(device: &Device, kernel: &str) {
+        device.launch(kernel, None, [1, 1, 1], [32, 1], 0, &[]);
+    }
+
+    #[test]
+    fn the_first_failure_is_kept_and_nothing_is_done_after_it() {
+        let small = Arc::new(Small::default());
+        let device = Device::new(Box::new(Arc::clone(&small)));
+        let buffer = device.upload(&[0; 4]);
+        launch(&device, "small");
+        assert_eq!((device.check(), small.asked.load(Ordering::Relaxed)), (Ok(()), 3));
+        launch(&device, "large");
+        let message = "out of memory on a small device: no room for large; 10 of 1000 bytes are free";
+        assert_eq!(device.check().unwrap_err().to_string(), message);
+        launch(&device, "broken");
+        let _ = device.allocate(8);
+        let mut bytes = [7; 4];
+        buffer.read(&mut bytes);
+        assert_eq!((bytes, small.asked.load(Ordering::Relaxed)), ([0; 4], 3));
+        assert_eq!(device.check().unwrap_err().to_string(), message);
+    }
+
+    #[test]
+    fn what_did_not_fit_or_failed_is_said() {
+        let say = |work: &dyn Fn(&Device)| {
+            let device = Device::new(Box::new(Arc::new(Small::default())));
+            work(&device);
+            device.check().unwrap_err().to_string()
+        };
+        let message = say(&|device| drop(device.allocate(1001)));
+        assert!(message.contains("no room for an allocation of 1001 bytes; 10 of 1000"), "{message}");
+        let message = say(&|device| launch(device, "broken"));
+        assert_eq!(message, "a small device: broken failed: no such kernel");
     }
 }
