@@ -43,11 +43,12 @@ __device__ __forceinline__ Statistics statistics(const T* x, int c, float eps) {
 }
 
 template <int N, bool centred, class T>
-__device__ __forceinline__ void norm_fwd_row(const T* x, const float* weight, const float* bias, T* y, int c, float eps) {
+__device__ __forceinline__ void norm_fwd_row(const T* x, const float* weight, const float* bias, T* y, T* copy, int c, float eps) {
     const Statistics s = statistics<N, centred>(x, c, eps);
     for (int i = threadIdx.x * N; i < c; i += blockDim.x * N) {
         float v[N], w[N], b[N];
         load<N>(x + i, v);
+        if (copy) store<N>(copy + i, v);
         load<N>(weight + i, w);
         if (bias) load<N>(bias + i, b);
         for (int j = 0; j < N; ++j) v[j] = (v[j] - s.mean) * s.rstd * w[j] + (bias ? b[j] : 0.0f);
@@ -86,21 +87,23 @@ __device__ __forceinline__ void norm_bwd_row(const T* dy, const T* x, const floa
     }
 }
 
-// x (rows, c), weight (weights, c), bias (the same) or null -> y (rows, c).
+// x (rows, c), weight (weights, c), bias (the same) or null -> y (rows, c); and x again in copy, which lies as x does, or null.
 template <bool centred, class T>
-__device__ void norm_fwd(const T* x, const float* weight, const float* bias, T* y, int rows, int c, int heads, int weights, i64 ld_x,
-                         i64 ld_y, float eps) {
+__device__ void norm_fwd(const T* x, const float* weight, const float* bias, T* y, T* copy, int rows, int c, int heads, int weights,
+                         i64 ld_x, i64 ld_y, float eps) {
     const i64 row = i64(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= rows) return;
-    const bool in_packs = wide<T>(c, ld_x) && wide<T>(c, ld_y) && aligned(x) && aligned(weight) && aligned(bias) && aligned(y);
+    const bool in_packs = wide<T>(c, ld_x) && wide<T>(c, ld_y) && aligned(x) && aligned(weight) && aligned(bias) && aligned(y) &&
+                          aligned(copy);
     x += row_start(row, c, heads, ld_x);
+    if (copy) copy += row_start(row, c, heads, ld_x);
     y += row_start(row, c, heads, ld_y);
     weight += row % weights * c;
     if (bias) bias += row % weights * c;
     if (in_packs)
-        norm_fwd_row<WIDE<T>, centred>(x, weight, bias, y, c, eps);
+        norm_fwd_row<WIDE<T>, centred>(x, weight, bias, y, copy, c, eps);
     else
-        norm_fwd_row<1, centred>(x, weight, bias, y, c, eps);
+        norm_fwd_row<1, centred>(x, weight, bias, y, copy, c, eps);
 }
 
 // dx (rows, c) = or += the gradient of x.
@@ -122,9 +125,9 @@ __device__ void norm_bwd(const T* dy, const T* x, const float* weight, T* dx, in
 }
 
 #define INSTANTIATE_KIND(T, type, kind, centred)                                                                             \
-    extern "C" __global__ void kind##_fwd_##type(const T* x, const float* weight, const float* bias, T* y, int rows, int c,  \
-                                                 int heads, int weights, i64 ld_x, i64 ld_y, float eps) {                    \
-        norm_fwd<centred>(x, weight, bias, y, rows, c, heads, weights, ld_x, ld_y, eps);                                     \
+    extern "C" __global__ void kind##_fwd_##type(const T* x, const float* weight, const float* bias, T* y, T* copy,          \
+                                                 int rows, int c, int heads, int weights, i64 ld_x, i64 ld_y, float eps) {   \
+        norm_fwd<centred>(x, weight, bias, y, copy, rows, c, heads, weights, ld_x, ld_y, eps);                               \
     }                                                                                                                        \
     extern "C" __global__ void kind##_bwd_##type(const T* dy, const T* x, const float* weight, T* dx, int rows, int c,       \
                                                  int heads, int weights, i64 ld_dy, i64 ld_x, i64 ld_dx, float eps,          \

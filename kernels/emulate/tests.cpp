@@ -58,20 +58,21 @@ void test_norm(int rows, int c, int heads, int gap, int weights, bool layer, boo
     const auto x = random<T>(tokens * ld, 1, layer ? 3.0 : 0.0);
     const auto w = random<float>(weights * c, 2), b = random<float>(weights * c, 3);
     const auto dy = random<T>(tokens * ld, 4), old = random<T>(tokens * ld, 5);
-    Buffer<T> y(old), dx(old);
+    Buffer<T> y(old), dx(old), copied(old);
+    T* copy = accumulate ? copied.data() : nullptr;
     const dim3 grid((rows + threads.y - 1) / threads.y);
     emulate::launch(grid, threads, 0, [&] {
         if (layer)
-            Kernels<T>::layer_norm_fwd(x.data(), w.data(), b.data(), y.data(), rows, c, heads, weights, ld, ld, eps);
+            Kernels<T>::layer_norm_fwd(x.data(), w.data(), b.data(), y.data(), copy, rows, c, heads, weights, ld, ld, eps);
         else
-            Kernels<T>::rms_norm_fwd(x.data(), w.data(), nullptr, y.data(), rows, c, heads, weights, ld, ld, eps);
+            Kernels<T>::rms_norm_fwd(x.data(), w.data(), nullptr, y.data(), copy, rows, c, heads, weights, ld, ld, eps);
     });
     const auto backward = layer ? Kernels<T>::layer_norm_bwd : Kernels<T>::rms_norm_bwd;
     emulate::launch(grid, threads, 0, [&] {
         backward(dy.data(), x.data(), w.data(), dx.data(), rows, c, heads, weights, ld, ld, ld, eps, accumulate);
     });
-    Reference want_y(tokens * ld), want_dx(tokens * ld);
-    for (size_t i = 0; i < want_y.size(); ++i) want_y[i] = want_dx[i] = real(old[i]);  // the gap stays
+    Reference want_y(tokens * ld), want_dx(tokens * ld), want_copy(tokens * ld);
+    for (size_t i = 0; i < want_y.size(); ++i) want_y[i] = want_dx[i] = want_copy[i] = real(old[i]);  // the gap stays
     for (int row = 0; row < rows; ++row) {
         const size_t at = row / heads * ld + row % heads * c, own = row % weights * c;
         double m = 0, variance = 0, avg_g = 0, avg_gx = 0;
@@ -88,10 +89,12 @@ void test_norm(int rows, int c, int heads, int gap, int weights, bool layer, boo
         for (int i = 0; i < c; ++i) {
             want_y[at + i] = normed(i) * real(w[own + i]) + (layer ? real(b[own + i]) : 0);
             want_dx[at + i] = r * (g(i) - avg_g - normed(i) * avg_gx) + (accumulate ? real(old[at + i]) : 0);
+            if (copy) want_copy[at + i] = real(x[at + i]);
         }
     }
     close(what + " y", y.data(), want_y, 1e-5);
     close(what + " dx", dx.data(), want_dx, 2e-5);
+    close(what + " copy", copied.data(), want_copy, 0);
 }
 
 template <class T>
@@ -108,7 +111,7 @@ void test_norms() {
     Buffer<T> z(x), y(size_t(rows * c)), d(random<T>(rows * c, 4)), dx(size_t(rows * c));
     for (T* to : {y.data(), z.data()})
         emulate::launch(dim3(rows), dim3(64), 0, [&] {
-            Kernels<T>::rms_norm_fwd(z.data(), w.data(), nullptr, to, rows, c, 1, 1, c, c, 1e-3f);
+            Kernels<T>::rms_norm_fwd(z.data(), w.data(), nullptr, to, nullptr, rows, c, 1, 1, c, c, 1e-3f);
         });
     for (T* to : {dx.data(), d.data()})
         emulate::launch(dim3(rows), dim3(64), 0, [&] {

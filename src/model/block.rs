@@ -55,6 +55,13 @@ fn normed(norm: Option<&Norm>, x: &Matrix) -> Option<Matrix> {
     norm.map(|norm| norm.forward(x))
 }
 
+/// The norm of `x`, if there is one, and a copy of `x`.
+fn normed_and_copy(norm: Option<&Norm>, x: &Matrix) -> (Option<Matrix>, Matrix) {
+    let Some(norm) = norm else { return (None, x.clone()) };
+    let (normed, copy) = norm.forward_and_copy(x);
+    (Some(normed), copy)
+}
+
 impl Block {
     /// Whether any of its projections has an adapter.
     #[must_use]
@@ -107,20 +114,20 @@ impl Block {
     /// `x`: (T, n_embd); returns (T, n_embd).
     #[must_use]
     pub fn forward(&self, pass: &Pass<'_>, x: Matrix) -> (Matrix, Saved) {
-        let attention_in = normed(self.attention_norms.before.as_ref(), &x);
+        let (attention_in, mut y) = normed_and_copy(self.attention_norms.before.as_ref(), &x);
         let (o, attention) = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
-        let mut y = x.clone();
         let projection = &self.attention.projection;
         let (attention_h, attention_raw) =
             self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
                 projection.forward(pass.parameters, &o, pass.seed, y, accumulate)
             });
         let o = Parked::new(o, self.attention.parks_bf16(pass));
-        let middle = (!self.parallel_residual).then(|| y.clone());
-        let mlp_in = match (self.shared_norm, &middle) {
-            (true, _) => attention_in,
-            (false, Some(middle)) => normed(self.mlp_norms.before.as_ref(), middle),
-            (false, None) => normed(self.mlp_norms.before.as_ref(), &x),
+        let before = self.mlp_norms.before.as_ref();
+        let (mlp_in, middle) = if self.parallel_residual {
+            (if self.shared_norm { attention_in } else { normed(before, &x) }, None)
+        } else {
+            let (mlp_in, copy) = normed_and_copy(before, &y);
+            (mlp_in, Some(std::mem::replace(&mut y, copy)))
         };
         let mlp_in = mlp_in.as_ref().or(middle.as_ref()).unwrap_or(&x);
         let after = self.mlp_norms.after.as_ref();
@@ -141,9 +148,8 @@ impl Block {
     /// Output of the block for new tokens after those that `cache` keeps.
     #[must_use]
     pub fn decode(&self, pass: &Pass<'_>, x: Matrix, cache: &mut LayerCache) -> Matrix {
-        let attention_in = normed(self.attention_norms.before.as_ref(), &x);
+        let (attention_in, mut y) = normed_and_copy(self.attention_norms.before.as_ref(), &x);
         let o = self.attention.decode(pass, attention_in.as_ref().unwrap_or(&x), cache);
-        let mut y = x.clone();
         let projection = &self.attention.projection;
         self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
             projection.forward(pass.parameters, &o, pass.seed, y, accumulate)

@@ -100,14 +100,32 @@ impl Norm {
     pub fn forward(&self, x: &Matrix) -> Matrix {
         let mut y = x.new_like(x.rows(), x.cols());
         if let Some(place) = x.place() {
-            self.forward_on(place, x.view(), y.pointer(), y.cols());
+            self.forward_on(place, x.view(), (y.pointer(), y.cols()), 0);
             return y;
         }
-        let chunk = rows_per_task(x.rows()) * x.cols();
-        y.par_chunks_mut(chunk.max(1)).zip(x.par_chunks(chunk.max(1))).for_each(|(y, x)| {
-            forward_rows(self, x, y);
-        });
+        let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
+        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| forward_rows(self, x, y));
         y
+    }
+
+    /// The norm of every row of `x`, and `x` again, for which it is read once.
+    ///
+    /// # Shapes
+    /// `x`: (T, C), C a multiple of `group`; returns two of (T, C).
+    #[must_use]
+    pub fn forward_and_copy(&self, x: &Matrix) -> (Matrix, Matrix) {
+        let [mut y, mut copy] = [(); 2].map(|()| x.new_like(x.rows(), x.cols()));
+        if let Some(place) = x.place() {
+            self.forward_on(place, x.view(), (y.pointer(), y.cols()), copy.pointer());
+            return (y, copy);
+        }
+        let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
+        let to = y.par_chunks_mut(chunk).zip(copy.par_chunks_mut(chunk));
+        to.zip(x.par_chunks(chunk)).for_each(|((y, copy), x)| {
+            forward_rows(self, x, y);
+            copy.copy_from_slice(x);
+        });
+        (y, copy)
     }
 
     /// Gradient of the input, written to `dx` or added to it.
@@ -132,7 +150,7 @@ impl Norm {
         let mut before = x.new_like(x.rows(), columns.len());
         if let Some(place) = x.place() {
             rows::copy(x.columns(columns.clone()), &mut before.view_mut());
-            self.forward_on(place, before.view(), x.columns(columns).pointer(), x.cols());
+            self.forward_on(place, before.view(), (x.columns(columns).pointer(), x.cols()), 0);
             return before;
         }
         let cols = x.cols();
@@ -175,13 +193,15 @@ impl Norm {
         format!("{}_{direction}", if self.kind == Kind::Rms { "rms_norm" } else { "layer_norm" })
     }
 
-    fn forward_on(&self, (device, dtype): (&Device, Dtype), x: View<'_>, y: u64, y_stride: usize) {
+    /// Also copies `x` to an address that is not 0.
+    fn forward_on(&self, (device, dtype): (&Device, Dtype), x: View<'_>, (y, y_stride): (u64, usize), copy: u64) {
         let (groups, grid, block) = self.shape(&x);
         let args = [
             x.pointer().into(),
             self.weight.on(device).into(),
             self.bias.as_ref().map_or(0, |bias| bias.on(device)).into(),
             y.into(),
+            copy.into(),
             int(groups),
             int(self.group),
             int(x.cols / self.group),
