@@ -168,10 +168,7 @@ impl Session {
             self.cache.truncate(0);
         }
         let new = if again { &self.ids } else { new };
-        let pass = || match guess {
-            [] => gpt.next_logits(new, &mut self.cache),
-            _ => gpt.all_logits(&[new, guess].concat(), &mut self.cache),
-        };
+        let pass = || gpt.last_logits(&[new, guess].concat(), 1 + guess.len(), &mut self.cache);
         let logits = if new.len() > 1 { reusing(Reuse::Steps, || in_pool(pass)) } else { in_pool(pass) };
         gpt.check()?;
         Ok(logits)

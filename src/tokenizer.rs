@@ -59,6 +59,9 @@ impl<'de> Deserialize<'de> for AddBos {
 /// Content of a checkpoint's file by name.
 pub type Text<'a> = dyn Fn(&str) -> Result<Option<String>> + 'a;
 
+/// Tokens that a model may have no embedding for.
+const STRAY: usize = 256;
+
 /// A checkpoint's tokenizer. Cloning it is cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -72,6 +75,8 @@ pub struct Tokenizer {
     eos_ids: Vec<u32>,
     /// Its source, and the file that it stands in.
     chat_template: Option<(PathBuf, String)>,
+    /// Embeddings of the model that reads the ids.
+    rows: usize,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -109,7 +114,23 @@ impl Tokenizer {
         let auto_bos = files_want_bos(&files.tokenizer, &inner, bos_id);
         let chat_template = chat_template(dir, text, &files.tokenizer)?;
         let (inner, dir) = (Arc::new(inner), dir.to_owned());
-        Ok(Self { inner, dir, policy: AddBos::Auto, auto_bos, bos_id, eos_id, eos_ids, chat_template })
+        Ok(Self {
+            inner,
+            dir,
+            policy: AddBos::Auto,
+            auto_bos,
+            bos_id,
+            eos_id,
+            eos_ids,
+            chat_template,
+            rows: usize::MAX,
+        })
+    }
+
+    /// The same tokenizer for a model of `rows` embeddings: a text with another id is refused.
+    #[must_use]
+    pub fn for_model(self, rows: usize) -> Self {
+        Self { rows, ..self }
     }
 
     /// The same tokenizer under another BOS policy.
@@ -121,11 +142,20 @@ impl Tokenizer {
     /// Ids of `text`; special tokens that are written out in it become their ids, none is added.
     ///
     /// # Errors
-    /// When the tokenizer fails on the text.
+    /// When the tokenizer fails on the text, or the model has no embedding for a token of it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoded = quietly(|| self.inner.encode_fast(text, false));
         let encoding = encoded.ok_or_else(|| self.gave_up())?.map_err(|e| self.failed("encode a text", &e))?;
+        self.check(encoding.get_ids())?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Refuses ids that the model has no embedding for.
+    fn check(&self, ids: &[u32]) -> Result<()> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= self.rows) else { return Ok(()) };
+        let token = self.id_to_token(*id).unwrap_or_default();
+        let message = format!("a text has the token `{token}` (id {id}), and the model only {} embeddings", self.rows);
+        Err(Error::refused(message, "leave it out of the text: it is for other models with this tokenizer"))
     }
 
     /// Ids of a prompt: BOS goes first if [`Tokenizer::adds_bos`] and `text` does not begin with it already.
@@ -186,6 +216,7 @@ impl Tokenizer {
     pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
         let encoded = quietly(|| self.inner.encode(text, false));
         let encoding = encoded.ok_or_else(|| self.gave_up())?.map_err(|e| self.failed("encode a text", &e))?;
+        self.check(encoding.get_ids())?;
         Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(|(id, span)| (*id, span.0)).collect())
     }
 
@@ -276,14 +307,19 @@ impl Tokenizer {
         self.chat_template.as_ref().map_or(&self.dir, |(path, _)| path)
     }
 
-    /// What is wrong for a model of `rows` embeddings: tokens whose ids are beyond them.
+    /// What is wrong for a model of `rows` embeddings: BOS, EOS or much of the vocabulary is beyond them. A few tokens may be,
+    /// as models of a family share a tokenizer, and only some of them read images.
     #[must_use]
     pub fn ids_beyond(&self, rows: usize) -> Vec<String> {
         let beyond = |id: &u32| *id as usize >= rows;
-        let highest = self.inner.get_vocab(true).into_iter().filter(|(_, id)| beyond(id)).max_by_key(|(_, id)| *id);
+        let vocabulary = self.inner.get_vocab(true);
+        let without: Vec<(&String, &u32)> = vocabulary.iter().filter(|(_, id)| beyond(id)).collect();
         let mut problems = Vec::new();
-        if let Some((token, id)) = highest {
-            problems.push(format!("tokenizer.json gives `{token}` the id {id}, and the model has {rows} embeddings"));
+        if let Some((token, id)) = without.iter().max_by_key(|(_, id)| *id).filter(|_| without.len() > STRAY) {
+            problems.push(format!(
+                "tokenizer.json has {} tokens, of which `{token}` is the id {id}, and the model has {rows} embeddings",
+                vocabulary.len()
+            ));
         }
         for (key, id) in
             self.eos_ids.iter().map(|id| ("eos_token_id", *id)).chain(self.bos_id.map(|id| ("bos_token_id", id)))
@@ -601,6 +637,19 @@ mod tests {
 
     fn load(post_processor: Value, config: &str) -> Tokenizer {
         Tokenizer::load(folder(post_processor, &[("tokenizer_config.json", config)]).path()).unwrap()
+    }
+
+    #[test]
+    fn a_token_without_embedding_is_refused_where_it_is_used() {
+        let t = load(bos_first(), "{}");
+        let rows = t.vocab_size();
+        let short = t.clone().for_model(rows - 1);
+        assert!(short.ids_beyond(rows - 1).is_empty());
+        assert_eq!(short.encode("a").unwrap(), t.encode("a").unwrap());
+        let e = short.encode("a b").unwrap_err().to_string();
+        assert!(e.contains("`▁b`") && e.contains(&(rows - 1).to_string()), "{e}");
+        assert!(short.encode_with_starts("a b").is_err());
+        assert!(t.ids_beyond(2).iter().any(|problem| problem.contains("tokenizer.json has")));
     }
 
     #[test]

@@ -61,8 +61,9 @@ fn a_text_that_becomes_long_turns_anew() {
     let dir = tempfile::tempdir().unwrap();
     long_texts(dir.path(), 20);
     let (_, gpt) = open(dir.path());
-    let prompt = [5, 17, 3, 99, 41, 8, 250, 7, 1, 40, 12];
-    for prompt_lookup in [0, 8] {
+    // Guesses where it repeats itself, too, also while it becomes long.
+    let prompts = (2..12).map(|period| std::array::from_fn(|i| [5, 17, 3, 99, 41, 8, 250, 7, 1, 40, 12][i % period]));
+    for (prompt, prompt_lookup) in prompts.flat_map(|prompt: [u32; 11]| [(prompt, 0), (prompt, 8)]) {
         let request = Request {
             prompt: &prompt,
             max_new_tokens: 24,
@@ -80,7 +81,7 @@ fn a_text_that_becomes_long_turns_anew() {
                 Ok(true)
             })
             .unwrap();
-            assert_eq!(text.len(), 35);
+            assert_eq!(text.len(), 35, "{prompt:?}, {prompt_lookup} guessed");
             for end in prompt.len()..text.len() {
                 let whole = gpt.all_logits(&text[..end], &mut gpt.cache());
                 assert_eq!(text[end], most_likely(whole.row(end - 1)), "token {end}");

@@ -3,7 +3,7 @@
 use super::args::FinetuneArgs;
 use super::folders::{self, BEST, Folders};
 use super::load::{
-    Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, check_vocabulary, fetched, own_tokenizer, quantizer, weights,
+    Compute, MANIFEST, Manifest, PROMPT_STYLE, add_bos, fetched, fitted, own_tokenizer, quantizer, weights,
 };
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
@@ -39,8 +39,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     check_out_dir(&settings.out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
-    let tokenizer = own_tokenizer(&checkpoint)?.with_bos(add_bos(settings.add_bos));
-    check_vocabulary(&tokenizer, &checkpoint)?;
+    let tokenizer = fitted(own_tokenizer(&checkpoint)?, &checkpoint)?.with_bos(add_bos(settings.add_bos));
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
     let mut dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
     let style = dataset.style.clone();

@@ -316,8 +316,7 @@ pub fn tokenizer(dir: &Path, checkpoint: &Checkpoint) -> Result<Tokenizer> {
     };
     let own = adapter::has_adapter(dir) && dir.join("tokenizer.json").is_file();
     let tokenizer = if own { Tokenizer::load(dir)? } else { own_tokenizer(checkpoint)? };
-    check_vocabulary(&tokenizer, checkpoint)?;
-    Ok(tokenizer.with_bos(policy))
+    Ok(fitted(tokenizer, checkpoint)?.with_bos(policy))
 }
 
 /// The tokenizer of a checkpoint.
@@ -328,14 +327,15 @@ pub fn own_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
     Tokenizer::of(&checkpoint.dir, &|name| checkpoint.companion(name))
 }
 
-/// Refuses a tokenizer whose ids the model has no embedding for.
+/// The tokenizer for the checkpoint's model.
 ///
 /// # Errors
-/// When it has more tokens than the model.
-pub fn check_vocabulary(tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<()> {
-    let problems = tokenizer.ids_beyond(checkpoint.config.vocab_size);
+/// When the model has no embeddings for what it needs.
+pub fn fitted(tokenizer: Tokenizer, checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    let rows = checkpoint.config.vocab_size;
+    let problems = tokenizer.ids_beyond(rows);
     if problems.is_empty() {
-        return Ok(());
+        return Ok(tokenizer.for_model(rows));
     }
     let what = format!("tokenizer and weights of `{}` do not belong together", checkpoint.dir.display());
     Err(Error::Mismatch { what, problems, hint: "download the checkpoint again".to_owned() })

@@ -2,9 +2,7 @@
 //! memory that takes. Nothing is written; all problems are gathered before it fails.
 
 use super::args::ValidateArgs;
-use super::load::{
-    Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, check_vocabulary, prompt_style, tokenizer, weights,
-};
+use super::load::{Compute, MANIFEST, Manifest, PROMPT_STYLE, base_dir, prompt_style, tokenizer, weights};
 use super::ui::Ui;
 use crate::checkpoint::{Checkpoint, Layout, adapter, litgpt, state};
 use crate::data::chat::ChatTemplate;
@@ -128,9 +126,6 @@ fn describe(checkpoint: &Checkpoint, found: &mut Findings) {
 /// Tokenizer, prompt style and chat template.
 fn check_words(dir: &Path, checkpoint: &Checkpoint, found: &mut Findings) {
     let Some(tokenizer) = found.note(tokenizer(dir, checkpoint)) else { return };
-    if found.note(check_vocabulary(&tokenizer, checkpoint)).is_none() {
-        return;
-    }
     found.note(tokenizer.require_eos());
     let styled = if dir.join(PROMPT_STYLE).is_file() { dir } else { &checkpoint.dir };
     let style = found.note(prompt_style(styled, None, &tokenizer));

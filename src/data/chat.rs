@@ -6,7 +6,6 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
@@ -24,13 +23,16 @@ pub struct Message {
     pub role: String,
     /// What is said.
     pub content: String,
+    /// What was thought before, apart from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
 }
 
 impl Message {
     /// A message of `role`.
     #[must_use]
     pub fn new(role: &str, content: &str) -> Self {
-        Self { role: role.to_owned(), content: content.to_owned() }
+        Self { role: role.to_owned(), content: content.to_owned(), reasoning_content: None }
     }
 
     /// Whether the model says it.
@@ -93,8 +95,15 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |text: String| -> std::result::Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
         });
-        environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
+        environment.add_function("strftime_now", |format: &str| strftime(format, chrono::Local::now().naive_local()));
         environment.add_filter("tojson", to_json);
+        environment.add_filter("default", or_default);
+        environment.add_filter("d", or_default);
+        // As Python has them: none is neither, texts and maps are both.
+        let iterable = |kind| matches!(kind, ValueKind::Iterable | ValueKind::Undefined);
+        let sequence = |kind| matches!(kind, ValueKind::Seq | ValueKind::Map | ValueKind::String);
+        environment.add_test("sequence", move |value: &Value| sequence(value.kind()));
+        environment.add_test("iterable", move |value: &Value| iterable(value.kind()) || sequence(value.kind()));
         environment.add_function(PLAIN, |value: Value| plain(&value, DEEPEST, &mut { MOST_ITEMS }));
         let text = plain_assignments(&without_generation_tags(source));
         let compile = || environment.add_template_owned(NAME, text).map(|()| environment);
@@ -124,7 +133,10 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let template = self.environment.get_template(NAME).map_err(|e| broken(&self.path, &e))?;
         let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
-        let value = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
+        let value = |m: &Message| {
+            let thought = m.reasoning_content.as_deref().map(|thought| ("reasoning_content", thought));
+            Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())].into_iter().chain(thought))
+        };
         let (none, messages) = (Value::from(()), messages.iter().map(value).collect::<Vec<Value>>());
         let mut text = Limited(Vec::new());
         let known = context! {
@@ -148,7 +160,8 @@ impl ChatTemplate {
             let before = self.render(&messages[..i], true)?;
             let upto = self.render(&messages[..=i], false)?;
             let from = ranges.last().map_or(0, |range: &Range<usize>| range.end);
-            let range = answer_in(&text, from, &before, &upto, &message.content).ok_or_else(|| {
+            let upto = Rendered { text: &upto, closing: &self.eos_token };
+            let range = answer_in(&text, from, &before, upto, &message.content).ok_or_else(|| {
                 let what = format!("masking turn {} with this chat template, which rewrites earlier turns", i + 1);
                 Error::unsupported(what, "train on all turns: --data.mask_prompt false")
             })?;
@@ -158,22 +171,42 @@ impl ChatTemplate {
     }
 }
 
+/// A dialogue up to an answer, behind which a template may write `closing` that is not there once others follow.
+#[derive(Clone, Copy)]
+struct Rendered<'a> {
+    text: &'a str,
+    closing: &'a str,
+}
+
 /// Where an answer stands in `text`: from the end of the prompt `before` to the end of `upto`. A template may write a
-/// turn differently once others follow it (reasoning is left out of earlier turns): then the answer's own words and
-/// what stood behind them are looked for.
-fn answer_in(text: &str, from: usize, before: &str, upto: &str, content: &str) -> Option<Range<usize>> {
-    let content = content.trim();
-    let start = if text.starts_with(before) && before.len() >= from {
-        before.len()
+/// turn differently once others follow it, or than its prompt has it (reasoning is left out of earlier turns): then the
+/// answer's own words, or those behind its reasoning, and what stood behind them are looked for.
+fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content: &str) -> Option<Range<usize>> {
+    let said = [content.trim(), content.rsplit("</think>").next().unwrap_or_default().trim()];
+    let found = |at: usize| said.iter().find_map(|said| Some((at + text.get(at..)?.find(said)?, *said)));
+    let shared = common_prefix(text, before);
+    let start = if shared == before.len() && shared >= from {
+        shared
     } else {
-        from + text.get(from..)?.find(content)?
+        // The answer may begin as what the prompt has in its place.
+        let earlier = || found(from.max(text.floor_char_boundary(shared.saturating_sub(content.len()))));
+        found(from.max(shared)).or_else(earlier)?.0
     };
-    if text.starts_with(upto) && upto.len() >= start {
-        return Some(start..upto.len());
+    if text.starts_with(upto.text) && upto.text.len() >= start {
+        return Some(start..upto.text.len());
     }
-    let end = start + text.get(start..)?.find(content)? + content.len();
-    let behind = &upto[upto.rfind(content)? + content.len()..];
-    Some(start..if text[end..].starts_with(behind) { end + behind.len() } else { end })
+    let (at, said) = found(start)?;
+    let end = at + said.len();
+    let behind = upto.text.rfind(said).map_or("", |at| &upto.text[at + said.len()..]);
+    let open = behind.strip_suffix(upto.closing).unwrap_or(behind);
+    let goes_on = [behind, open].into_iter().find(|behind| text[end..].starts_with(behind));
+    Some(start..end + goes_on.map_or(0, str::len))
+}
+
+/// Bytes of the whole characters that both begin with.
+fn common_prefix(a: &str, b: &str) -> usize {
+    let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    a.floor_char_boundary(same)
 }
 
 /// Text up to a length that no dialogue has.
@@ -284,111 +317,120 @@ fn plain(value: &Value, depth: usize, room: &mut usize) -> std::result::Result<V
     value.try_iter()?.map(|value| item(&value)).collect::<std::result::Result<Vec<Value>, _>>().map(Value::from)
 }
 
+/// Jinja's `default`: for what is not defined, or with `boolean` for all that is false.
+fn or_default(
+    value: &Value,
+    other: Option<Value>,
+    also_false: Option<bool>,
+    options: Kwargs,
+) -> std::result::Result<Value, minijinja::Error> {
+    let other = options.get::<Option<Value>>("default_value")?.or(other).unwrap_or_else(|| Value::from(""));
+    let also_false = options.get::<Option<bool>>("boolean")?.or(also_false).unwrap_or(false);
+    options.assert_all_used()?;
+    Ok(if value.is_undefined() || (also_false && !value.is_true()) { other } else { value.clone() })
+}
+
+/// How `tojson` writes.
+struct Json {
+    indent: Option<usize>,
+    /// Between items, and between a key and its value.
+    separators: [String; 2],
+    sorted: bool,
+    ascii: bool,
+}
+
 /// `json.dumps(value, ensure_ascii=False)` as transformers has it: not escaped for HTML, blanks behind `,` and `:`.
 fn to_json(value: &Value, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
+    let refused = |what: String| minijinja::Error::new(ErrorKind::InvalidOperation, what);
     let indent: Option<usize> = options.get("indent")?;
     if indent.is_some_and(|width| width > WIDEST) {
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("an indent of more than {WIDEST}")));
+        return Err(refused(format!("an indent of more than {WIDEST}")));
     }
-    let _: Option<bool> = options.get("ensure_ascii")?;
+    let separators = match options.get::<Option<Vec<String>>>("separators")? {
+        Some(given) => given.try_into().map_err(|_| refused("separators are two texts".to_owned()))?,
+        None => [if indent.is_some() { "," } else { ", " }, ": "].map(str::to_owned),
+    };
+    let flag = |name: &str| Ok::<bool, minijinja::Error>(options.get::<Option<bool>>(name)?.unwrap_or(false));
+    let json = Json { indent, separators, sorted: flag("sort_keys")?, ascii: flag("ensure_ascii")? };
     options.assert_all_used()?;
     let tree =
         serde_json::to_value(value).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let mut text = String::new();
-    write_json(&tree, indent, 0, &mut text);
+    json.write(&tree, 0, &mut text);
     Ok(Value::from_safe_string(text))
 }
 
-fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
-    use serde_json::Value as Json;
-    let line = |depth: usize| indent.map_or_else(String::new, |n| format!("\n{}", " ".repeat(n * depth)));
-    let comma = if indent.is_some() { "," } else { ", " };
-    let mut items = |open: char, close: char, items: Vec<(Option<&String>, &Json)>| {
+impl Json {
+    fn write(&self, value: &serde_json::Value, depth: usize, out: &mut String) {
+        match value {
+            serde_json::Value::Array(list) => {
+                self.items(['[', ']'], list.iter().map(|item| (None, item)).collect(), depth, out);
+            }
+            serde_json::Value::Object(object) => {
+                let mut items: Vec<_> = object.iter().map(|(key, item)| (Some(key), item)).collect();
+                if self.sorted {
+                    items.sort_by_key(|(key, _)| *key);
+                }
+                self.items(['{', '}'], items, depth, out);
+            }
+            other => self.scalar(other, out),
+        }
+    }
+
+    fn items(
+        &self,
+        [open, close]: [char; 2],
+        items: Vec<(Option<&String>, &serde_json::Value)>,
+        depth: usize,
+        out: &mut String,
+    ) {
+        let line = |depth: usize| self.indent.map_or_else(String::new, |n| format!("\n{}", " ".repeat(n * depth)));
         out.push(open);
         for (i, (key, item)) in items.iter().enumerate() {
-            out.push_str(if i > 0 { comma } else { "" });
+            out.push_str(if i > 0 { &self.separators[0] } else { "" });
             out.push_str(&line(depth + 1));
             if let Some(key) = key {
-                out.push_str(&Json::String((*key).clone()).to_string());
-                out.push_str(": ");
+                self.scalar(&serde_json::Value::String((*key).clone()), out);
+                out.push_str(&self.separators[1]);
             }
-            write_json(item, indent, depth + 1, out);
+            self.write(item, depth + 1, out);
         }
         if !items.is_empty() {
             out.push_str(&line(depth));
         }
         out.push(close);
-    };
-    match value {
-        Json::Array(list) => items('[', ']', list.iter().map(|item| (None, item)).collect()),
-        Json::Object(object) => items('{', '}', object.iter().map(|(key, item)| (Some(key), item)).collect()),
-        other => out.push_str(&other.to_string()),
+    }
+
+    fn scalar(&self, value: &serde_json::Value, out: &mut String) {
+        let text = value.to_string();
+        if !self.ascii {
+            return out.push_str(&text);
+        }
+        for c in text.chars() {
+            if c.is_ascii() {
+                out.push(c);
+            } else {
+                c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")));
+            }
+        }
     }
 }
 
-/// The date and time of `now` in UTC, in the formats that templates use.
-fn strftime(format: &str, now: SystemTime) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
-    let mut text = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            text.push(c);
-            continue;
-        }
-        match chars.next() {
-            Some('Y') => text.push_str(&year.to_string()),
-            Some('m') => text.push_str(&format!("{month:02}")),
-            Some('d') => text.push_str(&format!("{day:02}")),
-            Some('B') => text.push_str(month_name),
-            Some('b') => text.push_str(&month_name[..3]),
-            Some('A') => text.push_str(day_name),
-            Some('a') => text.push_str(&day_name[..3]),
-            Some('H') => text.push_str(&format!("{:02}", second / 3600)),
-            Some('M') => text.push_str(&format!("{:02}", second / 60 % 60)),
-            Some('S') => text.push_str(&format!("{:02}", second % 60)),
-            Some('%') | None => text.push('%'),
-            Some(other) => text.extend(['%', other]),
-        }
+/// A time in Python's `strftime` format.
+fn strftime(format: &str, at: chrono::NaiveDateTime) -> std::result::Result<String, minijinja::Error> {
+    use chrono::format::{Item, StrftimeItems};
+    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
+    if items.contains(&Item::Error) {
+        let what = format!("strftime_now with the format {format:?}");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, what));
     }
-    text
-}
-
-/// Year, month and day of the day `days` after 1970-01-01 (Howard Hinnant's `civil_from_days`).
-fn civil(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468; // since 0000-03-01
-    let (era, of_era) = (days / 146_097, days % 146_097);
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (era * 400 + year + u64::from(month <= 2), month, day)
+    Ok(at.format_with_items(items.into_iter()).to_string())
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] \
                           + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ \
@@ -407,6 +449,68 @@ mod tests {
         let said: Vec<&str> = ranges.iter().map(|range| &text[range.clone()]).collect();
         assert_eq!(said, ["b<|im_end|>\n", "b<|im_end|>\n"]);
         assert_eq!(ranges[0].start, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n".len());
+    }
+
+    fn said(source: &str, closing: &str, turns: &[(&str, &str)]) -> Vec<String> {
+        let template = ChatTemplate::new(Path::new("t.jinja"), source, "", closing).unwrap();
+        let turns: Vec<Message> = turns.iter().map(|(role, content)| Message::new(role, content)).collect();
+        let (text, ranges) = template.answers(&turns).unwrap();
+        ranges.into_iter().map(|range| text[range].to_owned()).collect()
+    }
+
+    /// As DeepSeek R1 does: the prompt opens a thought, and the whole text has none.
+    #[test]
+    fn an_answer_is_not_found_in_its_question() {
+        let source = "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content.split('</think>')[-1] }}\
+                      {{ '<end>' if m.role == 'assistant' }}{% endfor %}{{ '<A><think>\n' if add_generation_prompt }}";
+        let turns = [("user", "yes or no?"), ("assistant", "yes"), ("user", "<A or yes?"), ("assistant", "<A")];
+        assert_eq!(said(source, "<end>", &turns), ["yes<end>", "<A<end>"]);
+        let thought = [("user", "4 + 7 = 11?"), ("assistant", "<think>\nbecause\n</think>\n\n11"), turns[2], turns[3]];
+        assert_eq!(said(source, "<end>", &thought), ["11<end>", "<A<end>"]);
+    }
+
+    /// As Phi 3 does: what closes a text is not there once it goes on.
+    #[test]
+    fn end_marks_of_earlier_answers_are_theirs() {
+        let source = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}\
+                      {{ '<|assistant|>\n' if add_generation_prompt else eos_token }}";
+        let turns = [("user", "a"), ("assistant", "\nline\n\n"), ("user", "c"), ("assistant", "d")];
+        assert_eq!(said(source, "</s>", &turns), ["\nline\n\n<|end|>\n", "d<|end|>\n</s>"]);
+    }
+
+    #[test]
+    fn reasoning_goes_to_the_template() {
+        let source =
+            "{% for m in messages %}{{ m.reasoning_content if m.reasoning_content is string else '-' }}{% endfor %}";
+        let template = ChatTemplate::new(Path::new("t.jinja"), source, "", "").unwrap();
+        let mut turns = talk();
+        turns[3].reasoning_content = Some("because".to_owned());
+        assert_eq!(template.render(&turns, false).unwrap(), "---because");
+    }
+
+    #[test]
+    fn tests_and_filters_are_pythons() {
+        let text = |source: &str| {
+            ChatTemplate::new(Path::new("t.jinja"), source, "", "").unwrap().render(&talk(), false).unwrap()
+        };
+        for (source, want) in [
+            (
+                "{{ tools is iterable }} {{ 'x' is iterable }} {{ {} is iterable }} {{ 3 is iterable }}",
+                "False True True False",
+            ),
+            (
+                "{{ 'x' is sequence }} {{ {} is sequence }} {{ [] is sequence }} {{ none is sequence }}",
+                "True True True False",
+            ),
+            (
+                "{{ ''|default('a', true) }}{{ ''|default('b', boolean=true) }}{{ ''|d('c') }}{{ x|default('d') }}",
+                "abd",
+            ),
+            ("{{ {'b': 'é', 'a': [1]}|tojson(sort_keys=true, separators=(',', ':')) }}", r#"{"a":[1],"b":"é"}"#),
+            ("{{ ['é🙂']|tojson(ensure_ascii=true) }}", r#"["\u00e9\ud83d\ude42"]"#),
+        ] {
+            assert_eq!(text(source), want, "{source}");
+        }
     }
 
     /// As Qwen 3 does: what was thought is written for the last turn only.
@@ -477,9 +581,9 @@ mod tests {
 
     #[test]
     fn dates_are_written_as_by_strftime() {
-        let at = |seconds| strftime("%d %b %Y %A %H:%M:%S %%", UNIX_EPOCH + Duration::from_secs(seconds));
-        assert_eq!(at(0), "01 Jan 1970 Thursday 00:00:00 %");
-        assert_eq!(at(1_709_210_096), "29 Feb 2024 Thursday 12:34:56 %");
-        assert_eq!(at(1_735_689_599), "31 Dec 2024 Tuesday 23:59:59 %");
+        let at = chrono::DateTime::from_timestamp(1_709_210_096, 0).unwrap().naive_utc();
+        let text = strftime("%d %b %Y %A %H:%M:%S %% %-d %y %j %e %p %I %F", at).unwrap();
+        assert_eq!(text, "29 Feb 2024 Thursday 12:34:56 % 29 24 060 29 PM 12 2024-02-29");
+        assert!(strftime("%Q", at).unwrap_err().to_string().contains("%Q"));
     }
 }

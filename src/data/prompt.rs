@@ -387,6 +387,10 @@ impl PromptStyle {
                 "system" if turns.is_empty() => sys.push(message.content.as_str()),
                 // A later system prompt is said to the model as the user's words: the styles have no place for it.
                 "system" | "user" => user.push(message.content.as_str()),
+                "assistant" if message.reasoning_content.is_some() => {
+                    let what = format!("`reasoning_content` with prompt style {}", self.name());
+                    return Err(Error::unsupported(what, "use --data.prompt_style chat"));
+                }
                 "assistant" => {
                     let text = prompt(&turns, &mut sys, &mut user);
                     turns.push((text, Some(message.content.as_str())));

@@ -289,6 +289,9 @@ fn content(value: Value, shape: &Shape) -> std::result::Result<Content, String> 
             Some(other) => Err(format!("`text` must be a text, found {}", kind(&other))),
             None => Err(format!("no key `text` ({})", found(&object))),
         },
+        Shape::Conversation(_) if is_given(object.get("tools")) => {
+            Err("`tools` are not read; leave the key out to train without them".to_owned())
+        }
         Shape::Conversation(key) => match object.remove(*key) {
             Some(Value::Array(turns)) => conversation(key, turns),
             Some(Value::String(text)) => {
@@ -334,10 +337,24 @@ fn exchanges(record: Record, all: bool) -> Vec<Record> {
     pairs.take(if all { usize::MAX } else { 1 }).map(exchange).collect()
 }
 
+/// Whether a value says anything.
+fn is_given(value: Option<&Value>) -> bool {
+    value.is_some_and(|value| {
+        let empty =
+            value.as_array().is_some_and(Vec::is_empty) || value.as_str().is_some_and(|s| matches!(s, "" | "[]"));
+        !value.is_null() && !empty
+    })
+}
+
 fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String> {
-    if turn.get("tool_calls").is_some_and(|calls| !calls.is_null()) {
+    if is_given(turn.get("tool_calls")) {
         return Err("`tool_calls` are not read".to_owned());
     }
+    let thought = match turn.remove("reasoning_content") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text),
+        Some(other) => return Err(format!("`reasoning_content` must be a text, found {}", kind(&other))),
+    };
     let (role, content) = if turn.contains_key("from") { ("from", "value") } else { ("role", "content") };
     let lacking: Vec<_> = [role, content].into_iter().filter(|key| !turn.contains_key(*key)).collect();
     if !lacking.is_empty() {
@@ -353,12 +370,12 @@ fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String>
         other => other,
     };
     match turn.remove(content) {
-        Some(Value::String(text)) => Ok(Message::new(role, &text)),
+        Some(Value::String(text)) => Ok(Message { reasoning_content: thought, ..Message::new(role, &text) }),
         Some(Value::Array(parts)) => {
             let text = |part: &Value| part.get("text").and_then(Value::as_str).map(str::to_owned);
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
             let texts = texts.ok_or_else(|| format!("`{content}` has a part that is no text"))?;
-            Ok(Message::new(role, &texts.concat()))
+            Ok(Message { reasoning_content: thought, ..Message::new(role, &texts.concat()) })
         }
         other => Err(format!("`{content}` must be a text, found {}", kind(&other.unwrap_or_default()))),
     }

@@ -519,17 +519,32 @@ impl Gpt {
     /// cache does not go on ([`Self::goes_on`]).
     #[must_use]
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+        self.last_logits(ids, 1, cache)
+    }
+
+    /// Logits of the last `rows` of the new tokens, which all join the cache.
+    ///
+    /// # Shapes
+    /// `ids`: (T), at least `rows`; returns (rows, vocab_size), on the host.
+    ///
+    /// # Panics
+    /// As [`Self::next_logits`].
+    #[must_use]
+    pub fn last_logits(&self, ids: &[u32], rows: usize, cache: &mut Cache) -> Matrix {
         let x = self.decode_hidden(ids, cache);
-        self.logits_of(&gather(&x, &vec![x.rows() as u32 - 1].into()))
+        let last = (x.rows() - rows..x.rows()).map(|row| row as u32);
+        if rows == x.rows() { self.logits_of(&x) } else { self.logits_of(&gather(&x, &last.collect())) }
     }
 
     /// Logits of all new tokens, which join the cache.
     ///
     /// # Shapes
     /// `ids`: (T); returns (T, vocab_size), on the host.
+    ///
+    /// # Panics
+    /// As [`Self::next_logits`].
     #[must_use]
     pub fn all_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        let x = self.decode_hidden(ids, cache);
-        self.logits_of(&x)
+        self.last_logits(ids, ids.len(), cache)
     }
 }

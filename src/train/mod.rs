@@ -261,7 +261,7 @@ impl Run<'_, '_> {
         if settings.eval.initial_validation && !self.resumed && self.validate(true)? {
             self.save(&step_name(0))?;
         }
-        self.started = Instant::now();
+        (self.started, self.evaluating) = (Instant::now(), 0.0);
         while !is_over(settings, &self.plan, &self.at) && !self.out_of_budget() {
             if !self.step()? {
                 self.save(&step_name(self.at.step))?;

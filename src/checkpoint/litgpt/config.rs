@@ -197,7 +197,7 @@ fn translate(path: &Path, yaml: &Map<String, Value>) -> Result<Map<String, Value
         "num_attention_heads": value("n_head"), "num_key_value_heads": groups,
         "head_dim": value("head_size"), "intermediate_size": value("intermediate_size"),
         "max_position_embeddings": value("block_size"), "rope_theta": yaml.get("rope_base").unwrap_or(&json!(10000)),
-        "partial_rotary_factor": share, "rope_scaling": rope_scaling(yaml),
+        "partial_rotary_factor": share, "rotary_percentage": share, "rope_scaling": rope_scaling(yaml),
         "hidden_act": match text("mlp_class_name", "GptNeoxMLP").as_str() {
             "GptNeoxMLP" | "GemmaMLP" if tanh => "gelu_new",
             "GptNeoxMLP" | "GemmaMLP" => "gelu",

@@ -33,7 +33,7 @@ fn config(hf: &HfConfig) -> Result<Config> {
     config.mlp = Mlp::Plain;
     config.activation = hf.activation("activation", "gelu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", true)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.finish(hf.path())
 }
 

@@ -39,7 +39,7 @@ fn gemma(hf: &HfConfig) -> Result<Config> {
         other => other,
     };
     config.n_query_groups = hf.count_or("num_key_value_heads", 16)?.unwrap_or(16);
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.finish(hf.path())
 }
 
@@ -60,7 +60,7 @@ fn gemma2(hf: &HfConfig) -> Result<Config> {
     };
     config.attention_softcap = cap("attn_logit_softcapping", 50.0)?;
     config.final_softcap = cap("final_logit_softcapping", 30.0)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     let window = hf.count_or("sliding_window", 4096)?;
     hf.windows(&mut config, window, |layer| layer % 2 == 0)?;
     config.finish(hf.path())

@@ -27,7 +27,7 @@ pub(super) fn llama(hf: &HfConfig) -> Result<Config> {
     config.biases.projection = config.biases.qkv;
     config.biases.mlp = hf.flag("mlp_bias", false)?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.finish(hf.path())
 }
 
@@ -53,7 +53,7 @@ fn mixtral(hf: &HfConfig) -> Result<Config> {
         norm_topk: true,
     };
     config.rope_theta = 1_000_000.0;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.windows = vec![hf.count_or("sliding_window", None)?; config.n_layer];
     config.finish(hf.path())
 }
@@ -67,7 +67,7 @@ fn smollm3(hf: &HfConfig) -> Result<Config> {
     let mut config = llama(hf)?;
     config.n_query_groups = hf.count_unless_null("num_key_value_heads", 4)?.unwrap_or(config.n_head);
     config.rope_theta = 2_000_000.0;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     if hf.get("tie_word_embeddings").is_none() {
         config.tie_embeddings = true;
     }

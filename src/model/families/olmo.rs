@@ -29,7 +29,7 @@ fn base(hf: &HfConfig) -> Result<Config> {
 
 fn olmo(hf: &HfConfig) -> Result<Config> {
     let mut config = base(hf)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.clip_qkv = hf.number_if_any("clip_qkv")?.map(|v| v as f32);
     config.norm = Kind::Layer;
     config.norm_eps = 1e-5;
@@ -39,7 +39,7 @@ fn olmo(hf: &HfConfig) -> Result<Config> {
 
 fn olmo2(hf: &HfConfig) -> Result<Config> {
     let mut config = later(hf)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.finish(hf.path())
 }
 

@@ -24,7 +24,7 @@ fn phi(hf: &HfConfig) -> Result<Config> {
     config.mlp = Mlp::Plain;
     config.activation = hf.activation("hidden_act", "gelu_new")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 0.5)?;
+    hf.partial_rope(&mut config, "rope_theta", "partial_rotary_factor", 0.5)?;
     config.finish(hf.path())
 }
 
@@ -44,7 +44,7 @@ fn phi3(hf: &HfConfig) -> Result<Config> {
     config.norm_eps = hf.number("rms_norm_eps", 1e-5)? as f32;
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.partial_rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
     let window = hf.count_or("sliding_window", None)?;
     hf.windows(&mut config, window, |_| true)?;
     config.finish(hf.path())

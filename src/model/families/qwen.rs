@@ -54,7 +54,7 @@ fn qwen3_moe(hf: &HfConfig) -> Result<Config> {
     config.qk_norm = QkNorm::Head;
     config.biases.qkv = hf.flag("attention_bias", false)?;
     config.biases.projection = config.biases.qkv;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     // Its window, unlike Qwen 3's, is one for all layers.
     let used = hf.flag("use_sliding_window", false)?;
     config.windows = vec![hf.count_unless_null("sliding_window", 4096)?.filter(|_| used); config.n_layer];
@@ -67,7 +67,7 @@ fn base(hf: &HfConfig) -> Result<Config> {
     config.norm_eps = hf.number("rms_norm_eps", 1e-6)? as f32;
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     let used = hf.flag("use_sliding_window", false)?;
     let window = hf.count_unless_null("sliding_window", 4096)?.filter(|_| used);
     let first = hf.count_or("max_window_layers", 28)?.unwrap_or(28);

@@ -22,7 +22,7 @@ fn config(hf: &HfConfig) -> Result<Config> {
     }
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 0.25)?;
+    hf.partial_rope(&mut config, "rope_theta", "partial_rotary_factor", 0.25)?;
     config.finish(hf.path())
 }
 

@@ -19,7 +19,7 @@ fn config(hf: &HfConfig) -> Result<Config> {
     config.mlp = Mlp::Plain;
     config.activation = hf.activation("hidden_act", "gelu_pytorch_tanh")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", true)?;
-    hf.rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
+    hf.rope(&mut config)?;
     config.windows = vec![hf.count_or("sliding_window", None)?; config.n_layer];
     config.finish(hf.path())
 }
