@@ -3,12 +3,17 @@
 //! Where a family's files fuse modules (GPT-NeoX's `query_key_value`), PEFT knows only the fused one. Adapters on parts
 //! of it are written as the equal fused adapter: the A's below one another, the B's block-diagonal over rows and ranks,
 //! the rank summed and alpha scaled with it. A fused adapter loads as the same A for every part and its rows of B.
+//!
+//! Since transformers 5 the experts of a layer are two tensors, `gate_up_proj` and `down_proj`, to which PEFT gives one
+//! adapter each (`target_parameters`): A has the experts' ranks below one another, B side by side, rank by rank. Here each
+//! expert gets its own part of them; adapters are saved expert by expert, which PEFT reads too.
 
 use super::safe::Shards;
 use super::write::{Staging, TensorInfo, safetensors};
 use super::{Checkpoint, Dtype, litgpt};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
+use crate::model::config::Mlp;
 use crate::model::families::multimodal::text_name;
 use crate::model::families::{Family, Piece};
 use crate::model::linear::{Linear, Part};
@@ -44,6 +49,18 @@ struct Member<'a> {
     rows: Option<Vec<Range<usize>>>,
 }
 
+/// Where the file has a part's adapter.
+struct Place<'a> {
+    module: String,
+    names: &'a [Option<String>; 2],
+    /// Its rows of B; `None` for all.
+    rows: Option<Vec<Range<usize>>>,
+    /// Which expert it is of, of how many that share the matrices.
+    expert: Option<[usize; 2]>,
+    /// What patterns of the settings know it by.
+    known_as: String,
+}
+
 /// What to do with an adapter that asks for more than is done here.
 const BY_PEFT: &str = "merge that adapter with PEFT and use the merged model";
 
@@ -59,6 +76,39 @@ fn place(family: &Family, gpt: &Gpt, part: &str) -> (String, Option<Vec<Range<us
     }
     let Piece { tensor, rows } = (family.locate)(&gpt.config, &format!("{part}.weight")).swap_remove(0);
     (tensor.trim_end_matches(".weight").to_owned(), rows)
+}
+
+/// Where the file has the adapter of a part with so many inputs, if it has one.
+fn find<'a>(
+    family: &Family,
+    gpt: &Gpt,
+    shards: &Shards,
+    found: &'a HashMap<String, [Option<String>; 2]>,
+    (part, inputs): (&Part, usize),
+) -> Option<Place<'a>> {
+    let (module, rows) = place(family, gpt, &part.name);
+    if let Some(names) = found.get(&module) {
+        return Some(Place { known_as: module.clone(), module, names, rows, expert: None });
+    }
+    let Mlp::Experts { n_expert, .. } = gpt.config.mlp else { return None };
+    let (layer, expert) = part.name.split_once(".experts.")?;
+    let (expert, kind) = expert.split_once('.')?;
+    let n = part.rows.len();
+    let (tensor, rows, outputs) = match kind {
+        "gate_proj" => ("gate_up_proj", Some(vec![0..n]), 2 * n),
+        "up_proj" => ("gate_up_proj", Some(vec![n..2 * n]), 2 * n),
+        _ => ("down_proj", None, n),
+    };
+    // Which of the two adapters is inside of the other depends on which there are.
+    let shape = |name: &Option<String>| Some(shards.get(name.as_deref()?).ok()?.shape.clone());
+    let is_its = |[a, b]: &[Option<String>; 2]| {
+        shape(a).is_some_and(|a| a.get(1) == Some(&inputs)) && shape(b).is_some_and(|b| b.first() == Some(&outputs))
+    };
+    let modules = ["experts.base_layer", "experts"].map(|name| format!("{layer}.{name}"));
+    let (module, names) =
+        modules.into_iter().find_map(|module| Some((module.clone(), found.get(&module).filter(|n| is_its(n))?)))?;
+    let expert = Some([expert.parse().ok()?, n_expert]);
+    Some(Place { module, names, rows, expert, known_as: format!("{layer}.experts.{tensor}") })
 }
 
 /// The modules of the file that have adapters.
@@ -207,13 +257,18 @@ impl PeftConfig {
 
     /// What an adapter may ask for that would change its numbers here.
     fn refuse(path: &Path, json: &Value) -> Result<()> {
+        let of_expert = |name: &Value| {
+            let name = name.as_str().unwrap_or_default();
+            ["gate_up_proj", "down_proj"].contains(&name.rsplit('.').next().unwrap_or_default())
+        };
+        let of_experts = |value: &Value| value.as_array().is_some_and(|names| names.iter().all(of_expert));
         let neutral = |key: &str, value: &Value| match value {
             Value::Null | Value::Bool(false) => true,
             Value::Array(list) => list.is_empty(),
             Value::Object(map) => map.is_empty(),
             Value::String(text) => key == "bias" && text == "none",
             _ => false,
-        };
+        } || key == "target_parameters" && of_experts(value);
         let keys = [
             "use_dora",
             "modules_to_save",
@@ -292,15 +347,14 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     let mut parts: HashMap<String, (String, LoraConfig)> = HashMap::new();
     for linear in gpt.linears() {
         for part in &linear.parts {
-            let (module, rows) = place(family, gpt, &part.name);
-            let Some(names) = found.get(&module) else { continue };
-            match fits(&shards, names, &module, linear.inputs(), part.rows.len(), rows.as_deref()) {
+            let Some(place) = find(family, gpt, &shards, &found, (part, linear.inputs())) else { continue };
+            match fits(&shards, &place, linear.inputs(), part.rows.len()) {
                 Ok(r) if config.rank.is_some_and(|rank| rank != r as u64) => {
                     let rank = config.rank.unwrap_or_default();
-                    problems.push(format!("`{module}` has rank {r}, and {CONFIG} has `r` {rank}"));
+                    problems.push(format!("`{}` has rank {r}, and {CONFIG} has `r` {rank}", place.module));
                 }
                 Ok(r) => {
-                    parts.insert(part.name.clone(), (module.clone(), config.of(&module, r)));
+                    parts.insert(part.name.clone(), (place.module, config.of(&place.known_as, r)));
                 }
                 Err(problem) => problems.push(problem),
             }
@@ -309,7 +363,9 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     let placed: Vec<&String> = parts.values().map(|p| &p.0).collect();
     for module in found.keys().filter(|m| !placed.contains(m)) {
         if problems.iter().all(|p| !p.contains(module.as_str())) {
-            problems.push(format!("`{module}` is no module of this model"));
+            let what =
+                if is_router(gpt, module) { "a router, which has no adapter here" } else { "no module of this model" };
+            problems.push(format!("`{module}` is {what}"));
         }
     }
     if !problems.is_empty() || parts.is_empty() {
@@ -324,6 +380,10 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     }
     gpt.attach(|name| parts.get(name).map(|p| p.1));
     copy_parameters(gpt, family, &shards, &found)
+}
+
+fn is_router(gpt: &Gpt, module: &str) -> bool {
+    matches!(gpt.config.mlp, Mlp::Experts { .. }) && module.ends_with(".gate") && !module.contains(".experts.")
 }
 
 /// (module, 0 for A or 1 for B) of a tensor's name.
@@ -369,22 +429,18 @@ fn other_head(gpt: &Gpt, shards: &Shards, name: &str) -> Result<Option<String>> 
 }
 
 /// The rank of a module's matrices, if they fit a part.
-fn fits(
-    shards: &Shards,
-    names: &[Option<String>; 2],
-    module: &str,
-    inputs: usize,
-    outputs: usize,
-    rows: Option<&[Range<usize>]>,
-) -> std::result::Result<usize, String> {
-    let [Some(a), Some(b)] = names else { return Err(format!("`{module}` has only one of lora_A and lora_B")) };
+fn fits(shards: &Shards, place: &Place<'_>, inputs: usize, outputs: usize) -> std::result::Result<usize, String> {
+    let module = &place.module;
+    let [Some(a), Some(b)] = place.names else { return Err(format!("`{module}` has only one of lora_A and lora_B")) };
     let (a, b) = (shards.get(a).map_err(|e| e.to_string())?, shards.get(b).map_err(|e| e.to_string())?);
-    let r = *a.shape.first().unwrap_or(&0);
-    let b_fits = match rows {
-        None => b.shape == [outputs, r],
-        Some(rows) => b.shape.len() == 2 && b.shape[1] == r && rows.iter().all(|range| range.end <= b.shape[0]),
+    let ranks = *a.shape.first().unwrap_or(&0);
+    let r = ranks / place.expert.map_or(1, |[_, experts]| experts);
+    let b_fits = match &place.rows {
+        None => b.shape == [outputs, ranks],
+        Some(rows) => b.shape.len() == 2 && b.shape[1] == ranks && rows.iter().all(|range| range.end <= b.shape[0]),
     };
-    if r == 0 || a.shape != [r, inputs] || !b_fits {
+    let whole = place.expert.is_none_or(|[_, experts]| ranks == r * experts);
+    if r == 0 || a.shape != [ranks, inputs] || !b_fits || !whole {
         return Err(format!(
             "`{module}` has A {:?} and B {:?} for a module of {inputs} inputs and {outputs} outputs",
             a.shape, b.shape
@@ -400,20 +456,27 @@ fn copy_parameters(
     found: &HashMap<String, [Option<String>; 2]>,
 ) -> Result<()> {
     let mut parameters = gpt.parameters.to_host();
-    for part in gpt.linears().flat_map(|l| &l.parts) {
+    let parts = gpt.linears().flat_map(|linear| linear.parts.iter().map(move |part| (part, linear.inputs())));
+    for (part, inputs) in parts {
         let Some(lora) = &part.lora else { continue };
-        let (module, rows) = place(family, gpt, &part.name);
-        if let Some([Some(a), Some(b)]) = found.get(&module) {
+        let Some(place) = find(family, gpt, shards, found, (part, inputs)) else { continue };
+        if let [Some(a), Some(b)] = place.names {
             for name in [a, b] {
                 let raw = shards.get(name)?;
                 shards.require_finite(name, raw.dtype, &raw.bytes)?;
             }
-            parameters[lora.a.clone()].copy_from_slice(&shards.get(a)?.to_f32());
-            let b = shards.get(b)?.to_f32();
+            let (a, b) = (shards.get(a)?.to_f32(), shards.get(b)?.to_f32());
+            let [expert, experts] = place.expert.unwrap_or([0, 1]);
+            let n = lora.a.len();
+            parameters[lora.a.clone()].copy_from_slice(&a[expert * n..][..n]);
             let all = 0..part.rows.len();
-            let rows = rows.as_deref().unwrap_or(std::slice::from_ref(&all));
-            let r = lora.config.r;
-            let values = rows.iter().cloned().flatten().flat_map(|row| b[row * r..][..r].iter());
+            let rows = place.rows.as_deref().unwrap_or(std::slice::from_ref(&all));
+            let ranks = lora.config.r * experts;
+            let values = rows
+                .iter()
+                .cloned()
+                .flatten()
+                .flat_map(|row| b[row * ranks..][..ranks].iter().skip(expert).step_by(experts));
             parameters[lora.b.clone()].iter_mut().zip(values).for_each(|(p, v)| *p = *v);
         }
     }

@@ -360,12 +360,13 @@ mod tests {
 
     #[test]
     fn a_share_of_each_head_turns_where_transformers_reads_it() {
-        let turned =
-            |model_type: &str| dense(model_type, r#", "partial_rotary_factor": 0.5"#).map(|c| c.rotary_dim * 2);
+        let turned = |model_type: &str| {
+            dense(model_type, r#", "num_key_value_heads": 8, "partial_rotary_factor": 0.5"#).map(|c| c.rotary_dim * 2)
+        };
         for (model_type, half) in
             [("phi3", true), ("stablelm", true), ("llama", false), ("qwen3", false), ("gemma2", false)]
         {
-            let head_size = dense(model_type, "").unwrap().head_size;
+            let head_size = dense(model_type, r#", "num_key_value_heads": 8"#).unwrap().head_size;
             assert_eq!(turned(model_type).unwrap(), if half { head_size } else { 2 * head_size }, "{model_type}");
         }
     }
