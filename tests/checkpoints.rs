@@ -157,22 +157,91 @@ fn gemma3() -> Value {
         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "max_position_embeddings": 128})
 }
 
+/// Seeded tensors of a config.json.
+fn made(config: &Value) -> BTreeMap<String, Stored> {
+    let hf = HfConfig::of(Path::new("config.json"), config.as_object().unwrap().clone());
+    let slots = slots(&(by_config(&hf).unwrap().config)(&hf).unwrap()).into_iter().enumerate();
+    slots
+        .map(|(at, slot)| {
+            let shape = if slot.vector { vec![slot.cols] } else { vec![slot.rows, slot.cols] };
+            let value = |i: usize| ((i * 7919 + at * 104_729) % 1013) as f32 / 1013.0 - 0.5;
+            (slot.name, stored(&shape, |i| value(i) * if slot.vector { 0.1 } else { 0.4 }))
+        })
+        .collect()
+}
+
+/// Since transformers 5 the experts of a layer are one tensor, for which PEFT's A has the experts' ranks below one another,
+/// and B has for each rank the experts side by side.
+#[test]
+fn adapters_of_fused_experts_are_those_of_each() {
+    const EXPERTS: usize = 4;
+    let [c, width] = [32, 48];
+    let dir = tempfile::tempdir().unwrap();
+    let (base, folder) = (dir.path().join("base"), dir.path().join("adapter"));
+    copy_tiny(&base);
+    let config = json!({"model_type": "qwen3_moe", "hidden_size": c, "moe_intermediate_size": width, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 1408, "num_experts": EXPERTS,
+        "num_experts_per_tok": 2, "max_position_embeddings": 128, "intermediate_size": 64, "tie_word_embeddings": false});
+    fs::write(base.join("config.json"), config.to_string()).unwrap();
+    write_tensors(&base.join("model.safetensors"), &made(&config));
+    fs::create_dir(&folder).unwrap();
+    let ids = [5, 17, 3, 99, 41, 8, 250];
+    let adapted = |tensors: BTreeMap<String, Stored>, settings: Value| {
+        let mut all = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": false});
+        all.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
+        fs::write(folder.join("adapter_config.json"), all.to_string()).unwrap();
+        let tensors =
+            tensors.into_iter().map(|(name, t)| (format!("base_model.model.model.layers.0.mlp.{name}.weight"), t));
+        write_tensors(&folder.join("adapter_model.safetensors"), &tensors.collect());
+        let (checkpoint, mut gpt) = open(&base);
+        adapter::load(&folder, checkpoint.family, &mut gpt).map(|()| gpt.all_logits(&ids, &mut gpt.cache()).to_vec())
+    };
+    let value = |seed: usize| move |i: usize| ((i * 7919 + seed * 6151) % 997) as f32 / 997.0 - 0.5;
+    let (up_r, down_r) = (4, 2);
+    let gate = [
+        ("gate.lora_A".to_owned(), stored(&[2, c], value(5))),
+        ("gate.lora_B".to_owned(), stored(&[EXPERTS, 2], value(6))),
+    ];
+    let mut fused = BTreeMap::from(gate.clone());
+    let mut each = BTreeMap::from(gate);
+    for (inner, r, inputs, outputs, seed) in
+        [("experts.base_layer", up_r, c, 2 * width, 1), ("experts", down_r, width, c, 3)]
+    {
+        fused.insert(format!("{inner}.lora_A"), stored(&[EXPERTS * r, inputs], value(seed)));
+        fused.insert(format!("{inner}.lora_B"), stored(&[outputs, EXPERTS * r], value(seed + 1)));
+        for expert in 0..EXPERTS {
+            let names = if r == up_r { &["gate_proj", "up_proj"][..] } else { &["down_proj"] };
+            let rows = outputs / names.len();
+            for (part, name) in names.iter().enumerate() {
+                let a = |i: usize| value(seed)(expert * r * inputs + i);
+                let b = |i: usize| value(seed + 1)((part * rows + i / r) * EXPERTS * r + i % r * EXPERTS + expert);
+                each.insert(format!("experts.{expert}.{name}.lora_A"), stored(&[r, inputs], a));
+                each.insert(format!("experts.{expert}.{name}.lora_B"), stored(&[rows, r], b));
+            }
+        }
+    }
+    let patterns =
+        |keys: &[&str], value: usize| keys.iter().map(|key| ((*key).to_owned(), json!(value))).collect::<Value>();
+    let of_each = ["gate_proj", "up_proj"];
+    let want = adapted(each, json!({"rank_pattern": patterns(&of_each, 4), "alpha_pattern": patterns(&of_each, 7)}));
+    let of_all = [r".*\.gate_up_proj"];
+    let settings = json!({"rank_pattern": patterns(&of_all, 4), "alpha_pattern": patterns(&of_all, 7),
+        "target_parameters": ["gate_up_proj", "gate.weight", "down_proj"]});
+    let got = adapted(fused.clone(), settings.clone()).unwrap();
+    assert_eq!(got, want.unwrap());
+    assert!(got != logits(&base, &ids), "the adapter makes a difference");
+    let mut other = settings;
+    other["target_parameters"] = json!(["experts.bias"]);
+    assert!(adapted(fused, other).unwrap_err().to_string().contains("target_parameters"));
+}
+
 #[test]
 fn of_a_model_that_also_sees_the_text_part_is_trained_and_merged() {
     let dir = tempfile::tempdir().unwrap();
     let (text, whole) = (dir.path().join("text"), dir.path().join("whole"));
     let mut config = gemma3();
     config["model_type"] = json!("gemma3_text");
-    let hf = HfConfig::of(Path::new("config.json"), config.as_object().unwrap().clone());
-    let all: BTreeMap<String, Stored> = slots(&(by_config(&hf).unwrap().config)(&hf).unwrap())
-        .into_iter()
-        .enumerate()
-        .map(|(at, slot)| {
-            let shape = if slot.vector { vec![slot.cols] } else { vec![slot.rows, slot.cols] };
-            let value = |i: usize| ((i * 7919 + at * 104_729) % 1013) as f32 / 1013.0 - 0.5;
-            (slot.name, stored(&shape, |i| value(i) * if slot.vector { 0.1 } else { 0.4 }))
-        })
-        .collect();
+    let all = made(&config);
     for folder in [&text, &whole] {
         copy_tiny(folder);
     }

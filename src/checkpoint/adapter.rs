@@ -91,12 +91,17 @@ fn find<'a>(
         return Some(Place { known_as: module.clone(), module, names, rows, expert: None });
     }
     let Mlp::Experts { n_expert, .. } = gpt.config.mlp else { return None };
+    // transformers 5 calls routers so, whatever the family's files do.
+    if let Some(names) = found.get(&part.name).filter(|_| part.name.ends_with(".mlp.gate")) {
+        return Some(Place { known_as: part.name.clone(), module: part.name.clone(), names, rows, expert: None });
+    }
     let (layer, expert) = part.name.split_once(".experts.")?;
     let (expert, kind) = expert.split_once('.')?;
     let n = part.rows.len();
+    let half = |rows: Range<usize>| Some(std::iter::once(rows).collect());
     let (tensor, rows, outputs) = match kind {
-        "gate_proj" => ("gate_up_proj", Some(vec![0..n]), 2 * n),
-        "up_proj" => ("gate_up_proj", Some(vec![n..2 * n]), 2 * n),
+        "gate_proj" => ("gate_up_proj", half(0..n), 2 * n),
+        "up_proj" => ("gate_up_proj", half(n..2 * n), 2 * n),
         _ => ("down_proj", None, n),
     };
     // Which of the two adapters is inside of the other depends on which there are.
@@ -259,7 +264,8 @@ impl PeftConfig {
     fn refuse(path: &Path, json: &Value) -> Result<()> {
         let of_expert = |name: &Value| {
             let name = name.as_str().unwrap_or_default();
-            ["gate_up_proj", "down_proj"].contains(&name.rsplit('.').next().unwrap_or_default())
+            let last = name.strip_suffix(".weight").unwrap_or(name).rsplit('.').next().unwrap_or_default();
+            ["gate_up_proj", "down_proj", "gate"].contains(&last)
         };
         let of_experts = |value: &Value| value.as_array().is_some_and(|names| names.iter().all(of_expert));
         let neutral = |key: &str, value: &Value| match value {
@@ -363,9 +369,7 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     let placed: Vec<&String> = parts.values().map(|p| &p.0).collect();
     for module in found.keys().filter(|m| !placed.contains(m)) {
         if problems.iter().all(|p| !p.contains(module.as_str())) {
-            let what =
-                if is_router(gpt, module) { "a router, which has no adapter here" } else { "no module of this model" };
-            problems.push(format!("`{module}` is {what}"));
+            problems.push(format!("`{module}` is no module of this model"));
         }
     }
     if !problems.is_empty() || parts.is_empty() {
@@ -380,10 +384,6 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
     }
     gpt.attach(|name| parts.get(name).map(|p| p.1));
     copy_parameters(gpt, family, &shards, &found)
-}
-
-fn is_router(gpt: &Gpt, module: &str) -> bool {
-    matches!(gpt.config.mlp, Mlp::Experts { .. }) && module.ends_with(".gate") && !module.contains(".experts.")
 }
 
 /// (module, 0 for A or 1 for B) of a tensor's name.

@@ -189,7 +189,7 @@ fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content:
         shared
     } else {
         // The answer may begin as what the prompt has in its place.
-        let earlier = || found(from.max(text.floor_char_boundary(shared.saturating_sub(content.len()))));
+        let earlier = || found(from.max(boundary(text, shared.saturating_sub(content.len()))));
         found(from.max(shared)).or_else(earlier)?.0
     };
     if text.starts_with(upto.text) && upto.text.len() >= start {
@@ -206,7 +206,12 @@ fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content:
 /// Bytes of the whole characters that both begin with.
 fn common_prefix(a: &str, b: &str) -> usize {
     let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
-    a.floor_char_boundary(same)
+    boundary(a, same)
+}
+
+/// The last byte up to `at` at which a character begins.
+fn boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
 
 /// Text up to a length that no dialogue has.

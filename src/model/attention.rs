@@ -18,6 +18,8 @@ pub struct Pass<'a> {
     pub parameters: &'a Matrix,
     /// Each row's row of the rotary tables: its position within its sample.
     pub positions: &'a Constant<u32>,
+    /// The same as they are kept, in f32 also on a device, for what is computed so in all precisions.
+    pub exact: &'a Matrix,
     /// Samples of the micro batch.
     pub spans: &'a Spans,
     /// Seed of the dropout masks; `None` outside training.

@@ -1,23 +1,22 @@
 //! A router over gated experts as the MLP of a block. The routing is in `ops::moe`, an expert in `mlp`.
 //!
-//! The router is frozen, but gradient flows through the shares that it gives to the input. Each expert sees the rows
+//! Gradient flows through the shares that the router gives, to its adapter and the input. Each expert sees the rows
 //! that visit it, end to end.
 
 use super::attention::Pass;
-use super::linear::Gradients;
+use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use super::mlp::{Dense, DenseSaved};
 use crate::ops::Matrix;
 use crate::ops::device::Dtype;
 use crate::ops::moe::{Routing, Visits};
 use crate::ops::rows::{add_scaled, cast, gather, scatter_add};
-use crate::ops::weight::Weight;
 use std::cell::LazyCell;
 
 /// `y = Σ share · expert(x)` over the experts that a row visits.
 #[derive(Debug, Clone)]
 pub struct Experts {
     /// Router: (experts, n_embd).
-    pub router: Weight,
+    pub router: Linear,
     /// The experts.
     pub experts: Vec<Dense>,
     /// Experts that a row visits.
@@ -30,6 +29,7 @@ pub struct Experts {
 #[derive(Debug)]
 pub struct Saved {
     routing: Routing,
+    router_h: LinearSaved,
     visited: Vec<Visited>,
 }
 
@@ -54,7 +54,7 @@ impl Experts {
         let exact = x.place().is_some().then(|| cast(x, Dtype::F32));
         let exact = exact.as_ref().unwrap_or(x);
         let mut logits = exact.new_like(x.rows(), self.experts.len());
-        self.router.forward(exact.view(), &mut logits, false);
+        let router_h = self.router.forward(pass.exact, exact, pass.seed, &mut logits, false);
         let routing = Routing::new(&logits, self.n_expert_per_token, self.norm_topk);
         let mut visited = Vec::new();
         for (expert, visits) in routing.visits().into_iter().enumerate().filter(|(_, v)| !v.rows.is_empty()) {
@@ -63,7 +63,7 @@ impl Experts {
             routing.add_to(&out, &visits, y);
             visited.push(Visited { expert, visits, dense, out });
         }
-        Saved { routing, visited }
+        Saved { routing, router_h, visited }
     }
 
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
@@ -80,7 +80,7 @@ impl Experts {
         mut dx: Option<(&mut Matrix, bool)>,
     ) {
         let x = LazyCell::new(x);
-        let Saved { routing, visited } = saved;
+        let Saved { routing, router_h, visited } = saved;
         let mut d_shares = routing.d_shares();
         if let Some((dx, false)) = &mut dx {
             dx.zero();
@@ -94,15 +94,22 @@ impl Experts {
                 scatter_add(d_in, &visits.rows, None, dx);
             }
         }
-        if let Some((dx, _)) = dx {
-            let d_logits = routing.backward(&d_shares);
-            if dx.place().is_none() {
-                return self.router.backward(d_logits.view(), dx, true);
-            }
-            let mut exact = d_logits.new_like(dx.rows(), dx.cols());
-            self.router.backward(d_logits.view(), &mut exact, false);
-            add_scaled(dx, &exact, 1.0);
+        if dx.is_none() && !self.router.adapted() {
+            return;
         }
+        let d_logits = routing.backward(&d_shares);
+        let mut to = Gradients { parameters: to.exact, exact: to.exact, grads: to.grads, past: None };
+        let on_device = dy.place().is_some();
+        let exact = || if on_device { cast(&x, Dtype::F32) } else { x.clone() };
+        let Some((dx, _)) = dx else {
+            return self.router.backward(&mut to, &d_logits, exact, &router_h, pass.seed, None);
+        };
+        if !on_device {
+            return self.router.backward(&mut to, &d_logits, exact, &router_h, pass.seed, Some((dx, true)));
+        }
+        let mut d = d_logits.new_like(dx.rows(), dx.cols());
+        self.router.backward(&mut to, &d_logits, exact, &router_h, pass.seed, Some((&mut d, false)));
+        add_scaled(dx, &d, 1.0);
     }
 }
 
@@ -115,7 +122,7 @@ mod tests {
     use crate::ops::glu::Activation;
     use crate::ops::rope::{Scaling, Tables};
     use crate::ops::testing::{Oracle, assert_close, random};
-    use crate::ops::weight::Data;
+    use crate::ops::weight::{Data, Weight};
     use candle_core::{D, Device, Tensor};
     use std::sync::Arc;
 
@@ -138,7 +145,7 @@ mod tests {
         Dense { up, down, activation: Activation::Silu }
     }
 
-    /// Inputs: x, then `A` and `B` of gate, up and down of each expert.
+    /// Inputs: x, then `A` and `B` of gate, up and down of each expert, and of the router.
     fn reference(experts: &Experts, inputs: &[Tensor]) -> candle_core::Result<Tensor> {
         let tensor = |w: &Weight| {
             let mut values = vec![0.0; w.rows() * w.cols()];
@@ -146,7 +153,9 @@ mod tests {
             Tensor::from_vec(values, (w.rows(), w.cols()), &Device::Cpu)
         };
         let x = &inputs[0];
-        let p = candle_nn::ops::softmax(&x.matmul(&tensor(&experts.router)?.t()?)?, D::Minus1)?;
+        let [a, b] = [&inputs[inputs.len() - 2], &inputs[inputs.len() - 1]];
+        let router = (tensor(experts.router.weight())? + (b.matmul(a)? * LORA.scale())?)?;
+        let p = candle_nn::ops::softmax(&x.matmul(&router.t()?)?, D::Minus1)?;
         let order = p.arg_sort_last_dim(false)?.to_vec2::<u32>()?;
         let chosen = order.iter().flat_map(|o| (0..N_EXPERT).map(|e| o[..2].contains(&(e as u32)) as u32 as f32));
         let mut shares = (&p * Tensor::from_iter(chosen, &Device::Cpu)?.reshape((T, N_EXPERT))?)?;
@@ -171,17 +180,19 @@ mod tests {
     #[test]
     fn adapted_experts_equal_the_reference() {
         for norm_topk in [true, false] {
-            let router = weight(N_EXPERT, C, 99);
+            let name = "model.layers.0.mlp.gate".to_owned();
+            let router = Linear::new(Arc::new(weight(N_EXPERT, C, 99)), None, &[(name, N_EXPERT)]);
             let mut experts =
                 Experts { router, experts: (0..N_EXPERT).map(dense).collect(), n_expert_per_token: 2, norm_topk };
             let mut len = 0;
-            for linear in experts.experts.iter_mut().flat_map(|e| [&mut e.up, &mut e.down]) {
+            for linear in experts.experts.iter_mut().flat_map(|e| [&mut e.up, &mut e.down]).chain([&mut experts.router])
+            {
                 len = linear.attach(len, &mut |_| Some(LORA));
             }
             let (parameters, x, dy) = (random(len, 1), random(T * C, 2), random(T * C, 3));
             let mut inputs: Vec<(&[f32], usize, usize)> = vec![(&x, T, C)];
             let mut ranges = Vec::new();
-            for linear in experts.experts.iter().flat_map(|e| [&e.up, &e.down]) {
+            for linear in experts.experts.iter().flat_map(|e| [&e.up, &e.down]).chain([&experts.router]) {
                 for part in &linear.parts {
                     let lora = part.lora.as_ref().unwrap();
                     inputs.push((&parameters[lora.a.clone()], LORA.r, linear.inputs()));
@@ -194,13 +205,14 @@ mod tests {
             let (positions, spans) = (Vec::new().into(), Spans::default());
             let parameters = Matrix::from_slice(1, len, &parameters);
             let (parameters, positions, spans, rope) = (&parameters, &positions, &spans, &rope);
-            let pass = Pass { parameters, positions, spans, seed: None, rope, past: None, later: None };
+            let pass =
+                Pass { parameters, exact: parameters, positions, spans, seed: None, rope, past: None, later: None };
             let x = Matrix::from_slice(T, C, &x);
             let mut y = Matrix::from_slice(T, C, &[1.0; T * C]);
             let saved = experts.forward(&pass, &x, &mut y, true);
             assert_close(&y, &oracle.y.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
             let mut grads = Matrix::zeros(1, len);
-            let mut to = Gradients { parameters, grads: &mut grads, past: None };
+            let mut to = Gradients { parameters, exact: parameters, grads: &mut grads, past: None };
             let mut dx = Matrix::new(T, C);
             let dy = Matrix::from_slice(T, C, &dy);
             experts.backward(&pass, &mut to, &dy, || x.clone(), saved, Some((&mut dx, false)));

@@ -310,7 +310,8 @@ impl Loader<'_> {
         };
         // The router decides by small differences and is small itself: it stays in 32 bit.
         let exact = Loader { store: Store::F32, ..*self };
-        let router = exact.weight(&[(format!("{prefix}.gate"), n_expert)], self.config.n_embd)?;
+        let parts = [(format!("{prefix}.gate"), n_expert)];
+        let router = Linear::new(Arc::new(exact.weight(&parts, self.config.n_embd)?), None, &parts);
         let experts = (0..n_expert).map(|n| self.dense(&format!("{prefix}.experts.{n}"))).collect::<Result<_>>()?;
         Ok(Mlp::Experts(Experts { router, experts, n_expert_per_token, norm_topk }))
     }

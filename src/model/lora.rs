@@ -37,7 +37,7 @@ pub struct Targets {
     pub value: bool,
     /// o_proj.
     pub projection: bool,
-    /// gate_proj, up_proj, down_proj.
+    /// gate_proj, up_proj, down_proj, and where there are experts their router, `gate`.
     pub mlp: bool,
     /// lm_head.
     pub head: bool,
@@ -52,7 +52,7 @@ impl Targets {
             "k_proj" => self.key,
             "v_proj" => self.value,
             "o_proj" => self.projection,
-            "gate_proj" | "up_proj" | "down_proj" => self.mlp,
+            "gate_proj" | "up_proj" | "down_proj" | "gate" => self.mlp,
             "lm_head" => self.head,
             _ => false,
         }

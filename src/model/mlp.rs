@@ -26,31 +26,22 @@ pub enum Saved {
 }
 
 impl Mlp {
-    fn parts(&self) -> &[Dense] {
-        match self {
-            Self::Dense(dense) => std::slice::from_ref(dense),
-            Self::Experts(experts) => &experts.experts,
-        }
-    }
-
-    /// Its projections.
+    /// Its projections, a router first.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.parts().iter().flat_map(|dense| [&dense.up, &dense.down])
-    }
-
-    /// Its projections.
-    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let parts = match self {
-            Self::Dense(dense) => std::slice::from_mut(dense),
-            Self::Experts(experts) => &mut experts.experts[..],
+        let (router, parts) = match self {
+            Self::Dense(dense) => (None, std::slice::from_ref(dense)),
+            Self::Experts(experts) => (Some(&experts.router), &experts.experts[..]),
         };
-        parts.iter_mut().flat_map(|dense| [&mut dense.up, &mut dense.down])
+        router.into_iter().chain(parts.iter().flat_map(|dense| [&dense.up, &dense.down]))
     }
 
-    /// Bytes of the weights that are no projection of [`Self::linears`].
-    #[must_use]
-    pub fn router_bytes(&self) -> usize {
-        if let Self::Experts(experts) = self { experts.router.bytes() } else { 0 }
+    /// Its projections, a router first.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let (router, parts) = match self {
+            Self::Dense(dense) => (None, std::slice::from_mut(dense)),
+            Self::Experts(experts) => (Some(&mut experts.router), &mut experts.experts[..]),
+        };
+        router.into_iter().chain(parts.iter_mut().flat_map(|dense| [&mut dense.up, &mut dense.down]))
     }
 
     /// `y = mlp(x)`, added to `y` where `accumulate`.

@@ -190,9 +190,9 @@ struct Begun {
 }
 
 impl Begun {
-    fn pass<'a>(&'a self, parameters: &'a Matrix, rope: &'a [Tables; 2]) -> Pass<'a> {
-        let (positions, spans) = (&self.positions, &self.spans);
-        Pass { parameters, positions, spans, seed: self.seed, rope, past: None, later: None }
+    fn pass<'a>(&'a self, gpt: &'a Gpt, parameters: &'a Matrix) -> Pass<'a> {
+        let (positions, spans, exact, rope) = (&self.positions, &self.spans, &gpt.parameters, &gpt.rope);
+        Pass { parameters, exact, positions, spans, seed: self.seed, rope, past: None, later: None }
     }
 }
 
@@ -295,8 +295,7 @@ impl Gpt {
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
         let tied = if self.config.tie_embeddings { 0 } else { self.embedding.bytes() };
-        let routers: usize = self.blocks.iter().map(|b| b.mlp.router_bytes()).sum();
-        tied + routers + self.linears().map(|l| l.weight().bytes()).sum::<usize>()
+        tied + self.linears().map(|l| l.weight().bytes()).sum::<usize>()
     }
 
     fn embed(&self, ids: &[u32]) -> Matrix {
@@ -368,7 +367,7 @@ impl Gpt {
         let (positions, spans) = (tokens.rows(&self.rope[0]), Spans::after(tokens.past, &tokens.segments));
         let seed = training.as_ref().map(|t| t.seed);
         let mut begun = Begun { positions, spans, seed, kept: Vec::new(), dx: None };
-        let pass = begun.pass(parameters, &self.rope);
+        let pass = begun.pass(self, parameters);
         let lowest = self.lowest();
         let checkpointing = training.as_ref().is_some_and(|t| t.checkpointing);
         let mut x = self.embed(&tokens.ids);
@@ -385,7 +384,9 @@ impl Gpt {
             }
             x = y;
         }
-        let mut to = training.as_mut().map(|t| (Gradients { parameters, grads: &mut *t.grads, past: None }, t.weight));
+        let mut to = training
+            .as_mut()
+            .map(|t| (Gradients { parameters, exact: &self.parameters, grads: &mut *t.grads, past: None }, t.weight));
         let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
         (begun.kept, begun.dx) = (kept, dx);
         (begun, loss)
@@ -404,7 +405,7 @@ impl Gpt {
     ) {
         let (kept, dx) = (std::mem::take(&mut begun.kept), begun.dx.take());
         let Some(mut d) = dx else { return };
-        let (pass, lowest) = (begun.pass(parameters, &self.rope), self.lowest());
+        let (pass, lowest) = (begun.pass(self, parameters), self.lowest());
         for ((layer, block), kept) in self.blocks.iter().enumerate().skip(lowest).zip(kept).rev() {
             let (past, past_grads) = match &mut prefix {
                 Some(prefix) => (Some(&prefix.layers[layer]), Some(&mut prefix.grads[layer - lowest])),
@@ -415,7 +416,7 @@ impl Gpt {
                 Kept::Input(x) => block.forward(&pass, x).1,
                 Kept::All(saved) => *saved,
             };
-            let mut to = Gradients { parameters, grads, past: past_grads };
+            let mut to = Gradients { parameters, exact: &self.parameters, grads, past: past_grads };
             match block.backward(&pass, &mut to, d, saved, layer > lowest) {
                 Some(below) => d = below,
                 None => break,
@@ -492,7 +493,7 @@ impl Gpt {
         let positions = (cache.len..tokens).map(|position| (cache.first_row + position) as u32).collect();
         let parameters = self.parameters_of_products();
         let begun = Begun { positions, spans: Spans::default(), seed: None, kept: Vec::new(), dx: None };
-        let pass = begun.pass(&parameters, &self.rope);
+        let pass = begun.pass(self, &parameters);
         let mut x = self.embed(ids);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.decode(&pass, x, layer);

@@ -61,8 +61,14 @@ fn adapter_parameters(config: &Config, settings: &FinetuneSettings) -> usize {
     let wanted = [lora.lora_query, lora.lora_key, lora.lora_value, lora.lora_projection, mlp, mlp, mlp];
     let block = projections(config).into_iter().zip(wanted).filter(|(_, wanted)| *wanted);
     let block: usize = block.map(|((inputs, outputs, count), _)| (inputs + outputs) * count * lora.lora_r).sum();
+    let router = if mlp && routed(config) > 0 { (config.n_embd + routed(config)) * lora.lora_r } else { 0 };
     let head = if lora.lora_head { (config.n_embd + config.vocab_size) * lora.lora_r } else { 0 };
-    config.n_layer * block + head
+    config.n_layer * (block + router) + head
+}
+
+/// Outputs of a block's router, 0 without one.
+fn routed(config: &Config) -> usize {
+    if let Mlp::Experts { n_expert, .. } = config.mlp { n_expert } else { 0 }
 }
 
 /// Bytes of a quantized (out, in) matrix.
@@ -84,7 +90,9 @@ impl Estimate {
         let matrix = |(inputs, outputs, count): (usize, usize, usize)| {
             count * computed.quantizer.map_or(inputs * outputs * weight_size, |q| quantized_bytes(q, outputs, inputs))
         };
-        let block: usize = projections(config).into_iter().map(matrix).sum();
+        // A router stays in 32 bit.
+        let router = routed(config) * config.n_embd * 4;
+        let block = projections(config).into_iter().map(matrix).sum::<usize>() + router;
         let tables = if config.tie_embeddings { 1 } else { 2 };
         let weights = config.n_layer * block + tables * config.vocab_size * config.n_embd * weight_size;
         let parameters = adapter_parameters(config, settings);
