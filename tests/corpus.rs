@@ -989,11 +989,14 @@ fn tokenizers() {
             &["tokenizer.json"],
         ));
     }
+    let said = token.replace('Ġ', " ");
     for id in [1408u64, 100_000, u64::from(u32::MAX)] {
         let mut vocab = tree["model"]["vocab"].clone();
         vocab[&token] = json!(id);
         let content = changed("/model/vocab", vocab);
-        cases.push(case(format!("an id of {id}"), "tokenizer.json", content, &["tokenizer", &id.to_string()]));
+        let case = case(format!("an id of {id}"), "tokenizer.json", content, &["data.json", "token", &id.to_string()]);
+        let row = json!({"instruction": "a", "output": format!("b{said}")});
+        cases.push(case.with("data.json", json!([row, row]).to_string()));
     }
     // A pattern whose search takes exponential time.
     let slow = json!({"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": false});
