@@ -222,10 +222,17 @@ fn adapters_of_fused_experts_are_those_of_each() {
     }
     let patterns =
         |keys: &[&str], value: usize| keys.iter().map(|key| ((*key).to_owned(), json!(value))).collect::<Value>();
+    let with_gate = |mut patterns: Value, name: &str| {
+        patterns[name] = json!(5);
+        patterns
+    };
     let of_each = ["gate_proj", "up_proj"];
-    let want = adapted(each, json!({"rank_pattern": patterns(&of_each, 4), "alpha_pattern": patterns(&of_each, 7)}));
+    let want = adapted(
+        each,
+        json!({"rank_pattern": patterns(&of_each, 4), "alpha_pattern": with_gate(patterns(&of_each, 7), "gate")}),
+    );
     let of_all = [r".*\.gate_up_proj"];
-    let settings = json!({"rank_pattern": patterns(&of_all, 4), "alpha_pattern": patterns(&of_all, 7),
+    let settings = json!({"rank_pattern": patterns(&of_all, 4), "alpha_pattern": with_gate(patterns(&of_all, 7), r".*\.gate\.weight"),
         "target_parameters": ["gate_up_proj", "gate.weight", "down_proj"]});
     let got = adapted(fused.clone(), settings.clone()).unwrap();
     assert_eq!(got, want.unwrap());

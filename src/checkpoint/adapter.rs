@@ -312,7 +312,10 @@ impl PeftConfig {
     }
 
     fn of(&self, module: &str, r: usize) -> LoraConfig {
-        let alpha = self.alphas.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(self.alpha, |p| p.1);
+        // PEFT knows a module that it adapts by its parameter as `gate.weight`.
+        let parameter = format!("{module}.weight");
+        let own = self.alphas.iter().find(|(pattern, _)| pattern.is_match(module) || pattern.is_match(&parameter));
+        let alpha = own.map_or(self.alpha, |own| own.1);
         LoraConfig { r, alpha, rslora: self.rslora, dropout: self.dropout }
     }
 }
@@ -456,16 +459,25 @@ fn copy_parameters(
     found: &HashMap<String, [Option<String>; 2]>,
 ) -> Result<()> {
     let mut parameters = gpt.parameters.to_host();
+    // Experts share the matrices of two modules.
+    let mut read: HashMap<String, [Vec<f32>; 2]> = HashMap::new();
     let parts = gpt.linears().flat_map(|linear| linear.parts.iter().map(move |part| (part, linear.inputs())));
     for (part, inputs) in parts {
         let Some(lora) = &part.lora else { continue };
         let Some(place) = find(family, gpt, shards, found, (part, inputs)) else { continue };
         if let [Some(a), Some(b)] = place.names {
-            for name in [a, b] {
-                let raw = shards.get(name)?;
-                shards.require_finite(name, raw.dtype, &raw.bytes)?;
+            if !read.contains_key(&place.module) {
+                if read.len() == 2 {
+                    read.clear();
+                }
+                let values = |name: &str| {
+                    let raw = shards.get(name)?;
+                    shards.require_finite(name, raw.dtype, &raw.bytes)?;
+                    Ok::<_, Error>(raw.to_f32())
+                };
+                read.insert(place.module.clone(), [values(a)?, values(b)?]);
             }
-            let (a, b) = (shards.get(a)?.to_f32(), shards.get(b)?.to_f32());
+            let [a, b] = &read[&place.module];
             let [expert, experts] = place.expert.unwrap_or([0, 1]);
             let n = lora.a.len();
             parameters[lora.a.clone()].copy_from_slice(&a[expert * n..][..n]);

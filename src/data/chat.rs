@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
 use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -183,14 +183,19 @@ struct Rendered<'a> {
 /// answer's own words, or those behind its reasoning, and what stood behind them are looked for.
 fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content: &str) -> Option<Range<usize>> {
     let said = [content.trim(), content.rsplit("</think>").next().unwrap_or_default().trim()];
-    let found = |at: usize| said.iter().find_map(|said| Some((at + text.get(at..)?.find(said)?, *said)));
+    // The whole, where both begin at one place.
+    let found = |at: usize| {
+        let places = said.iter().filter_map(|said| Some((at + text.get(at..)?.find(said)?, *said)));
+        places.min_by_key(|(at, _)| *at)
+    };
     let shared = common_prefix(text, before);
     let start = if shared == before.len() && shared >= from {
         shared
     } else {
         // The answer may begin as what the prompt has in its place.
-        let earlier = || found(from.max(boundary(text, shared.saturating_sub(content.len()))));
-        found(from.max(shared)).or_else(earlier)?.0
+        let earlier = found(from.max(boundary(text, shared.saturating_sub(content.len()))));
+        let across = earlier.filter(|(at, said)| *at <= shared && shared < at + said.len());
+        across.or_else(|| found(from.max(shared)))?.0
     };
     if text.starts_with(upto.text) && upto.text.len() >= start {
         return Some(start..upto.text.len());
@@ -323,14 +328,14 @@ fn plain(value: &Value, depth: usize, room: &mut usize) -> std::result::Result<V
 }
 
 /// Jinja's `default`: for what is not defined, or with `boolean` for all that is false.
-fn or_default(
-    value: &Value,
-    other: Option<Value>,
-    also_false: Option<bool>,
-    options: Kwargs,
-) -> std::result::Result<Value, minijinja::Error> {
-    let other = options.get::<Option<Value>>("default_value")?.or(other).unwrap_or_else(|| Value::from(""));
-    let also_false = options.get::<Option<bool>>("boolean")?.or(also_false).unwrap_or(false);
+fn or_default(value: &Value, args: Rest<Value>) -> std::result::Result<Value, minijinja::Error> {
+    let (given, options) = from_args::<(&[Value], Kwargs)>(&args)?;
+    let argument = |at: usize, name: &str| match given.get(at) {
+        None if options.has(name) => options.get::<Value>(name).map(Some),
+        given => Ok(given.cloned()),
+    };
+    let other = argument(0, "default_value")?.unwrap_or_else(|| Value::from(""));
+    let also_false = argument(1, "boolean")?.is_some_and(|flag| flag.is_true());
     options.assert_all_used()?;
     Ok(if value.is_undefined() || (also_false && !value.is_true()) { other } else { value.clone() })
 }
@@ -421,15 +426,21 @@ impl Json {
     }
 }
 
-/// A time in Python's `strftime` format.
+/// A time in Python's `strftime` format; a local time says nothing of its zone.
 fn strftime(format: &str, at: chrono::NaiveDateTime) -> std::result::Result<String, minijinja::Error> {
-    use chrono::format::{Item, StrftimeItems};
-    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
-    if items.contains(&Item::Error) {
-        let what = format!("strftime_now with the format {format:?}");
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, what));
+    use chrono::format::{Fixed, Item, StrftimeItems};
+    use std::fmt::Write;
+    // Python's fractions are microseconds.
+    let format = format.split("%%").map(|part| part.replace("%f", "%6f")).collect::<Vec<_>>().join("%%");
+    let zone = |item: &Item<'_>| matches!(item, Item::Fixed(Fixed::TimezoneName | Fixed::TimezoneOffset));
+    let items: Vec<Item<'_>> = StrftimeItems::new(&format).filter(|item| !zone(item)).collect();
+    let refused =
+        || minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now with the format {format:?}"));
+    let mut text = String::new();
+    if items.contains(&Item::Error) || write!(text, "{}", at.format_with_items(items.into_iter())).is_err() {
+        return Err(refused());
     }
-    Ok(at.format_with_items(items.into_iter()).to_string())
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -470,8 +481,20 @@ mod tests {
                       {{ '<end>' if m.role == 'assistant' }}{% endfor %}{{ '<A><think>\n' if add_generation_prompt }}";
         let turns = [("user", "yes or no?"), ("assistant", "yes"), ("user", "<A or yes?"), ("assistant", "<A")];
         assert_eq!(said(source, "<end>", &turns), ["yes<end>", "<A<end>"]);
+        let alike = [("user", "<A?"), ("assistant", "<A"), ("user", "why <A?"), ("assistant", "<A")];
+        assert_eq!(said(source, "<end>", &alike), ["<A<end>", "<A<end>"]);
         let thought = [("user", "4 + 7 = 11?"), ("assistant", "<think>\nbecause\n</think>\n\n11"), turns[2], turns[3]];
         assert_eq!(said(source, "<end>", &thought), ["11<end>", "<A<end>"]);
+    }
+
+    /// As Qwen 3 does, with one answer twice: thoughts of earlier turns are left out.
+    #[test]
+    fn an_answer_with_its_thought_is_not_found_in_a_later_turn() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content.split('</think>')[-1].strip() }}\
+                      <end>{% endfor %}{{ '<assistant>' if add_generation_prompt }}";
+        let yes = ("assistant", "<think>\n\n</think>\n\nyes");
+        let turns = [("user", "a"), yes, ("user", "b"), yes];
+        assert_eq!(said(source, "", &turns), ["yes<end>", "<think>\n\n</think>\n\nyes<end>"]);
     }
 
     /// As Phi 3 does: what closes a text is not there once it goes on.
@@ -510,6 +533,10 @@ mod tests {
             (
                 "{{ ''|default('a', true) }}{{ ''|default('b', boolean=true) }}{{ ''|d('c') }}{{ x|default('d') }}",
                 "abd",
+            ),
+            (
+                "{{ x|default(none) is none }} {{ 0|default('e', 1) }} {{ x|default(default_value=none) }}",
+                "True e None",
             ),
             ("{{ {'b': 'é', 'a': [1]}|tojson(sort_keys=true, separators=(',', ':')) }}", r#"{"a":[1],"b":"é"}"#),
             ("{{ ['é🙂']|tojson(ensure_ascii=true) }}", r#"["\u00e9\ud83d\ude42"]"#),
@@ -589,6 +616,9 @@ mod tests {
         let at = chrono::DateTime::from_timestamp(1_709_210_096, 0).unwrap().naive_utc();
         let text = strftime("%d %b %Y %A %H:%M:%S %% %-d %y %j %e %p %I %F", at).unwrap();
         assert_eq!(text, "29 Feb 2024 Thursday 12:34:56 % 29 24 060 29 PM 12 2024-02-29");
-        assert!(strftime("%Q", at).unwrap_err().to_string().contains("%Q"));
+        assert_eq!(strftime("%H%z%Z %f %%f", at).unwrap(), "12 000000 %f");
+        for format in ["%Q", "%+"] {
+            assert!(strftime(format, at).unwrap_err().to_string().contains(format));
+        }
     }
 }

@@ -387,7 +387,9 @@ impl PromptStyle {
                 "system" if turns.is_empty() => sys.push(message.content.as_str()),
                 // A later system prompt is said to the model as the user's words: the styles have no place for it.
                 "system" | "user" => user.push(message.content.as_str()),
-                "assistant" if message.reasoning_content.is_some() => {
+                "assistant"
+                    if message.reasoning_content.as_deref().is_some_and(|thought| !thought.trim().is_empty()) =>
+                {
                     let what = format!("`reasoning_content` with prompt style {}", self.name());
                     return Err(Error::unsupported(what, "use --data.prompt_style chat"));
                 }
