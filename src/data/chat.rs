@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -328,8 +328,7 @@ fn plain(value: &Value, depth: usize, room: &mut usize) -> std::result::Result<V
 }
 
 /// Jinja's `default`: for what is not defined, or with `boolean` for all that is false.
-fn or_default(value: &Value, args: Rest<Value>) -> std::result::Result<Value, minijinja::Error> {
-    let (given, options) = from_args::<(&[Value], Kwargs)>(&args)?;
+fn or_default(value: &Value, given: Rest<Value>, options: Kwargs) -> std::result::Result<Value, minijinja::Error> {
     let argument = |at: usize, name: &str| match given.get(at) {
         None if options.has(name) => options.get::<Value>(name).map(Some),
         given => Ok(given.cloned()),
