@@ -109,22 +109,19 @@ impl Bench {
     fn products(&self, model: &str, op: &str, parts: &[usize], inn: usize) {
         let out: usize = parts.iter().sum();
         let values: Vec<f32> = (0..out * inn).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
-        let quantized = |name: &str, panel: Option<usize>| {
+        let quantized = |name: &str| {
             let quantizer = Quantizer::named(name).unwrap();
             let mut at = 0;
             let part = |rows: &usize| {
                 at += rows;
                 Part::quantize(&self.device, quantizer, &values[(at - rows) * inn..at * inn], *rows, inn)
             };
-            let resident = Resident::quantized(&self.device, DTYPE, inn, parts.iter().map(part).collect());
-            panel.map_or_else(|| resident.clone(), |panel| resident.clone().decoded_at_a_time(panel))
+            Resident::quantized(&self.device, DTYPE, inn, parts.iter().map(part).collect())
         };
         let kinds = [
             ("bf16", Resident::whole(&self.device, DTYPE, out, inn, &Data::F32(values.clone()))),
-            ("nf4", quantized("nf4", None)),
-            ("nf4 in 32 MB", quantized("nf4", Some(16 << 20))),
-            ("nf4 in 16 MB", quantized("nf4", Some(8 << 20))),
-            ("nf4-dq", quantized("nf4-dq", None)),
+            ("nf4", quantized("nf4")),
+            ("nf4-dq", quantized("nf4-dq")),
         ];
         for (kind, weight) in kinds {
             for tokens in [1, 8, 96, 160, 1024] {

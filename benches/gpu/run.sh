@@ -41,8 +41,12 @@ fi
 
 # Each op by itself, so that what is slow has a name.
 if [ "$OPS" = 1 ]; then
-  timeout 150 "$here/gpu" --ops >"$OUT/ops.jsonl" 2>>"$log"
+  timeout 100 "$here/gpu" --ops >"$OUT/ops.jsonl" 2>>"$log"
   echo "ops: exit $?, $(wc -l <"$OUT/ops.jsonl") lines"
+  for mb in 32 16; do
+    LITGPT_DECODED_MB=$mb timeout 40 "$here/gpu" --ops "nf4 160" >"$OUT/ops-decoded-$mb.jsonl" 2>>"$log"
+    echo "ops with $mb MB decoded at a time: exit $?"
+  done
 fi
 
 for model in $MODELS; do

@@ -20,6 +20,7 @@ pub mod sft;
 mod system_prompts;
 pub mod torch_rng;
 
+mod jinja;
 mod parquet;
 mod read;
 mod registry;

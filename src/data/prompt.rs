@@ -663,6 +663,13 @@ mod tests {
         assert_eq!(turns[1..], [(user.to_owned(), None)]);
         let e = style.turns(&[Message::new("tool", "x")]).unwrap_err();
         assert!(e.to_string().contains("role `tool`"), "{e}");
+        // A fixed style has no place for a thought; an empty one is none.
+        let thought = |text: &str| {
+            let answer = Message { reasoning_content: Some(text.to_owned()), ..Message::new("assistant", "b") };
+            style.turns(&[Message::new("user", "a"), answer]).map(|turns| turns.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(thought(" "), Ok(1));
+        assert!(thought("because").unwrap_err().contains("`reasoning_content` with prompt style llama3"));
     }
 
     /// A base model's files name only its EOS, and a special token is not in the text that is searched.

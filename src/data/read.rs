@@ -369,16 +369,17 @@ fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String>
         "gpt" | "chatgpt" | "bot" | "bard" | "model" => "assistant",
         other => other,
     };
-    match turn.remove(content) {
-        Some(Value::String(text)) => Ok(Message { reasoning_content: thought, ..Message::new(role, &text) }),
+    let text = match turn.remove(content) {
+        Some(Value::String(text)) => text,
         Some(Value::Array(parts)) => {
             let text = |part: &Value| part.get("text").and_then(Value::as_str).map(str::to_owned);
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
             let texts = texts.ok_or_else(|| format!("`{content}` has a part that is no text"))?;
-            Ok(Message { reasoning_content: thought, ..Message::new(role, &texts.concat()) })
+            texts.concat()
         }
-        other => Err(format!("`{content}` must be a text, found {}", kind(&other.unwrap_or_default()))),
-    }
+        other => return Err(format!("`{content}` must be a text, found {}", kind(&other.unwrap_or_default()))),
+    };
+    Ok(Message { reasoning_content: thought, ..Message::new(role, &text) })
 }
 
 fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Result<Content, String> {
@@ -655,6 +656,27 @@ mod tests {
         assert!(wrong(r#"[{"role": "assistant", "content": "", "tool_calls": [1]}]"#).ends_with("are not read"));
         let rows = format!("{{\"messages\": [{first}, {{\"role\": \"assistant\", \"content\": \"\"}}]}}\n{{\"x\": 1}}");
         assert_eq!(fails("d.jsonl", rows).0, "line 2: no key `messages` (found: x)");
+    }
+
+    #[test]
+    fn tools_are_refused_and_reasoning_is_read() {
+        let row = |more: &str, turn: &str| {
+            let talk = r#"{"role": "user", "content": "a"}, {"role": "assistant", "content": "b""#;
+            format!(r#"{{"messages": [{talk}{turn}}}]{more}}}"#)
+        };
+        for more in [r#", "tools": [{"type": "function"}]"#, r#", "tools": "[{}]""#] {
+            assert!(fails("d.jsonl", row(more, "")).0.contains("`tools` are not read"), "{more}");
+        }
+        for more in ["", r#", "tools": null"#, r#", "tools": []"#, r#", "tools": "[]""#] {
+            assert_eq!(read("d.jsonl", row(more, "").as_bytes()).unwrap().len(), 1, "{more}");
+        }
+        let thought = |turn: &str| {
+            let record = read("d.jsonl", row("", turn).as_bytes()).unwrap().remove(0);
+            record.messages()[1].reasoning_content.clone()
+        };
+        assert_eq!(thought(r#", "reasoning_content": "because""#).as_deref(), Some("because"));
+        assert_eq!(thought(r#", "reasoning_content": null"#), None);
+        assert!(fails("d.jsonl", row("", r#", "reasoning_content": 3"#)).0.contains("found a number"));
     }
 
     #[test]

@@ -16,10 +16,10 @@ use std::ops::Range;
 pub struct Pass<'a> {
     /// Parameters of all adapters.
     pub parameters: &'a Matrix,
-    /// Each row's row of the rotary tables: its position within its sample.
-    pub positions: &'a Constant<u32>,
     /// The same as they are kept, in f32 also on a device, for what is computed so in all precisions.
     pub exact: &'a Matrix,
+    /// Each row's row of the rotary tables: its position within its sample.
+    pub positions: &'a Constant<u32>,
     /// Samples of the micro batch.
     pub spans: &'a Spans,
     /// Seed of the dropout masks; `None` outside training.

@@ -98,7 +98,7 @@ impl Experts {
             return;
         }
         let d_logits = routing.backward(&d_shares);
-        let mut to = Gradients { parameters: to.exact, exact: to.exact, grads: to.grads, past: None };
+        let mut to = Gradients { parameters: pass.exact, grads: to.grads, past: None };
         let on_device = dy.place().is_some();
         let exact = || if on_device { cast(&x, Dtype::F32) } else { x.clone() };
         let Some((dx, _)) = dx else {
@@ -212,7 +212,7 @@ mod tests {
             let saved = experts.forward(&pass, &x, &mut y, true);
             assert_close(&y, &oracle.y.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
             let mut grads = Matrix::zeros(1, len);
-            let mut to = Gradients { parameters, exact: parameters, grads: &mut grads, past: None };
+            let mut to = Gradients { parameters, grads: &mut grads, past: None };
             let mut dx = Matrix::new(T, C);
             let dy = Matrix::from_slice(T, C, &dy);
             experts.backward(&pass, &mut to, &dy, || x.clone(), saved, Some((&mut dx, false)));

@@ -41,8 +41,6 @@ pub type Saved = Option<Matrix>;
 pub struct Gradients<'a> {
     /// Parameters of all adapters.
     pub parameters: &'a Matrix,
-    /// The same in f32.
-    pub exact: &'a Matrix,
     /// Their gradients, added to.
     pub grads: &'a mut Matrix,
     /// Gradients of the keys and values of `Pass::past`, added to.

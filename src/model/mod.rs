@@ -384,9 +384,7 @@ impl Gpt {
             }
             x = y;
         }
-        let mut to = training
-            .as_mut()
-            .map(|t| (Gradients { parameters, exact: &self.parameters, grads: &mut *t.grads, past: None }, t.weight));
+        let mut to = training.as_mut().map(|t| (Gradients { parameters, grads: &mut *t.grads, past: None }, t.weight));
         let (loss, dx) = self.head_loss(tokens, &pass, &x, &mut to, lowest < self.blocks.len());
         (begun.kept, begun.dx) = (kept, dx);
         (begun, loss)
@@ -416,7 +414,7 @@ impl Gpt {
                 Kept::Input(x) => block.forward(&pass, x).1,
                 Kept::All(saved) => *saved,
             };
-            let mut to = Gradients { parameters, exact: &self.parameters, grads, past: past_grads };
+            let mut to = Gradients { parameters, grads, past: past_grads };
             match block.backward(&pass, &mut to, d, saved, layer > lowest) {
                 Some(below) => d = below,
                 None => break,

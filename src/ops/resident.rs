@@ -118,8 +118,6 @@ pub struct Resident {
     rows: usize,
     cols: usize,
     kept: Kept,
-    /// Elements that are decoded at a time.
-    panel: usize,
 }
 
 fn upload(device: &Device, data: &Data, dtype: Dtype) -> Buffer {
@@ -140,7 +138,7 @@ fn upload(device: &Device, data: &Data, dtype: Dtype) -> Buffer {
 }
 
 /// Elements that are decoded at a time.
-fn panel() -> usize {
+fn decoded_at_a_time() -> usize {
     static ELEMENTS: OnceLock<usize> = OnceLock::new();
     *ELEMENTS.get_or_init(|| {
         let megabytes = std::env::var("LITGPT_DECODED_MB").ok().and_then(|value| value.parse::<usize>().ok());
@@ -153,7 +151,7 @@ impl Resident {
     #[must_use]
     pub fn whole(device: &Device, dtype: Dtype, rows: usize, cols: usize, data: &Data) -> Self {
         let kept = Kept::Whole(upload(device, data, dtype));
-        Self { device: device.clone(), dtype, rows, cols, kept, panel: panel() }
+        Self { device: device.clone(), dtype, rows, cols, kept }
     }
 
     /// A matrix in few bits, whose rows are those of `parts` one after another; its products are of type `dtype`.
@@ -161,13 +159,7 @@ impl Resident {
     pub fn quantized(device: &Device, dtype: Dtype, cols: usize, parts: Vec<Part>) -> Self {
         let rows = parts.iter().map(|part| part.rows).sum();
         let kept = Kept::Parts(parts, Arc::new(nested_code().to_vec().into()));
-        Self { device: device.clone(), dtype, rows, cols, kept, panel: panel() }
-    }
-
-    /// The same matrix, of which so many elements are decoded at a time.
-    #[must_use]
-    pub fn decoded_at_a_time(self, panel: usize) -> Self {
-        Self { panel, ..self }
+        Self { device: device.clone(), dtype, rows, cols, kept }
     }
 
     /// (out, in).
@@ -276,7 +268,7 @@ impl Resident {
             return each(0..self.rows, operand(table.pointer()));
         }
         // Panels begin where cuBLAS's fastest products want the columns of y to begin.
-        let panel = (self.panel / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
+        let panel = (decoded_at_a_time() / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
         let scratch = self.device.allocate(panel * self.cols * self.dtype.size());
         for from in (0..self.rows).step_by(panel) {
             let rows = from..(from + panel).min(self.rows);

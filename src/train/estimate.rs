@@ -49,7 +49,7 @@ pub struct Estimate {
 /// Columns of a block's projections: (in, out) of q, k, v, o and the MLP's, and how often the block has each.
 fn projections(config: &Config) -> Vec<(usize, usize, usize)> {
     let (c, q, kv, width) = (config.n_embd, config.q_cols(), config.kv_cols(), config.intermediate_size);
-    let experts = if let Mlp::Experts { n_expert, .. } = config.mlp { n_expert } else { 1 };
+    let experts = routed(config).max(1);
     let gates = if config.mlp == Mlp::Plain { 0 } else { experts };
     vec![(c, q, 1), (c, kv, 1), (c, kv, 1), (q, c, 1), (c, width, gates), (c, width, experts), (width, c, experts)]
 }

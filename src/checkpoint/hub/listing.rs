@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::answer::is_hex;
 use super::part::Digest;
+use crate::checkpoint::write::COMPANIONS;
 use crate::error::{Error, Result};
 
 /// What the Hub says about a repository at a revision.
@@ -121,17 +122,7 @@ pub(super) fn outside(endpoint: &str, name: &str) -> Error {
 }
 
 fn is_small_file(name: &str) -> bool {
-    let exact = [
-        "config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    ];
-    exact.contains(&name) || (name.starts_with("tokenizer") && !is_safetensors(name))
+    COMPANIONS.contains(&name) || (name.starts_with("tokenizer") && !is_safetensors(name))
 }
 
 fn is_safetensors(name: &str) -> bool {

@@ -235,24 +235,13 @@ impl HfConfig {
         Ok(Self { path: self.path.clone(), keys })
     }
 
-    /// `rope_parameters` (transformers 5) or the older `rope_scaling`, which replaces it where both are there, as someone
-    /// added it.
-    fn rope_parameters(&self) -> Result<Self> {
-        let old = self.object("rope_scaling")?;
-        if old.keys.is_empty() { self.object("rope_parameters") } else { Ok(old) }
-    }
-
     /// Theta and scaling of the rotary embedding of whole heads: in these families transformers does not read
     /// `partial_rotary_factor`. LitGPT reads `rotary_percentage` in all.
     ///
     /// # Errors
     /// When the scaling is unknown or incomplete.
     pub fn rope(&self, config: &mut Config) -> Result<()> {
-        let nested = self.rope_parameters()?;
-        config.rope_theta = nested.number("rope_theta", self.number("rope_theta", config.rope_theta)?)?;
-        config.rotary_dim = (config.head_size as f64 * self.number("rotary_percentage", 1.0)?) as usize;
-        config.rope_scaling = nested.scaling(self, config.block_size)?;
-        Ok(())
+        self.rope_of(config, "rope_theta", |_| self.number("rotary_percentage", 1.0))
     }
 
     /// The same of a share of each head, `default` where it is not said.
@@ -260,11 +249,18 @@ impl HfConfig {
     /// # Errors
     /// As [`Self::rope`].
     pub fn partial_rope(&self, config: &mut Config, theta_key: &str, share_key: &str, default: f64) -> Result<()> {
-        self.rope(config)?;
-        let nested = self.rope_parameters()?;
+        self.rope_of(config, theta_key, |nested| {
+            nested.number("partial_rotary_factor", self.number(share_key, default)?)
+        })
+    }
+
+    /// From `rope_parameters` (transformers 5) or the older keys, which replace it where both are there, as someone added them.
+    fn rope_of(&self, config: &mut Config, theta_key: &str, share: impl FnOnce(&Self) -> Result<f64>) -> Result<()> {
+        let old = self.object("rope_scaling")?;
+        let nested = if old.keys.is_empty() { self.object("rope_parameters")? } else { old };
         config.rope_theta = nested.number("rope_theta", self.number(theta_key, config.rope_theta)?)?;
-        let share = nested.number("partial_rotary_factor", self.number(share_key, default)?)?;
-        config.rotary_dim = (config.head_size as f64 * share) as usize;
+        config.rotary_dim = (config.head_size as f64 * share(&nested)?) as usize;
+        config.rope_scaling = nested.scaling(self, config.block_size)?;
         Ok(())
     }
 

@@ -141,7 +141,7 @@ impl Cuda {
 
     /// Does `work`, and where there is no memory for it, as for a kernel that is loaded when it is first used, does it again
     /// without what the pool keeps.
-    fn with_room<T>(&self, work: impl Fn() -> Result<T, Refusal>) -> Result<T, Refusal> {
+    fn with_room<T>(&self, mut work: impl FnMut() -> Result<T, Refusal>) -> Result<T, Refusal> {
         match work() {
             Err(Refusal::Memory) => {}
             done => return done,
@@ -318,17 +318,19 @@ impl Backend for Cuda {
                 Arg::Narrow(value) => std::ptr::from_mut(value).cast(),
             }
         };
-        let pointers: Vec<*mut c_void> = args.iter_mut().map(pointer).collect();
+        let mut pointers: Vec<*mut c_void> = args.iter_mut().map(pointer).collect();
         let [x, y, z] = launch.grid;
         let [width, height] = launch.block;
         let shared = launch.shared as u32;
-        let launch = || {
-            let (stream, mut pointers) = (self.stream.cu_stream(), pointers.clone());
+        let stream = self.stream.cu_stream();
+        self.with_room(|| {
             // SAFETY: number and sizes of the arguments are the kernel's, which the emulated device checks for every launch
             // of the tests; the driver copies them before it returns.
-            unsafe { result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers) }
-        };
-        self.with_room(|| launch().map_err(refusal))?;
+            let launched = unsafe {
+                result::launch_kernel(function, (x, y, z), (width, height, 1), shared, stream, &mut pointers)
+            };
+            launched.map_err(refusal)
+        })?;
         if waits() { Ok(self.wait()?) } else { Ok(()) }
     }
 
