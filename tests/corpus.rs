@@ -840,7 +840,6 @@ fn adapters() {
         ("alpha_pattern", json!({"q_proj": "x"})),
         ("alpha_pattern", json!({"(((": 4})),
         ("alpha_pattern", json!({"((a{1000}){1000}){1000}": 4})),
-        ("target_parameters", json!(["x"])),
     ] {
         let content = set(&whole, key, value.clone());
         cases.push(case(

@@ -1,7 +1,7 @@
 //! Reading an adapter folder: which tensors are which part's, and whether they fit.
 
 use super::settings::PeftConfig;
-use super::{CONFIG, HEAD, OLD_HEAD, PREFIX, TENSORS, place};
+use super::{CONFIG, HEAD, OLD_HEAD, PREFIX, TENSORS, misfit, place};
 use crate::checkpoint::safe::Shards;
 use crate::checkpoint::{litgpt, state};
 use crate::error::{Error, Result};
@@ -144,14 +144,7 @@ pub fn load(dir: &Path, family: &Family, gpt: &mut Gpt) -> Result<()> {
         }
     }
     if !problems.is_empty() || parts.is_empty() {
-        problems.sort_unstable();
-        problems.truncate(8);
-        let what = format!("the adapter `{}` does not fit the model", dir.display());
-        return Err(Error::Mismatch {
-            what,
-            problems,
-            hint: "use it with the base model it was trained on".to_owned(),
-        });
+        return Err(misfit(dir, problems));
     }
     gpt.attach(|name| parts.get(name).map(|p| p.1));
     copy_parameters(gpt, &shards, &parts)

@@ -145,6 +145,15 @@ pub fn save(staging: &Staging, family: &Family, gpt: &Gpt, base: &str) -> Result
     safetensors(&staging.dir().join(TENSORS), &infos, |i| Ok(Dtype::F32.encode(contents[i])))
 }
 
+/// An adapter folder that is another model's.
+pub(in crate::checkpoint) fn misfit(dir: &Path, mut problems: Vec<String>) -> Error {
+    problems.sort_unstable();
+    problems.dedup();
+    problems.truncate(8);
+    let what = format!("the adapter `{}` does not fit the model", dir.display());
+    Error::Mismatch { what, problems, hint: "use it with the base model it was trained on".to_owned() }
+}
+
 /// Whether `dir` is an adapter folder: PEFT's, or one that LitGPT finetuned and did not merge.
 #[must_use]
 pub fn is_adapter(dir: &Path) -> bool {

@@ -3,6 +3,7 @@
 
 use super::config::{field, read_yaml};
 use super::{ADAPTER, Qkv, locate};
+use crate::checkpoint::adapter::misfit;
 use crate::checkpoint::safe::{Raw, Shards};
 use crate::error::{Error, Result};
 use crate::model::Gpt;
@@ -111,14 +112,7 @@ pub fn load(dir: &Path, gpt: &mut Gpt) -> Result<()> {
     }
     problems.extend(shards.names().filter(|n| !used.contains(*n)).map(|n| format!("`{n}` has no place in the model")));
     if !problems.is_empty() || places.is_empty() {
-        problems.dedup();
-        problems.truncate(8);
-        let what = format!("the adapter `{}` does not fit the model", dir.display());
-        return Err(Error::Mismatch {
-            what,
-            problems,
-            hint: "use it with the base model it was trained on".to_owned(),
-        });
+        return Err(misfit(dir, problems));
     }
     gpt.attach(|name| places.contains_key(name).then_some(settings.config));
     let mut parameters = gpt.parameters.to_host();
