@@ -6,7 +6,7 @@ use litgpt::ops::device::{Arg, Backend, Device, Dtype, Launch, Operand, Product,
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{LazyLock, Mutex};
 
@@ -18,7 +18,11 @@ pub fn device() -> Option<Device> {
     if is_real() {
         return Some(Device::cuda(0).unwrap().expect("a CUDA device, and a build with it"));
     }
-    static LIBRARY: LazyLock<Option<libloading::Library>> = LazyLock::new(compile);
+    static LIBRARY: LazyLock<Option<libloading::Library>> = LazyLock::new(|| {
+        let (_folder, path) = library("device.cpp", "kernels.so")?;
+        // SAFETY: the library has no initializers but its own tables.
+        Some(unsafe { libloading::Library::new(path) }.unwrap())
+    });
     let library = LIBRARY.as_ref()?;
     // SAFETY: the symbol is of that type, as kernels/emulate/device.cpp defines it.
     let launch = unsafe { *library.get::<LaunchFn>(b"emulate_launch").unwrap() };
@@ -30,19 +34,19 @@ pub fn is_real() -> bool {
     std::env::var_os("LITGPT_TEST_DEVICE").is_some_and(|name| name == "cuda")
 }
 
-fn compile() -> Option<libloading::Library> {
+/// A file of `kernels/emulate` as a library, in a folder of its own; `None` (said on stdout) where there is no C++ compiler.
+pub fn library(source: &str, name: &str) -> Option<(tempfile::TempDir, PathBuf)> {
     let Some(compiler) = crate::kernels::cpp_compiler().filter(|_| cfg!(unix)) else {
         println!("skipped: no C++ compiler for the emulated device (install g++ or set CXX)");
         return None;
     };
     let folder = tempfile::tempdir().unwrap();
-    let library = folder.path().join("kernels.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emulate/device.cpp");
+    let library = folder.path().join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emulate").join(source);
     let flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DEMULATE", "-o"];
     let compiled = Command::new(&compiler).args(flags).arg(&library).arg(&source).output().unwrap();
     assert!(compiled.status.success(), "{compiler}: {}", String::from_utf8_lossy(&compiled.stderr));
-    // SAFETY: the library has no initializers but its own tables.
-    Some(unsafe { libloading::Library::new(&library) }.unwrap())
+    Some((folder, library))
 }
 
 /// Only one kernel runs at a time: the emulation keeps its block in globals.

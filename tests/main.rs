@@ -6,6 +6,8 @@ mod checkpoints;
 mod cli;
 mod command_lines;
 mod corpus;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod datasets;
 mod device;
 mod download;

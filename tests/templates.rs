@@ -137,7 +137,10 @@ fn conversations_have_the_ids_of_transformers() {
                 assert_eq!(tokenizer.encode(&template_text(&tokenizer, &messages)).unwrap(), *ids, "{name}");
                 continue;
             }
-            let record = Record { content: Content::Conversation(messages), row: Origin { file: 0, row: 1 } };
+            let record = Record {
+                content: Content::Conversation { messages, tools: Vec::new() },
+                row: Origin { file: 0, row: 1 },
+            };
             let encoder = Encoder {
                 tokenizer: &tokenizer,
                 style: &style,

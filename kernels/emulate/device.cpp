@@ -15,6 +15,7 @@
 
 #include <map>
 #include <string>
+#include <tuple>
 
 namespace {
 
@@ -22,24 +23,26 @@ struct Shape {
     dim3 grid, block;
     size_t shared;
 };
-using Entry = std::function<bool(const Shape&, void** args, const unsigned char* sizes, size_t count)>;
+// A kernel by its parameters.
+struct Entry {
+    std::vector<size_t> sizes;
+    // A launch of it, with copies of its arguments.
+    std::function<std::function<void()>(const Shape&, void** args)> with;
+};
 
 template <class... A, size_t... I>
-void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
-    kernel(*static_cast<A*>(args[I])...);
+std::tuple<A...> copies(void** args, std::index_sequence<I...>) {
+    return {*static_cast<A*>(args[I])...};
 }
 
-// Refuses arguments of another number or other sizes than the kernel's parameters.
 template <class... A>
 Entry entry(void (*kernel)(A...)) {
-    return [kernel](const Shape& shape, void** args, const unsigned char* sizes, size_t count) {
-        const size_t wanted[] = {sizeof(A)...};
-        if (count != sizeof...(A)) return false;
-        for (size_t i = 0; i < count; ++i)
-            if (sizes[i] != wanted[i]) return false;
-        emulate::launch(shape.grid, shape.block, shape.shared, [&] { call(kernel, args, std::index_sequence_for<A...>{}); });
-        return true;
+    const auto with = [kernel](const Shape& shape, void** args) {
+        return [=, args = copies<A...>(args, std::index_sequence_for<A...>{})] {
+            emulate::launch(shape.grid, shape.block, shape.shared, [&] { std::apply(kernel, args); });
+        };
     };
+    return {{sizeof(A)...}, with};
 }
 
 const std::map<std::string, Entry>& kernels() {
@@ -71,6 +74,8 @@ extern "C" int emulate_launch(const char* name, const unsigned grid[3], const un
                               const unsigned char* sizes, size_t count) {
     const auto found = kernels().find(name);
     if (found == kernels().end()) return 1;
-    const Shape shape = {dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1]), shared};
-    return found->second(shape, args, sizes, count) ? 0 : 2;
+    const Entry& kernel = found->second;
+    if (!std::equal(sizes, sizes + count, kernel.sizes.begin(), kernel.sizes.end())) return 2;
+    kernel.with({dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1]), shared}, args)();
+    return 0;
 }

@@ -110,7 +110,6 @@ struct Copy {
 struct Thread {
     ucontext_t context;
     jmp_buf resume;
-    bool started = false;
     State state = State::ready;
     int line = 0;
     dim3 index;
@@ -118,8 +117,11 @@ struct Thread {
     std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies; the last is open
 };
 
+// What a block's threads run on. They outlive it: making them takes longer than most kernels.
+inline std::vector<Thread> fibers(1024);
+
 struct Block {
-    std::vector<Thread> threads;
+    size_t n = 0;
     std::vector<uint64_t> slots;  // one per thread: what a warp exchanges
     std::vector<char> dynamic_shared;
     ucontext_t scheduler_context;
@@ -133,25 +135,33 @@ inline void* dynamic_shared() { return block->dynamic_shared.data(); }
 
 // Fibers are started by swapcontext, and from then on switched by _setjmp: it makes no system call.
 inline void wait(State at, int line) {
-    Thread& me = block->threads[block->current];
+    Thread& me = fibers[block->current];
     me.state = at;
     me.line = line;
     if (!_setjmp(me.resume)) _longjmp(block->scheduler, 1);
 }
 
+// One thread after another; each begins where the fiber is resumed.
 inline void enter() {
-    (*block->kernel)();
-    block->threads[block->current].state = State::done;
-    _longjmp(block->scheduler, 1);
+    for (;;) {
+        (*block->kernel)();
+        wait(State::done, 0);
+    }
 }
 
 inline void resume(size_t t) {
-    Thread& thread = block->threads[t];
+    constexpr size_t stack_bytes = 64 * 1024;
+    Thread& thread = fibers[t];
     block->current = t;
     threadIdx = thread.index;
     if (_setjmp(block->scheduler)) return;
-    if (thread.started) _longjmp(thread.resume, 1);
-    thread.started = true;
+    if (thread.stack) _longjmp(thread.resume, 1);
+    thread.stack.reset(new char[stack_bytes]);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = stack_bytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, enter, 0);
     swapcontext(&block->scheduler_context, &thread.context);
 }
 
@@ -159,7 +169,7 @@ inline void resume(size_t t) {
 inline bool release(State at, size_t from, size_t to) {
     int line = 0;
     for (size_t t = from; t < to; ++t) {
-        const Thread& thread = block->threads[t];
+        const Thread& thread = fibers[t];
         if (thread.state == State::done) continue;
         if (thread.state != at) return false;
         if (line && line != thread.line) {
@@ -170,35 +180,28 @@ inline bool release(State at, size_t from, size_t to) {
     }
     if (!line) return false;
     for (size_t t = from; t < to; ++t)
-        if (block->threads[t].state == at) block->threads[t].state = State::ready;
+        if (fibers[t].state == at) fibers[t].state = State::ready;
     return true;
 }
 
 inline void start_threads() {
-    constexpr size_t stack_bytes = 64 * 1024;
-    for (size_t t = 0; t < block->threads.size(); ++t) {
-        Thread& thread = block->threads[t];
+    for (size_t t = 0; t < block->n; ++t) {
+        Thread& thread = fibers[t];
         thread.state = State::ready;
-        thread.started = false;
-        thread.copies.assign(1, {});
+        if (thread.copies.size() != 1 || !thread.copies[0].empty()) thread.copies.assign(1, {});
         thread.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-        if (!thread.stack) thread.stack.reset(new char[stack_bytes]);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = stack_bytes;
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, enter, 0);
     }
 }
 
 // Runs every ready thread of [from, to) once; whether there was any.
 inline bool run_ready(size_t from, size_t to, std::mt19937& rng) {
-    std::vector<size_t> order(to - from);
-    std::iota(order.begin(), order.end(), from);
-    if (seed) std::shuffle(order.begin(), order.end(), rng);
+    size_t order[warpSize];
+    std::iota(order, order + (to - from), from);
+    if (seed) std::shuffle(order, order + (to - from), rng);
     bool moved = false;
-    for (size_t t : order) {
-        if (block->threads[t].state != State::ready) continue;
+    for (size_t i = 0; i < to - from; ++i) {
+        const size_t t = order[i];
+        if (fibers[t].state != State::ready) continue;
         resume(t);
         moved = true;
     }
@@ -209,7 +212,7 @@ inline bool run_ready(size_t from, size_t to, std::mt19937& rng) {
 // the block's barriers allow, in a random order: the two show different races.
 inline void run_block(std::mt19937& rng) {
     start_threads();
-    const size_t n = block->threads.size();
+    const size_t n = block->n;
     std::vector<size_t> warps;
     for (size_t from = 0; from < n; from += warpSize) warps.push_back(from);
     for (bool moved = true; moved;) {
@@ -222,9 +225,9 @@ inline void run_block(std::mt19937& rng) {
         }
         moved |= release(State::at_block_barrier, 0, n);
     }
-    for (const Thread& thread : block->threads)
-        if (thread.state != State::done) {
-            std::fprintf(stderr, "emulate: a thread waits for ever at line %d\n", thread.line);
+    for (size_t t = 0; t < n; ++t)
+        if (fibers[t].state != State::done) {
+            std::fprintf(stderr, "emulate: a thread waits for ever at line %d\n", fibers[t].line);
             std::abort();
         }
 }
@@ -233,7 +236,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::func
     constexpr size_t guard_bytes = 4096;
     Block storage;
     const size_t n = size_t(threads.x) * threads.y * threads.z;
-    storage.threads = std::vector<Thread>(n);
+    storage.n = n;
     storage.slots.resize(n);
     storage.kernel = &kernel;
     block = &storage;
@@ -334,11 +337,11 @@ inline void copy_async(void* to, const void* from, bool valid) {
         std::fprintf(stderr, "emulate: an asynchronous copy that is not aligned to 16 bytes\n");
         std::abort();
     }
-    block->threads[block->current].copies.back().push_back({to, from, valid});
+    fibers[block->current].copies.back().push_back({to, from, valid});
 }
-inline void copy_commit() { block->threads[block->current].copies.emplace_back(); }
+inline void copy_commit() { fibers[block->current].copies.emplace_back(); }
 inline void copy_wait(size_t still_open) {
-    auto& groups = block->threads[block->current].copies;
+    auto& groups = fibers[block->current].copies;
     while (groups.size() > still_open + 1) {
         for (const Copy& copy : groups.front()) {
             if (copy.valid)

@@ -7,7 +7,7 @@ use super::load::{
 };
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
-use super::ui::{Ui, peak_memory};
+use super::ui::Ui;
 use super::{download, recipe};
 use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, adapter, state};
@@ -224,7 +224,7 @@ fn finish(outside: &mut Run<'_>, summary: &Summary) -> anyhow::Result<()> {
         ));
         return Err(stopped.into());
     }
-    close(summary, out_dir, outside.ui);
+    close(summary, out_dir, outside.compute, outside.ui);
     Ok(())
 }
 
@@ -476,7 +476,7 @@ fn millions(count: usize) -> String {
     if count >= 1_000_000 { format!("{:.1} M", count as f64 / 1e6) } else { format!("{:.1} k", count as f64 / 1e3) }
 }
 
-fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
+fn close(summary: &Summary, out_dir: &Path, compute: &Compute, ui: &Ui) {
     let at = &summary.at;
     let skipped = if at.skipped > 0 { format!(", {} of them skipped", at.skipped) } else { String::new() };
     let rate = at.tokens as f64 / at.seconds;
@@ -488,8 +488,8 @@ fn close(summary: &Summary, out_dir: &Path, ui: &Ui) {
         "done: {} steps{skipped}, {} tokens{shared} in {:.1} s, {rate:.0} tokens/s",
         at.step, at.tokens, at.seconds
     ));
-    if let Some(bytes) = peak_memory() {
-        ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
+    if let Some(peak) = compute.peak_memory() {
+        ui.note(&peak);
     }
     if let Some(loss) = at.best.filter(|_| at.best_step != at.step) {
         let best = out_dir.join(BEST);

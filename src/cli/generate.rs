@@ -2,7 +2,7 @@
 
 use super::args::GenerateArgs;
 use super::load::{Compute, model};
-use super::ui::{Ui, peak_memory};
+use super::ui::Ui;
 use crate::data::chat::Message;
 use crate::error::Error;
 use crate::generate::{Draw, Request, Session, room, text};
@@ -56,8 +56,8 @@ pub fn run(args: &GenerateArgs, ui: &mut Ui) -> anyhow::Result<()> {
             figures.prefill.as_secs_f64()
         ));
     }
-    if let Some(bytes) = peak_memory() {
-        ui.note(&format!("peak memory {:.2} GB", bytes as f64 / 1e9));
+    if let Some(peak) = compute.peak_memory() {
+        ui.note(&peak);
     }
     Ok(())
 }

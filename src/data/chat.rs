@@ -7,9 +7,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
 
 use super::jinja;
 use crate::error::{Error, Result};
@@ -25,19 +26,60 @@ pub struct Message {
     /// What was thought before, apart from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// What else its row says of it, which only chat templates read: `tool_calls`, `tool_call_id`, `name` and others.
+    #[serde(flatten)]
+    pub rest: Map<String, Json>,
 }
 
 impl Message {
     /// A message of `role`.
     #[must_use]
     pub fn new(role: &str, content: &str) -> Self {
-        Self { role: role.to_owned(), content: content.to_owned(), reasoning_content: None }
+        Self { role: role.to_owned(), content: content.to_owned(), reasoning_content: None, rest: Map::new() }
     }
 
     /// Whether the model says it.
     #[must_use]
     pub fn is_answer(&self) -> bool {
         self.role == "assistant"
+    }
+
+    /// The tools that it calls, as objects.
+    #[must_use]
+    pub fn tool_calls(&self) -> &[Json] {
+        self.rest.get(TOOL_CALLS).and_then(Json::as_array).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Key of the calls in a message.
+pub(super) const TOOL_CALLS: &str = "tool_calls";
+
+/// A conversation or its beginning, and the tools that may be called in it, by their JSON schemas.
+#[derive(Debug, Clone, Copy)]
+pub struct Dialogue<'a> {
+    /// The turns.
+    pub messages: &'a [Message],
+    /// The tools.
+    pub tools: &'a [Json],
+}
+
+impl<'a, M: AsRef<[Message]> + ?Sized> From<&'a M> for Dialogue<'a> {
+    fn from(messages: &'a M) -> Self {
+        Self { messages: messages.as_ref(), tools: &[] }
+    }
+}
+
+impl<'a> Dialogue<'a> {
+    /// The first `n` turns.
+    #[must_use]
+    pub fn first(self, n: usize) -> Self {
+        Self { messages: &self.messages[..n], ..self }
+    }
+
+    /// The names under which a template finds tools or calls of them, of those that the dialogue has.
+    pub(super) fn tool_keys(self) -> impl Iterator<Item = &'static str> {
+        let calls = self.messages.iter().any(|message| !message.tool_calls().is_empty());
+        [("tools", !self.tools.is_empty()), (TOOL_CALLS, calls)].into_iter().filter(|(_, has)| *has).map(|(key, _)| key)
     }
 }
 
@@ -49,6 +91,10 @@ pub struct ChatTemplate {
     path: PathBuf,
     /// Whether its source is at most [`SHORT`].
     short: bool,
+    /// Whether it says itself what the assistant says.
+    marked: bool,
+    /// Which of the names of [`Dialogue::tool_keys`] its source has.
+    tool_keys: Vec<&'static str>,
     bos_token: String,
     eos_token: String,
 }
@@ -85,10 +131,12 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(|e| broken(path, &e))?);
         jinja::extend(&mut environment);
         let text = jinja::prepared(source);
+        let marked = text.contains(jinja::MARKS[0]);
         let compile = || environment.add_template_owned(NAME, text).map(|()| environment);
         let environment = deep(compile).and_then(|compiled| compiled).map_err(|e| broken(path, &e))?;
         let (path, bos_token, eos_token) = (path.to_owned(), bos_token.to_owned(), eos_token.to_owned());
-        Ok(Self { environment, path, short: source.len() <= SHORT, bos_token, eos_token })
+        let tool_keys = ["tools", TOOL_CALLS].into_iter().filter(|key| source.contains(key)).collect();
+        Ok(Self { environment, path, short: source.len() <= SHORT, marked, tool_keys, bos_token, eos_token })
     }
 
     /// The template of a checkpoint's tokenizer.
@@ -104,22 +152,42 @@ impl ChatTemplate {
         Self::new(tokenizer.chat_template_file(), source, &text(tokenizer.bos_id()), &text(tokenizer.eos_id()))
     }
 
-    /// Text of `messages`, as transformers' `apply_chat_template` gives it; with `add_generation_prompt` it ends where
+    /// Text of a dialogue, as transformers' `apply_chat_template` gives it; with `add_generation_prompt` it ends where
     /// the answer begins.
     ///
     /// # Errors
-    /// What the template refuses, such as two user turns in a row.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    /// What the template refuses, such as two user turns in a row, and tools that it has no place for.
+    pub fn render<'a>(&self, dialogue: impl Into<Dialogue<'a>>, add_generation_prompt: bool) -> Result<String> {
+        Ok(unmarked(self.render_marked(dialogue.into(), add_generation_prompt)?).0)
+    }
+
+    /// The same with [`jinja::MARKS`].
+    fn render_marked(&self, dialogue: Dialogue<'_>, add_generation_prompt: bool) -> Result<String> {
+        if let Some(unread) = dialogue.tool_keys().find(|key| !self.tool_keys.contains(key)) {
+            let what =
+                format!("`{unread}` with the chat template of `{}`, which does not read them", self.path.display());
+            return Err(Error::unsupported(
+                what,
+                "leave the rows with tools out, or use a model that was trained with tools",
+            ));
+        }
         let template = self.environment.get_template(NAME).map_err(|e| broken(&self.path, &e))?;
         let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
         let value = |m: &Message| {
-            let thought = m.reasoning_content.as_deref().map(|thought| ("reasoning_content", thought));
-            Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())].into_iter().chain(thought))
+            // gpt-oss and others read it under another name.
+            let thought =
+                m.reasoning_content.as_deref().map(|thought| [("thinking", thought), ("reasoning_content", thought)]);
+            let said = [("role", m.role.as_str()), ("content", m.content.as_str())];
+            let said = said.into_iter().chain(thought.into_iter().flatten());
+            let rest = m.rest.iter().map(|(key, value)| (key.as_str(), Value::from(Serde(value))));
+            Value::from_pairs(said.map(|(key, text)| (key, Value::from(text))).chain(rest))
         };
-        let (none, messages) = (Value::from(()), messages.iter().map(value).collect::<Vec<Value>>());
+        let messages: Vec<Value> = dialogue.messages.iter().map(value).collect();
+        let none = Value::from(());
+        let tools = if dialogue.tools.is_empty() { none.clone() } else { Value::from(Serde(dialogue.tools)) };
         let mut text = Limited(Vec::new());
         let known = context! {
-            messages, add_generation_prompt, bos_token, eos_token, tools => none.clone(), documents => none
+            messages, add_generation_prompt, bos_token, eos_token, tools, documents => none
         };
         let render = || template.render_captured_to(known, &mut text).map(drop);
         let rendered = if self.short { render() } else { deep(render).and_then(|rendered| rendered) };
@@ -127,20 +195,24 @@ impl ChatTemplate {
         Ok(String::from_utf8_lossy(&text.0).into_owned())
     }
 
-    /// Text of a whole conversation, and the byte ranges of it that the assistant says, its end-of-turn marks included.
+    /// Text of a whole conversation, and the byte ranges of it that the assistant says: those that the template marks with
+    /// `{% generation %}`, or else what answers make of the text, their end-of-turn marks included.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`]; `Unsupported` if the template writes earlier turns so differently that an answer
     /// cannot be found in the whole text.
-    pub fn answers(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
-        let text = self.render(messages, false)?;
-        let mut ranges = Vec::new();
-        for (i, message) in messages.iter().enumerate().filter(|(_, message)| message.is_answer()) {
-            let before = self.render(&messages[..i], true)?;
-            let upto = self.render(&messages[..=i], false)?;
+    pub fn answers<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<(String, Vec<Range<usize>>)> {
+        let dialogue = dialogue.into();
+        let (text, mut ranges) = unmarked(self.render_marked(dialogue, false)?);
+        if self.marked {
+            return Ok((text, ranges));
+        }
+        for (i, message) in dialogue.messages.iter().enumerate().filter(|(_, message)| message.is_answer()) {
+            let before = self.render(dialogue.first(i), true)?;
+            let upto = self.render(dialogue.first(i + 1), false)?;
             let from = ranges.last().map_or(0, |range: &Range<usize>| range.end);
             let upto = Rendered { text: &upto, closing: &self.eos_token };
-            let range = answer_in(&text, from, &before, upto, &message.content).ok_or_else(|| {
+            let range = answer_in(&text, from, &before, upto, message).ok_or_else(|| {
                 let what = format!("masking turn {} with this chat template, which rewrites earlier turns", i + 1);
                 Error::unsupported(what, "train on all turns: --data.mask_prompt false")
             })?;
@@ -148,6 +220,24 @@ impl ChatTemplate {
         }
         Ok((text, ranges))
     }
+}
+
+/// A text without [`jinja::MARKS`], and what was between them.
+fn unmarked(marked: String) -> (String, Vec<Range<usize>>) {
+    let [open, close] = jinja::MARKS;
+    if !marked.contains([open, close]) {
+        return (marked, Vec::new());
+    }
+    let (mut text, mut ranges, mut from) = (String::with_capacity(marked.len()), Vec::new(), 0);
+    for part in marked.split_inclusive([open, close]) {
+        text.push_str(part.strip_suffix([open, close]).unwrap_or(part));
+        if part.ends_with(open) {
+            from = text.len();
+        } else if part.ends_with(close) {
+            ranges.push(from..text.len());
+        }
+    }
+    (text, ranges)
 }
 
 /// A dialogue up to an answer, behind which a template may write `closing` that is not there once others follow.
@@ -160,7 +250,8 @@ struct Rendered<'a> {
 /// Where an answer stands in `text`: from the end of the prompt `before` to the end of `upto`. A template may write a
 /// turn differently once others follow it, or than its prompt has it (reasoning is left out of earlier turns): then the
 /// answer's own words, or those behind its reasoning, and what stood behind them are looked for.
-fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content: &str) -> Option<Range<usize>> {
+fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, message: &Message) -> Option<Range<usize>> {
+    let content = message.content.as_str();
     let said = [content.trim(), content.rsplit("</think>").next().unwrap_or_default().trim()];
     // The whole, where both begin at one place.
     let found = |at: usize| {
@@ -170,6 +261,10 @@ fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content:
     let shared = common_prefix(text, before);
     let start = if shared == before.len() && shared >= from {
         shared
+    } else if !message.tool_calls().is_empty() {
+        // Its words alone do not tell where it begins, but a tag of it that begins as one of the prompt is its own.
+        let open = text[..shared].rfind(['<', '>']).filter(|at| text[*at..].starts_with('<'));
+        Some(open.unwrap_or(shared)).filter(|start| *start >= from)?
     } else {
         // The answer may begin as what the prompt has in its place.
         let earlier = found(from.max(boundary(text, shared.saturating_sub(content.len()))));
@@ -179,12 +274,27 @@ fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, content:
     if text.starts_with(upto.text) && upto.text.len() >= start {
         return Some(start..upto.text.len());
     }
+    if !message.tool_calls().is_empty() {
+        return calls_in(text, start, upto, message);
+    }
     let (at, said) = found(start)?;
     let end = at + said.len();
     let behind = upto.text.rfind(said).map_or("", |at| &upto.text[at + said.len()..]);
     let open = behind.strip_suffix(upto.closing).unwrap_or(behind);
     let goes_on = [behind, open].into_iter().find(|behind| text[end..].starts_with(behind));
     Some(start..end + goes_on.map_or(0, str::len))
+}
+
+/// Where an answer with calls of tools stands, if it begins at `start`: the most that `text` goes on with there of what
+/// ends `upto`. Its words and the names of what it calls must be among it.
+fn calls_in<'a>(text: &str, start: usize, upto: Rendered<'a>, message: &Message) -> Option<Range<usize>> {
+    let name = |call| Json::get(call, "function").unwrap_or(call).get("name")?.as_str();
+    let names: Option<Vec<&str>> = message.tool_calls().iter().map(name).collect();
+    let open = upto.text.strip_suffix(upto.closing).unwrap_or(upto.text);
+    let ends = |whole: &'a str| whole.char_indices().map(|(at, _)| &whole[at..]);
+    let end = [upto.text, open].into_iter().flat_map(ends).find(|end| text[start..].starts_with(end))?;
+    let all = names?.into_iter().chain([message.content.trim()]).all(|word| end.contains(word));
+    all.then(|| start..start + end.len())
 }
 
 /// Bytes of the whole characters that both begin with.
@@ -287,6 +397,53 @@ mod tests {
         let yes = ("assistant", "<think>\n\n</think>\n\nyes");
         let turns = [("user", "a"), yes, ("user", "b"), yes];
         assert_eq!(said(source, "", &turns), ["yes<end>", "<think>\n\n</think>\n\nyes<end>"]);
+    }
+
+    /// As Qwen 3 does: an answer that is not the last loses its empty thought, be it calls or words.
+    #[test]
+    fn calls_are_found_with_their_ends() {
+        let source = "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<{{ m.role }}>\
+                      {{ '<think></think>' if loop.last and m.role == 'assistant' }}{{ m.content }}\
+                      {% for call in m.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}<end>{% endfor %}\
+                      {{ '<assistant><prompt>' if add_generation_prompt }}";
+        let template = |source: &str| ChatTemplate::new(Path::new("t.jinja"), source, "", "").unwrap();
+        let function = serde_json::json!({"name": "sum", "arguments": {"b": [1, 2.5], "a": "é"}});
+        let tools = [serde_json::json!({"type": "function", "function": {"name": "sum"}})];
+        let mut turns = talk();
+        turns[1].content = String::new();
+        turns[1].rest.insert("tool_calls".into(), serde_json::json!([{"function": function}]));
+        turns[2].role = "tool".into();
+        let whole = Dialogue { messages: &turns, tools: &tools };
+        let (text, ranges) = template(source).answers(whole).unwrap();
+        let tools_text = r#"{"type": "function", "function": {"name": "sum"}}"#;
+        let call = r#"<call>{"name": "sum", "arguments": {"b": [1, 2.5], "a": "é"}}</call><end>"#;
+        assert_eq!(
+            text,
+            format!("[{tools_text}]\n<user>a<end><assistant>{call}<tool>c<end><assistant><think></think>b<end>")
+        );
+        // What the prompt opens behind the role is not the answer's, nor are words before it that the prompt has others for.
+        let said: Vec<&str> = ranges.into_iter().map(|range| &text[range]).collect();
+        assert_eq!(said, [call, "b<end>"]);
+        let (text, ranges) = template(&source.replace("<prompt>", "")).answers(whole).unwrap();
+        assert!(ranges.into_iter().map(|range| &text[range]).eq([call, "<think></think>b<end>"]));
+
+        let silent = template(CHATML);
+        for (dialogue, key) in [(whole, "`tools` with"), (whole.messages.into(), "`tool_calls` with")] {
+            assert!(silent.render(dialogue, false).unwrap_err().to_string().contains(key));
+        }
+    }
+
+    /// A template may say itself what is the assistant's.
+    #[test]
+    fn marked_answers_are_taken() {
+        let source = "{% for m in messages %}{{ m.role }}:\n{% if m.role == 'assistant' %}\n  {%- generation %}\n  {{ m.content }};\n\
+                      {% endgeneration %}\n{% else %} {{ m.content }}.{% endif %}{% endfor %}";
+        let template = ChatTemplate::new(Path::new("t.jinja"), source, "", "").unwrap();
+        let (text, ranges) = template.answers(&talk()).unwrap();
+        assert_eq!(text, template.render(&talk(), false).unwrap());
+        assert_eq!(text, "user:\n a.assistant:\n  b;\nuser:\n c.assistant:\n  b;\n");
+        assert!(ranges.iter().all(|range| &text[range.clone()] == "  b;\n"), "{ranges:?}");
+        assert_eq!(ranges.len(), 2);
     }
 
     /// As Phi 3 does: what closes a text is not there once it goes on.

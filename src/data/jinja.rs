@@ -34,18 +34,23 @@ pub(super) fn extend(environment: &mut Environment<'_>) {
     environment.add_function(PLAIN, |value: Value| plain(&value, DEEPEST, &mut { MOST_ITEMS }));
 }
 
-/// The source without what minijinja does not know.
+/// The source without what minijinja does not know, with line ends as Jinja takes them.
 pub(super) fn prepared(source: &str) -> String {
-    plain_assignments(&without_generation_tags(source))
+    plain_assignments(&with_marks(&source.replace("\r\n", "\n").replace('\r', "\n")))
 }
 
-/// transformers' `{% generation %}` marks the answers and prints nothing; here it is a block that is always entered.
-fn without_generation_tags(source: &str) -> String {
+/// What a text has before and behind what `{% generation %}` holds: noncharacters, which no text has otherwise.
+pub(super) const MARKS: [char; 2] = ['\u{10FFFE}', '\u{10FFFF}'];
+
+/// transformers' `{% generation %}` says what of the text is the assistant's: here a block that is always entered, between
+/// marks. Of its two tags the outer takes away blanks before it, and the inner those behind.
+fn with_marks(source: &str) -> String {
     static BEGIN: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").ok());
     static END: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").ok());
     let Some((begin, end)) = BEGIN.as_ref().zip(END.as_ref()) else { return source.to_owned() };
-    let source = begin.replace_all(source, "{%$1 if true $2%}");
-    end.replace_all(&source, "{%$1 endif $2%}").into_owned()
+    let [open, close] = MARKS;
+    let source = begin.replace_all(source, format!("{{%$1 if true %}}{{{{ '{open}' }}}}{{% if true $2%}}"));
+    end.replace_all(&source, format!("{{%$1 endif %}}{{{{ '{close}' }}}}{{% endif $2%}}")).into_owned()
 }
 
 /// Name of the function through which values go into namespaces.

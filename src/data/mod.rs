@@ -126,8 +126,13 @@ pub enum Content {
         /// The answer to learn.
         output: String,
     },
-    /// Turns, at least one of them the assistant's, which is the last.
-    Conversation(Vec<Message>),
+    /// A conversation.
+    Conversation {
+        /// Turns, at least one of them the assistant's, which is the last.
+        messages: Vec<Message>,
+        /// Tools that may be called in it, by their JSON schemas.
+        tools: Vec<serde_json::Value>,
+    },
     /// Text without roles, all of it to learn.
     Text(String),
 }
@@ -142,8 +147,17 @@ impl Record {
                 let turns = [prompt::instruction(instruction, input.as_deref()), Message::new("assistant", output)];
                 system.chain(turns).collect()
             }
-            Content::Conversation(messages) => messages.clone(),
+            Content::Conversation { messages, .. } => messages.clone(),
             Content::Text(_) => Vec::new(),
+        }
+    }
+
+    /// The tools that may be called in it.
+    #[must_use]
+    pub fn tools(&self) -> &[serde_json::Value] {
+        match &self.content {
+            Content::Conversation { tools, .. } => tools,
+            _ => &[],
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use super::chat::{ChatTemplate, Message};
+use super::chat::{ChatTemplate, Dialogue, Message};
 use super::system_prompts as system;
 use crate::error::{Error, Result, closest};
 use crate::tokenizer::Tokenizer;
@@ -371,7 +371,15 @@ impl PromptStyle {
     ///
     /// # Errors
     /// `Unsupported` for a role that fixed styles do not know, or an order that they cannot write.
-    pub fn turns<'a>(&self, messages: &'a [Message]) -> Result<Vec<(String, Option<&'a str>)>> {
+    pub fn turns<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<Vec<(String, Option<&'a str>)>> {
+        let dialogue = dialogue.into();
+        let refused = |what: &str| {
+            let what = format!("{what} with prompt style {}", self.name());
+            Error::unsupported(what, "use --data.prompt_style chat")
+        };
+        if let Some(key) = dialogue.tool_keys().next() {
+            return Err(refused(&format!("`{key}`")));
+        }
         let (mut turns, mut sys, mut user) = (Vec::new(), Vec::new(), Vec::new());
         let prompt = |turns: &[_], sys: &mut Vec<&str>, user: &mut Vec<&str>| {
             let sys = std::mem::take(sys).join("\n\n");
@@ -382,7 +390,7 @@ impl PromptStyle {
                 Kind::Chat(_) => user,
             }
         };
-        for message in messages {
+        for message in dialogue.messages {
             match message.role.as_str() {
                 "system" if turns.is_empty() => sys.push(message.content.as_str()),
                 // A later system prompt is said to the model as the user's words: the styles have no place for it.
@@ -390,17 +398,13 @@ impl PromptStyle {
                 "assistant"
                     if message.reasoning_content.as_deref().is_some_and(|thought| !thought.trim().is_empty()) =>
                 {
-                    let what = format!("`reasoning_content` with prompt style {}", self.name());
-                    return Err(Error::unsupported(what, "use --data.prompt_style chat"));
+                    return Err(refused("`reasoning_content`"));
                 }
                 "assistant" => {
                     let text = prompt(&turns, &mut sys, &mut user);
                     turns.push((text, Some(message.content.as_str())));
                 }
-                other => {
-                    let what = format!("role `{other}` with prompt style {}", self.name());
-                    return Err(Error::unsupported(what, "use --data.prompt_style chat"));
-                }
+                other => return Err(refused(&format!("role `{other}`"))),
             }
         }
         if !user.is_empty() {
@@ -415,13 +419,14 @@ impl PromptStyle {
     ///
     /// # Errors
     /// When the template, the style or the tokenizer cannot take the messages.
-    pub fn prompt_ids(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+    pub fn prompt_ids<'a>(&self, tokenizer: &Tokenizer, dialogue: impl Into<Dialogue<'a>>) -> Result<Vec<u32>> {
+        let dialogue = dialogue.into();
         if let Some(template) = self.template() {
             // A template writes its BOS itself.
-            return tokenizer.encode(&template.render(messages, true)?);
+            return tokenizer.encode(&template.render(dialogue, true)?);
         }
         let mut ids = Vec::new();
-        for (i, (prompt, answer)) in self.turns(messages)?.into_iter().enumerate() {
+        for (i, (prompt, answer)) in self.turns(dialogue)?.into_iter().enumerate() {
             ids.extend(if i == 0 { tokenizer.encode_prompt(&prompt)? } else { tokenizer.encode(&prompt)? });
             if let Some(answer) = answer {
                 ids.extend(tokenizer.encode_answer(answer)?);
@@ -666,7 +671,10 @@ mod tests {
         // A fixed style has no place for a thought; an empty one is none.
         let thought = |text: &str| {
             let answer = Message { reasoning_content: Some(text.to_owned()), ..Message::new("assistant", "b") };
-            style.turns(&[Message::new("user", "a"), answer]).map(|turns| turns.len()).map_err(|e| e.to_string())
+            style
+                .turns([Message::new("user", "a"), answer].as_slice())
+                .map(|turns| turns.len())
+                .map_err(|e| e.to_string())
         };
         assert_eq!(thought(" "), Ok(1));
         assert!(thought("because").unwrap_err().contains("`reasoning_content` with prompt style llama3"));

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Number, Value};
 
-use super::chat::Message;
+use super::chat::{Message, TOOL_CALLS};
 use super::registry::{ALPACA_KEYS, Keys};
 use super::{Content, Origin, Record, parquet};
 use crate::error::{Error, Result};
@@ -289,23 +289,26 @@ fn content(value: Value, shape: &Shape) -> std::result::Result<Content, String> 
             Some(other) => Err(format!("`text` must be a text, found {}", kind(&other))),
             None => Err(format!("no key `text` ({})", found(&object))),
         },
-        Shape::Conversation(_) if is_given(object.get("tools")) => {
-            Err("`tools` are not read; leave the key out to train without them".to_owned())
+        Shape::Conversation(key) => {
+            let turns = object.remove(*key).ok_or_else(|| format!("no key `{key}` ({})", found(&object)))?;
+            let messages = conversation(key, list(key, turns)?)?;
+            let tools = object.remove("tools").filter(is_given).map_or(Ok(Vec::new()), |tools| list("tools", tools))?;
+            Ok(Content::Conversation { messages, tools })
         }
-        Shape::Conversation(key) => match object.remove(*key) {
-            Some(Value::Array(turns)) => conversation(key, turns),
-            Some(Value::String(text)) => {
-                let turns = serde_json::from_str(&text).map_err(|_| format!("`{key}` is not JSON"))?;
-                conversation(key, turns)
-            }
-            Some(other) => Err(format!("`{key}` must be a list, found {}", kind(&other))),
-            None => Err(format!("no key `{key}` ({})", found(&object))),
-        },
+    }
+}
+
+/// A list, or the text of one.
+fn list(key: &str, value: Value) -> std::result::Result<Vec<Value>, String> {
+    match value {
+        Value::Array(items) => Ok(items),
+        Value::String(text) => serde_json::from_str(&text).map_err(|_| format!("`{key}` is not a list in JSON")),
+        other => Err(format!("`{key}` must be a list, found {}", kind(&other))),
     }
 }
 
 /// The turns up to the last answer: what comes behind it teaches nothing.
-fn conversation(key: &str, turns: Vec<Value>) -> std::result::Result<Content, String> {
+fn conversation(key: &str, turns: Vec<Value>) -> std::result::Result<Vec<Message>, String> {
     let read = |(i, turn): (usize, Value)| {
         let at = |problem: String| format!("`{key}` turn {}: {problem}", i + 1);
         match turn {
@@ -318,7 +321,7 @@ fn conversation(key: &str, turns: Vec<Value>) -> std::result::Result<Content, St
     let mut messages: Vec<Message> = turns.into_iter().enumerate().map(read).collect::<std::result::Result<_, _>>()?;
     let last = messages.iter().rposition(Message::is_answer);
     messages.truncate(last.ok_or_else(|| format!("`{key}` has no turn of the assistant"))? + 1);
-    Ok(Content::Conversation(messages))
+    Ok(messages)
 }
 
 /// The answers of a conversation, or the first, each as a record of its own with the turn before it as instruction.
@@ -338,24 +341,28 @@ fn exchanges(record: Record, all: bool) -> Vec<Record> {
 }
 
 /// Whether a value says anything.
-fn is_given(value: Option<&Value>) -> bool {
-    value.is_some_and(|value| {
-        let empty =
-            value.as_array().is_some_and(Vec::is_empty) || value.as_str().is_some_and(|s| matches!(s, "" | "[]"));
-        !value.is_null() && !empty
-    })
+fn is_given(value: &Value) -> bool {
+    let empty = value.as_array().is_some_and(Vec::is_empty) || value.as_str().is_some_and(|s| matches!(s, "" | "[]"));
+    !value.is_null() && !empty
 }
 
+/// Keys of a message's thoughts; the first that says something counts, as in transformers.
+const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
 fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String> {
-    if is_given(turn.get("tool_calls")) {
-        return Err("`tool_calls` are not read".to_owned());
-    }
-    let thought = match turn.remove("reasoning_content") {
-        None | Some(Value::Null) => None,
-        Some(Value::String(text)) => Some(text),
-        Some(other) => return Err(format!("`reasoning_content` must be a text, found {}", kind(&other))),
+    let calls = turn.remove(TOOL_CALLS).filter(is_given).map(|calls| list(TOOL_CALLS, calls)).transpose()?;
+    let thoughts = THOUGHTS.iter().filter_map(|key| Some((key, turn.get(*key).filter(|value| !value.is_null())?)));
+    let thought = match thoughts.into_iter().next() {
+        None => None,
+        Some((_, Value::String(text))) => Some(text.clone()),
+        Some((key, other)) => return Err(format!("`{key}` must be a text, found {}", kind(other))),
     };
+    turn.remove(THOUGHTS[0]);
     let (role, content) = if turn.contains_key("from") { ("from", "value") } else { ("role", "content") };
+    // Who calls a tool need not say anything. Templates write null or nothing there in different ways, or refuse it.
+    if calls.is_some() && turn.get(content).is_none_or(Value::is_null) {
+        turn.insert(content.to_owned(), Value::from(""));
+    }
     let lacking: Vec<_> = [role, content].into_iter().filter(|key| !turn.contains_key(*key)).collect();
     if !lacking.is_empty() {
         return Err(format!("no `{}` ({})", lacking.join("`, `"), found(&turn)));
@@ -379,7 +386,9 @@ fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String>
         }
         other => return Err(format!("`{content}` must be a text, found {}", kind(&other.unwrap_or_default()))),
     };
-    Ok(Message { reasoning_content: thought, ..Message::new(role, &text) })
+    turn.retain(|key, _| !matches!(key.as_str(), "role" | "content"));
+    turn.extend(calls.map(|calls| (TOOL_CALLS.to_owned(), Value::Array(calls))));
+    Ok(Message { reasoning_content: thought, rest: turn, ..Message::new(role, &text) })
 }
 
 fn instruction(mut object: Map<String, Value>, keys: &Keys) -> std::result::Result<Content, String> {
@@ -450,6 +459,7 @@ fn kind(value: &Value) -> &'static str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn read(name: &str, content: &[u8]) -> Result<Vec<Record>> {
         let dir = tempfile::tempdir().unwrap();
@@ -653,22 +663,32 @@ mod tests {
             "line 1: `messages` turn 2: no `content` (found: role, text)"
         );
         assert_eq!(wrong(&format!("[{first}, 3]")), "line 1: `messages` turn 2: expected an object, found a number");
-        assert!(wrong(r#"[{"role": "assistant", "content": "", "tool_calls": [1]}]"#).ends_with("are not read"));
+        assert_eq!(
+            wrong(r#"[{"role": "assistant", "content": "", "tool_calls": {}}]"#),
+            "line 1: `messages` turn 1: `tool_calls` must be a list, found an object"
+        );
         let rows = format!("{{\"messages\": [{first}, {{\"role\": \"assistant\", \"content\": \"\"}}]}}\n{{\"x\": 1}}");
         assert_eq!(fails("d.jsonl", rows).0, "line 2: no key `messages` (found: x)");
     }
 
     #[test]
-    fn tools_are_refused_and_reasoning_is_read() {
+    fn tools_and_reasoning_are_read() {
         let row = |more: &str, turn: &str| {
             let talk = r#"{"role": "user", "content": "a"}, {"role": "assistant", "content": "b""#;
             format!(r#"{{"messages": [{talk}{turn}}}]{more}}}"#)
         };
-        for more in [r#", "tools": [{"type": "function"}]"#, r#", "tools": "[{}]""#] {
-            assert!(fails("d.jsonl", row(more, "")).0.contains("`tools` are not read"), "{more}");
+        for more in [r#", "tools": [{"type": "function"}]"#, r#", "tools": "[{\"type\": \"function\"}]""#] {
+            let record = read("d.jsonl", row(more, "").as_bytes()).unwrap().remove(0);
+            assert_eq!(record.tools(), [json!({"type": "function"})], "{more}");
         }
         for more in ["", r#", "tools": null"#, r#", "tools": []"#, r#", "tools": "[]""#] {
-            assert_eq!(read("d.jsonl", row(more, "").as_bytes()).unwrap().len(), 1, "{more}");
+            assert!(read("d.jsonl", row(more, "").as_bytes()).unwrap()[0].tools().is_empty(), "{more}");
+        }
+        for (more, problem) in [
+            (r#", "tools": "search""#, "line 1: `tools` is not a list in JSON"),
+            (r#", "tools": {"name": "f"}"#, "line 1: `tools` must be a list, found an object"),
+        ] {
+            assert_eq!(fails("d.jsonl", row(more, "")).0, problem);
         }
         let thought = |turn: &str| {
             let record = read("d.jsonl", row("", turn).as_bytes()).unwrap().remove(0);
@@ -676,7 +696,29 @@ mod tests {
         };
         assert_eq!(thought(r#", "reasoning_content": "because""#).as_deref(), Some("because"));
         assert_eq!(thought(r#", "reasoning_content": null"#), None);
+        assert_eq!(
+            thought(r#", "reasoning_content": null, "thinking": "why", "reasoning": "so""#).as_deref(),
+            Some("why")
+        );
         assert!(fails("d.jsonl", row("", r#", "reasoning_content": 3"#)).0.contains("found a number"));
+    }
+
+    #[test]
+    fn calls_need_no_words() {
+        let calls = json!([{"function": {"name": "f", "arguments": {"b": 1, "a": 2}}}]);
+        for given in [
+            json!({"tool_calls": calls}),
+            json!({"content": null, "tool_calls": calls}),
+            json!({"content": "", "tool_calls": calls.to_string()}),
+        ] {
+            let mut answer = given.as_object().unwrap().clone();
+            answer.insert("role".into(), "assistant".into());
+            let row = json!({"messages": [{"role": "user", "content": "a", "name": "n"}, answer]}).to_string();
+            let messages = read("d.jsonl", row.as_bytes()).unwrap()[0].messages();
+            assert_eq!(messages[0].rest["name"], "n");
+            assert_eq!(messages[1].tool_calls(), calls.as_array().unwrap());
+            assert_eq!(messages[1].content, "");
+        }
     }
 
     #[test]

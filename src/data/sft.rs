@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-use super::chat::{ChatTemplate, Message};
+use super::chat::{ChatTemplate, Dialogue};
 use super::prompt::PromptStyle;
 use super::torch_rng::EpochOrders;
 use super::{Content, Origin, Record};
@@ -70,7 +70,7 @@ impl Encoder<'_> {
     /// `Unsupported` if the tokenizer has no EOS token, or the style cannot write the record; else as
     /// `Tokenizer::encode_prompt`.
     pub fn encode(&self, record: &Record) -> Result<Sample> {
-        let mask = self.mask_prompt.unwrap_or(matches!(record.content, Content::Conversation(_)));
+        let mask = self.mask_prompt.unwrap_or(matches!(record.content, Content::Conversation { .. }));
         let (mut input_ids, mut answers) = self.ids_and_answers(record, mask)?;
         let raw_len = input_ids.len();
         if let Some(longest) = self.max_seq_length.filter(|&longest| longest > 0) {
@@ -96,12 +96,15 @@ impl Encoder<'_> {
                 let answers = vec![true; ids.len()];
                 return Ok((ids, answers));
             }
-            (_, Some(template)) => return self.by_template(template, &record.messages(), mask),
+            (_, Some(template)) => {
+                let dialogue = Dialogue { messages: &record.messages(), tools: record.tools() };
+                return self.by_template(template, dialogue, mask);
+            }
             (Content::Instruction { instruction, input, sys_prompt, output }, None) => {
                 let prompt = style.apply(instruction, input.as_deref(), sys_prompt.as_deref())?;
                 vec![(prompt, Some(output.as_str()))]
             }
-            (Content::Conversation(messages), None) => style.turns(messages)?,
+            (Content::Conversation { messages, tools }, None) => style.turns(Dialogue { messages, tools })?,
         };
         let (mut ids, mut answers) = (Vec::new(), Vec::new());
         for (i, (prompt, answer)) in pairs.iter().enumerate() {
@@ -118,9 +121,14 @@ impl Encoder<'_> {
     /// The text of a chat template, tokenized whole: a token is the assistant's if it begins in what it says. Where the
     /// template writes no token behind the last answer that ends a text, EOS is added, or the model would not learn to
     /// stop.
-    fn by_template(&self, template: &ChatTemplate, messages: &[Message], mask: bool) -> Result<(Vec<u32>, Vec<bool>)> {
+    fn by_template(
+        &self,
+        template: &ChatTemplate,
+        dialogue: Dialogue<'_>,
+        mask: bool,
+    ) -> Result<(Vec<u32>, Vec<bool>)> {
         let (text, ranges) =
-            if mask { template.answers(messages)? } else { (template.render(messages, false)?, Vec::new()) };
+            if mask { template.answers(dialogue)? } else { (template.render(dialogue, false)?, Vec::new()) };
         let tokens = self.tokenizer.encode_with_starts(&text)?;
         let (mut ids, mut answers) = (Vec::with_capacity(tokens.len() + 1), Vec::with_capacity(tokens.len() + 1));
         for (id, start) in tokens {
@@ -153,7 +161,8 @@ impl Encoder<'_> {
             }
             _ => {
                 let messages = record.messages();
-                self.style.prompt_ids(self.tokenizer, &messages[..messages.len().saturating_sub(1)])
+                let whole = Dialogue { messages: &messages, tools: record.tools() };
+                self.style.prompt_ids(self.tokenizer, whole.first(messages.len().saturating_sub(1)))
             }
         }
     }
@@ -402,6 +411,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::data::chat::Message;
     use crate::error::Error;
     use crate::tokenizer::AddBos;
 
@@ -587,7 +597,7 @@ mod tests {
     fn conversation() -> Record {
         let turns = [("user", "xy"), ("assistant", "pq"), ("user", "z"), ("assistant", "r")];
         let messages = turns.map(|(role, content)| Message::new(role, content)).to_vec();
-        Record { content: Content::Conversation(messages), row: Origin { file: 0, row: 1 } }
+        Record { content: Content::Conversation { messages, tools: Vec::new() }, row: Origin { file: 0, row: 1 } }
     }
 
     #[test]
