@@ -53,6 +53,9 @@ fn training_is_that_of_the_processor() {
             }
         }
     }
+    let base =
+        format!("generate --checkpoint_dir {} --accelerator cuda --max_new_tokens 2 --prompt Hello", tiny().display());
+    run(folder.path(), &[], &base).unwrap().ok();
     let answer = |accelerator: &str| {
         let args = format!(
             "generate --checkpoint_dir host/final --accelerator {accelerator} --precision 32-true --temperature 0 \
@@ -83,7 +86,7 @@ fn golden_models_by_the_driver() {
         command.args([name, "--exact", "--nocapture"]).env("LD_LIBRARY_PATH", driver);
         command.env("LITGPT_TEST_DEVICE", "cuda").env("LITGPT_TF32", "0").output().unwrap()
     };
-    for name in ["device::golden_lora_on_a_device"] {
+    for name in ["device::golden_lora_on_a_device", "device::a_base_in_16_bits_on_a_device"] {
         let ran = test(name);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         assert!(ran.status.success(), "{name}: {}\n{}", text(&ran.stdout), text(&ran.stderr));

@@ -61,6 +61,22 @@ fn golden_lora_on_a_device() {
     assert!(all.is_empty(), "cases that failed: {all:?}");
 }
 
+/// A model without adapters in 16 bits: there are no parameters to round.
+#[test]
+fn a_base_in_16_bits_on_a_device() {
+    let (Some(root), Some(device)) = (root(), emulated::device()) else { return };
+    let dir = &cases(&root, "models", "golden.safetensors")[0];
+    let rows = Fixture::read(&dir.join("golden.safetensors")).rows("input_ids");
+    let (_, host) = load_on(None, dir, Store::F32, None).unwrap();
+    let want = logits(&host, &rows[..1]);
+    for (store, limit) in [(Store::Bf16, 0.25), (Store::F16, 0.03)] {
+        let (_, gpt) = load_on(Some(&device), dir, store, None).unwrap();
+        let error = largest_difference(&logits(&gpt, &rows[..1]), &want) / deviation(&want);
+        device.check().unwrap();
+        within(&format!("{store:?}"), error, limit);
+    }
+}
+
 /// In few bits and in 16 bits the device computes what the host does, within the type's rounding.
 #[test]
 fn other_types_on_a_device() {

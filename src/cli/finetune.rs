@@ -378,6 +378,9 @@ fn without_validation(settings: &FinetuneSettings, rows: usize, held_out: usize,
     Ok(())
 }
 
+/// Share of the free memory that an estimate is not to fill.
+const RESERVE: f64 = 0.04;
+
 /// Says what the run needs and what there is; how it is computed: as `wanted`, or so that it needs less memory where the
 /// settings leave the choice.
 ///
@@ -393,7 +396,7 @@ fn preflight(
 ) -> Result<Computed> {
     let free = compute.free_memory().unwrap_or(usize::MAX);
     // What the driver and the allocator keep for themselves is not ours to count.
-    let fits = |estimate: &Estimate| estimate.total() as f64 <= 0.96 * free as f64;
+    let fits = |estimate: &Estimate| estimate.total() as f64 <= (1.0 - RESERVE) * free as f64;
     let switches = [settings.train.activation_checkpointing, settings.train.prefix_sharing].map(|s| s == Switch::Auto);
     let choices = [(false, false), (false, true), (true, false), (true, true)].into_iter();
     // On the processor, whose memory others come and go in, the run itself must not depend on what is free.
@@ -426,8 +429,9 @@ fn preflight(
     let mut ways = ways_out(config, settings, computed).into_iter().filter(|(_, estimate)| fits(estimate));
     let way = ways.next().map(|(name, estimate)| format!("{name} would need {} GB", gb(estimate.total())));
     let message = format!(
-        "this run needs about {} GB, and {} GB are free on {}",
+        "this run needs about {} GB and a reserve of {:.0} %, and {} GB are free on {}",
         gb(estimate.total()),
+        100.0 * RESERVE,
         gb(free),
         compute.place()
     );

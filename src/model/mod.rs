@@ -274,7 +274,8 @@ impl Gpt {
 
     /// The parameters as the products read them: on a device in the type of the activations.
     fn parameters_of_products(&self) -> Cow<'_, Matrix> {
-        match self.place() {
+        // Without adapters there are none, on no device.
+        match self.place().filter(|_| self.parameters.cols() > 0) {
             Some((_, dtype)) if dtype != Dtype::F32 => Cow::Owned(rows::cast(&self.parameters, dtype)),
             _ => Cow::Borrowed(&self.parameters),
         }
