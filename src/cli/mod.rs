@@ -22,6 +22,7 @@ mod validate;
 use crate::error::Error;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use ui::Ui;
 
@@ -68,7 +69,17 @@ enum Command {
 /// Runs the command line `argv`, program name first, and says how it went.
 #[must_use]
 pub fn run(argv: Vec<OsString>) -> ExitCode {
+    ui::report_panics();
     let mut ui = Ui::new();
+    // What a panic leaves behind is not used again.
+    let ran = std::panic::catch_unwind(AssertUnwindSafe(|| parsed_and_run(argv, &mut ui)));
+    ran.unwrap_or_else(|_| {
+        ui.end();
+        ExitCode::FAILURE
+    })
+}
+
+fn parsed_and_run(argv: Vec<OsString>, ui: &mut Ui) -> ExitCode {
     let argv = match compat::rewrite(argv) {
         Ok(argv) => argv,
         Err(error) => return ui.fail(&error.into()),
@@ -85,17 +96,17 @@ pub fn run(argv: Vec<OsString>) -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Download(args) => download::run(&args, &mut ui),
-        Command::FinetuneLora(args) => finetune::run(&args, &mut ui),
-        Command::Generate(args) => generate::run(&args, &mut ui),
-        Command::Chat(args) => chat::run(&args, &mut ui),
-        Command::MergeLora(args) => merge_lora::run(&args, &mut ui),
-        Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, &mut ui),
-        Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, &mut ui),
-        Command::Quantize(args) => quantize::run(&args, &mut ui),
-        Command::Validate(args) => validate::run(&args, &mut ui),
-        Command::Completions(args) => shell::completions(&args, Cli::command(), &ui),
-        Command::Man(args) => shell::man(&args, Cli::command(), &ui),
+        Command::Download(args) => download::run(&args, ui),
+        Command::FinetuneLora(args) => finetune::run(&args, ui),
+        Command::Generate(args) => generate::run(&args, ui),
+        Command::Chat(args) => chat::run(&args, ui),
+        Command::MergeLora(args) => merge_lora::run(&args, ui),
+        Command::ConvertToLitgpt(args) => convert::to_litgpt(&args, ui),
+        Command::ConvertFromLitgpt(args) => convert::from_litgpt(&args, ui),
+        Command::Quantize(args) => quantize::run(&args, ui),
+        Command::Validate(args) => validate::run(&args, ui),
+        Command::Completions(args) => shell::completions(&args, Cli::command(), ui),
+        Command::Man(args) => shell::man(&args, Cli::command(), ui),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use crate::train::report::{Event, Figures, Report};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The terminal.
 pub struct Ui {
@@ -107,6 +108,31 @@ impl Ui {
         let _ = error.print();
         if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
     }
+}
+
+/// Has a panic, which is a mistake of this program, said as an error is. Where `RUST_BACKTRACE` is set, as Rust does.
+pub fn report_panics() {
+    if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+        return;
+    }
+    // Threads that fail because of another say nothing new.
+    static SAID: AtomicBool = AtomicBool::new(false);
+    std::panic::set_hook(Box::new(|info| {
+        if !SAID.swap(true, Ordering::Relaxed) {
+            let place = info.location().map(ToString::to_string).unwrap_or_default();
+            let what = info.payload();
+            let what = what.downcast_ref::<&str>().copied().or(what.downcast_ref::<String>().map(String::as_str));
+            let _ = write!(std::io::stderr(), "{}", panic_text(what.unwrap_or_default(), &place));
+        }
+    }));
+}
+
+fn panic_text(what: &str, place: &str) -> String {
+    format!(
+        "error: a mistake in litgpt itself: {} ({place})\n\
+         hint: report it with the command line and this text; what was saved is whole, and RUST_BACKTRACE=1 tells more\n",
+        printable(what)
+    )
 }
 
 /// An error and its causes on one line, each said once.
@@ -225,6 +251,13 @@ fn status(name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_two_lines() {
+        let text = panic_text("left\nright", "src/x.rs:1:2");
+        assert!(text.starts_with("error: a mistake in litgpt itself: left right (src/x.rs:1:2)\nhint: "), "{text}");
+        assert_eq!(text.lines().count(), 2);
+    }
 
     #[test]
     fn no_text_of_others_moves_the_cursor() {
