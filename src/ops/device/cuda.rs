@@ -8,9 +8,11 @@
 use super::{Arg, Backend, Dtype, Failure, Launch, Operand, Product, Refusal};
 use cudarc::cublas::{CudaBlas, result as cublas, sys as blas_sys};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use libloading::Library;
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CString, OsStr, c_int, c_void};
 use std::mem::ManuallyDrop;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// Bytes at an address that the driver may read words from, which those of `include_bytes` alone need not be.
@@ -108,9 +110,8 @@ impl Cuda {
         if !has_device(ordinal).map_err(open("starting the driver"))? {
             return Ok(None);
         }
-        // SAFETY: asks the loader for the library and calls nothing in it.
-        if !unsafe { blas_sys::is_culib_present() } {
-            return Err(failure("loading cuBLAS", "no libcublas on the library path".to_owned()));
+        if !finds_blas() {
+            return Err(failure("loading cuBLAS", NO_BLAS.to_owned()));
         }
         let context = CudaContext::new(ordinal).map_err(open("opening it"))?;
         // Before cuBLAS, which tells less of a driver that is too old.
@@ -240,6 +241,40 @@ fn has_device(ordinal: usize) -> Result<bool, DriverError> {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_STUB_LIBRARY)) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+const NO_BLAS: &str = "there is no libcublas on the library path, beside this program, in $CUDA_HOME, /usr/local/cuda or the \
+                       active Python environment; the CUDA toolkit has it, and Python's package nvidia-cublas";
+
+/// Whether the loader finds cuBLAS. What is not on its path is looked for where toolkits and Python's packages put it: a
+/// library that was loaded by its path is found by its name from then on.
+fn finds_blas() -> bool {
+    // SAFETY: asks the loader for the library and calls nothing in it.
+    let is_there = || unsafe { blas_sys::is_culib_present() };
+    let named = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libcublas.so"));
+    is_there()
+        || blas_folders().iter().flat_map(|folder| entries(folder)).filter(named).any(|path| {
+            // SAFETY: NVIDIA's library does nothing but set itself up when it is loaded. It stays loaded.
+            unsafe { Library::new(path) }.map(std::mem::forget).is_ok() && is_there()
+        })
+}
+
+fn blas_folders() -> Vec<PathBuf> {
+    let named = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let program = std::env::current_exe().ok().and_then(|path| path.parent().map(Path::to_owned));
+    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(named);
+    let toolkits = toolkits.chain(["/usr/local/cuda", "/opt/cuda"].map(PathBuf::from)).map(|home| home.join("lib64"));
+    let python = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(named).map(|home| home.join("lib"));
+    // lib/python3.12/site-packages/nvidia/cublas/lib
+    let packages = python.clone().flat_map(|lib| entries(&lib)).map(|python| python.join("site-packages/nvidia"));
+    let packages = packages.flat_map(|nvidia| entries(&nvidia)).map(|package| package.join("lib"));
+    program.into_iter().chain(toolkits).chain(python).chain(packages).collect()
+}
+
+/// What is in a folder; nothing where there is none.
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let paths = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    paths.collect()
 }
 
 fn data_type(dtype: Dtype) -> blas_sys::cudaDataType {
