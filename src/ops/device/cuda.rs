@@ -251,7 +251,8 @@ const NO_BLAS: &str = "there is no libcublas on the library path, beside this pr
 fn finds_blas() -> bool {
     // SAFETY: asks the loader for the library and calls nothing in it.
     let is_there = || unsafe { blas_sys::is_culib_present() };
-    let named = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libcublas.so"));
+    let named =
+        |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libcublas.so"));
     is_there()
         || blas_folders().iter().flat_map(|folder| entries(folder)).filter(named).any(|path| {
             // SAFETY: NVIDIA's library does nothing but set itself up when it is loaded. It stays loaded.
