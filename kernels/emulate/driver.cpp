@@ -170,6 +170,7 @@ int cuMemPoolSetAttribute(void*, int attribute, void* value) {
 }
 int cuMemPoolTrimTo(void*, size_t) {
     Guard guard(card().lock);
+    card().finish();  // what is freed was filled in the queue
     for (const auto& [bytes, at] : card().kept) {
         card().taken -= bytes;
         std::free(reinterpret_cast<void*>(at));
@@ -242,7 +243,7 @@ int cuMemsetD8Async(Pointer at, unsigned char value, size_t bytes, void*) {
 int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned width, unsigned height, unsigned depth,
                    unsigned shared, void* on, void** args, void** extra) {
     Guard guard(card().lock);
-    const bool shaped = x && y && z && x < 1u << 31 && y < 65536 && z < 65536 && width && height && depth == 1 && width * height <= 1024;
+    const bool shaped = x && y && z && x < 1u << 31 && y < 65536 && z < 65536 && width && height && depth == 1 && size_t(width) * height <= 1024;
     if (!shaped || shared > function->shared || on != &stream || extra)
         return fail("launch refused", function->name), invalid_value;
     // The arguments are copied now: their memory is the caller's.

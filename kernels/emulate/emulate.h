@@ -237,6 +237,10 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::func
     Block storage;
     const size_t n = size_t(threads.x) * threads.y * threads.z;
     storage.n = n;
+    if (n > fibers.size()) {
+        std::fprintf(stderr, "emulate: a block of %zu threads\n", n);
+        std::abort();
+    }
     storage.slots.resize(n);
     storage.kernel = &kernel;
     block = &storage;

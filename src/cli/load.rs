@@ -113,14 +113,14 @@ impl Compute {
         }
     }
 
-    /// The most memory that was taken, in words, where the system tells. On a GPU the pool keeps what is freed, so what is
-    /// taken now is the most.
+    /// The most memory that was taken, in words, where the system tells; of a GPU, whose pool keeps what is freed, what is
+    /// taken now, by all programs.
     pub fn peak_memory(&self) -> Option<String> {
         let gb = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
         let host = super::ui::peak_memory().map(gb);
         let Some(device) = &self.device else { return host.map(|host| format!("peak memory {host}")) };
-        let host = host.map(|host| format!(", {host} of the host's")).unwrap_or_default();
-        self.held_memory().map(|bytes| format!("peak memory {} on {}{host}", gb(bytes), device.name()))
+        let host = host.map(|host| format!("; peak memory of the host {host}")).unwrap_or_default();
+        self.held_memory().map(|bytes| format!("memory taken on {}: {}{host}", device.name(), gb(bytes)))
     }
 
     /// How the weights are kept. A GPU multiplies in 16 bit in the mixed precisions too, so it keeps them so; adapters

@@ -44,6 +44,19 @@ impl Message {
         self.role == "assistant"
     }
 
+    /// What is said, or where tools are called the name of the first, if it has one.
+    fn words_mut(&mut self) -> Option<&mut String> {
+        if self.tool_calls().is_empty() {
+            return Some(&mut self.content);
+        }
+        let call = self.rest.get_mut(TOOL_CALLS)?.get_mut(0)?;
+        let function = if call.get("function").is_some() { call.get_mut("function")? } else { call };
+        match function.get_mut("name")? {
+            Json::String(name) => Some(name),
+            _ => None,
+        }
+    }
+
     /// The tools that it calls, as objects.
     #[must_use]
     pub fn tool_calls(&self) -> &[Json] {
@@ -74,6 +87,17 @@ impl<'a> Dialogue<'a> {
     #[must_use]
     pub fn first(self, n: usize) -> Self {
         Self { messages: &self.messages[..n], ..self }
+    }
+
+    /// Whether one of these characters is in it anywhere.
+    fn says(self, characters: [char; 2]) -> bool {
+        let json = |value: String| value.contains(characters);
+        let message = |m: &Message| {
+            let texts = [Some(m.content.as_str()), m.reasoning_content.as_deref()];
+            texts.into_iter().flatten().any(|text| text.contains(characters))
+                || (!m.rest.is_empty() && json(Json::Object(m.rest.clone()).to_string()))
+        };
+        self.messages.iter().any(message) || self.tools.iter().any(|tool| json(tool.to_string()))
     }
 
     /// The names under which a template finds tools or calls of them, of those that the dialogue has.
@@ -158,7 +182,8 @@ impl ChatTemplate {
     /// # Errors
     /// What the template refuses, such as two user turns in a row, and tools that it has no place for.
     pub fn render<'a>(&self, dialogue: impl Into<Dialogue<'a>>, add_generation_prompt: bool) -> Result<String> {
-        Ok(unmarked(self.render_marked(dialogue.into(), add_generation_prompt)?).0)
+        let text = self.render_marked(dialogue.into(), add_generation_prompt)?;
+        Ok(if self.marked { unmarked(&text).0 } else { text })
     }
 
     /// The same with [`jinja::MARKS`].
@@ -170,6 +195,10 @@ impl ChatTemplate {
                 what,
                 "leave the rows with tools out, or use a model that was trained with tools",
             ));
+        }
+        if self.marked && dialogue.says(jinja::MARKS) {
+            let what = format!("a message with the characters {:?}, which mark answers here", jinja::MARKS);
+            return Err(Error::unsupported(what, "take them out: they are no text"));
         }
         let template = self.environment.get_template(NAME).map_err(|e| broken(&self.path, &e))?;
         let (bos_token, eos_token) = (&self.bos_token, &self.eos_token);
@@ -203,16 +232,17 @@ impl ChatTemplate {
     /// cannot be found in the whole text.
     pub fn answers<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<(String, Vec<Range<usize>>)> {
         let dialogue = dialogue.into();
-        let (text, mut ranges) = unmarked(self.render_marked(dialogue, false)?);
+        let mut text = self.render_marked(dialogue, false)?;
+        let mut ranges = Vec::new();
         if self.marked {
-            return Ok((text, ranges));
+            (text, ranges) = unmarked(&text);
+            if !ranges.is_empty() {
+                return Ok((text, ranges));
+            }
         }
-        for (i, message) in dialogue.messages.iter().enumerate().filter(|(_, message)| message.is_answer()) {
-            let before = self.render(dialogue.first(i), true)?;
-            let upto = self.render(dialogue.first(i + 1), false)?;
+        for (i, _) in dialogue.messages.iter().enumerate().filter(|(_, message)| message.is_answer()) {
             let from = ranges.last().map_or(0, |range: &Range<usize>| range.end);
-            let upto = Rendered { text: &upto, closing: &self.eos_token };
-            let range = answer_in(&text, from, &before, upto, message).ok_or_else(|| {
+            let range = self.answer(dialogue, i, &text, from)?.ok_or_else(|| {
                 let what = format!("masking turn {} with this chat template, which rewrites earlier turns", i + 1);
                 Error::unsupported(what, "train on all turns: --data.mask_prompt false")
             })?;
@@ -220,14 +250,59 @@ impl ChatTemplate {
         }
         Ok((text, ranges))
     }
+
+    /// Where turn `i`, an answer, stands in the `text` of the dialogue, not before `from`: from the end of the prompt to the
+    /// end of the text up to it. A template may write it, or turns before it, differently once others follow (reasoning is
+    /// left out, tools come before the last question); then its place is looked for.
+    fn answer(&self, dialogue: Dialogue<'_>, i: usize, text: &str, from: usize) -> Result<Option<Range<usize>>> {
+        let before = self.render(dialogue.first(i), true)?;
+        let upto = self.render(dialogue.first(i + 1), false)?;
+        if before.len() >= from && text.starts_with(&upto) && upto.starts_with(&before) {
+            return Ok(Some(before.len()..upto.len()));
+        }
+        let Some(place) = self.place(dialogue, i, text)?.filter(|place| place.start >= from) else { return Ok(None) };
+        let Some(alone) = self.place(dialogue.first(i + 1), i, &upto)? else { return Ok(None) };
+        // What stands before it cannot be in it.
+        let previous = i.checked_sub(1).map(|previous| self.place(dialogue, previous, text)).transpose()?.flatten();
+        let from =
+            previous.filter(|previous| previous.end <= place.start).map_or(from, |previous| previous.end.max(from));
+        let asked = self.render(dialogue.first(i), false)?;
+        let prompt = &before[common_prefix(&asked, &before)..];
+        let calls = !dialogue.messages[i].tool_calls().is_empty();
+        let whole = upto.strip_prefix(before.as_str()).and_then(|answer| {
+            let start = place.start.checked_sub(alone.start.checked_sub(before.len())?)?;
+            (start >= from && text.get(start..)?.starts_with(answer)).then_some(start)
+        });
+        let begun = || begin_of(&text[from..place.start], prompt).map(|at| from + at);
+        let start = whole.or_else(begun).or_else(|| (!calls).then_some(place.start));
+        let behind = &upto[alone.end..];
+        let open = behind.strip_suffix(&self.eos_token).unwrap_or(behind);
+        let goes_on = [behind, open].into_iter().find(|behind| text[place.end..].starts_with(behind));
+        let end = goes_on.map(str::len).or((!calls).then_some(0)).map(|len| place.end + len);
+        Ok(start.zip(end).map(|(start, end)| start..end))
+    }
+
+    /// Where the words of turn `i` stand in the `text` of the dialogue, behind their thoughts, or the name of the first tool
+    /// that it calls: what is another with others in their place.
+    fn place(&self, dialogue: Dialogue<'_>, i: usize, text: &str) -> Result<Option<Range<usize>>> {
+        let mut messages = dialogue.messages.to_vec();
+        let Some(words) = messages[i].words_mut() else { return Ok(None) };
+        *words = other_than(words);
+        let Ok(other) = self.render(Dialogue { messages: &messages, ..dialogue }, false) else { return Ok(None) };
+        if other == text {
+            return Ok(None);
+        }
+        let start = common_prefix(text, &other);
+        let (rest, other) = (&text[start..], &other[start..]);
+        let same = rest.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
+        let end = (rest.len() - same..=rest.len()).find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+        Ok(Some(start..start + end))
+    }
 }
 
 /// A text without [`jinja::MARKS`], and what was between them.
-fn unmarked(marked: String) -> (String, Vec<Range<usize>>) {
+fn unmarked(marked: &str) -> (String, Vec<Range<usize>>) {
     let [open, close] = jinja::MARKS;
-    if !marked.contains([open, close]) {
-        return (marked, Vec::new());
-    }
     let (mut text, mut ranges, mut from) = (String::with_capacity(marked.len()), Vec::new(), 0);
     for part in marked.split_inclusive([open, close]) {
         text.push_str(part.strip_suffix([open, close]).unwrap_or(part));
@@ -240,61 +315,23 @@ fn unmarked(marked: String) -> (String, Vec<Range<usize>>) {
     (text, ranges)
 }
 
-/// A dialogue up to an answer, behind which a template may write `closing` that is not there once others follow.
-#[derive(Clone, Copy)]
-struct Rendered<'a> {
-    text: &'a str,
-    closing: &'a str,
+/// Words that neither begin nor end as these do, with the thoughts and blanks around them kept.
+fn other_than(words: &str) -> String {
+    let at = words.rfind("</think>").map_or(0, |at| at + "</think>".len());
+    let said = words[at..].trim();
+    let at = words.len() - words[at..].trim_start().len();
+    let letter = |not: Option<char>| if not == Some('q') { 'z' } else { 'q' };
+    let other = [letter(said.chars().next()), letter(said.chars().last())];
+    [&words[..at], &String::from_iter(other), &words[at + said.len()..]].concat()
 }
 
-/// Where an answer stands in `text`: from the end of the prompt `before` to the end of `upto`. A template may write a
-/// turn differently once others follow it, or than its prompt has it (reasoning is left out of earlier turns): then the
-/// answer's own words, or those behind its reasoning, and what stood behind them are looked for.
-fn answer_in(text: &str, from: usize, before: &str, upto: Rendered<'_>, message: &Message) -> Option<Range<usize>> {
-    let content = message.content.as_str();
-    let said = [content.trim(), content.rsplit("</think>").next().unwrap_or_default().trim()];
-    // The whole, where both begin at one place.
-    let found = |at: usize| {
-        let places = said.iter().filter_map(|said| Some((at + text.get(at..)?.find(said)?, *said)));
-        places.min_by_key(|(at, _)| *at)
-    };
-    let shared = common_prefix(text, before);
-    let start = if shared == before.len() && shared >= from {
-        shared
-    } else if !message.tool_calls().is_empty() {
-        // Its words alone do not tell where it begins, but a tag of it that begins as one of the prompt is its own.
-        let open = text[..shared].rfind(['<', '>']).filter(|at| text[*at..].starts_with('<'));
-        Some(open.unwrap_or(shared)).filter(|start| *start >= from)?
-    } else {
-        // The answer may begin as what the prompt has in its place.
-        let earlier = found(from.max(boundary(text, shared.saturating_sub(content.len()))));
-        let across = earlier.filter(|(at, said)| *at <= shared && shared < at + said.len());
-        across.or_else(|| found(from.max(shared)))?.0
-    };
-    if text.starts_with(upto.text) && upto.text.len() >= start {
-        return Some(start..upto.text.len());
-    }
-    if !message.tool_calls().is_empty() {
-        return calls_in(text, start, upto, message);
-    }
-    let (at, said) = found(start)?;
-    let end = at + said.len();
-    let behind = upto.text.rfind(said).map_or("", |at| &upto.text[at + said.len()..]);
-    let open = behind.strip_suffix(upto.closing).unwrap_or(behind);
-    let goes_on = [behind, open].into_iter().find(|behind| text[end..].starts_with(behind));
-    Some(start..end + goes_on.map_or(0, str::len))
-}
-
-/// Where an answer with calls of tools stands, if it begins at `start`: the most that `text` goes on with there of what
-/// ends `upto`. Its words and the names of what it calls must be among it.
-fn calls_in<'a>(text: &str, start: usize, upto: Rendered<'a>, message: &Message) -> Option<Range<usize>> {
-    let name = |call| Json::get(call, "function").unwrap_or(call).get("name")?.as_str();
-    let names: Option<Vec<&str>> = message.tool_calls().iter().map(name).collect();
-    let open = upto.text.strip_suffix(upto.closing).unwrap_or(upto.text);
-    let ends = |whole: &'a str| whole.char_indices().map(|(at, _)| &whole[at..]);
-    let end = [upto.text, open].into_iter().flat_map(ends).find(|end| text[start..].starts_with(end))?;
-    let all = names?.into_iter().chain([message.content.trim()]).all(|word| end.contains(word));
-    all.then(|| start..start + end.len())
+/// Where behind the last beginning of a `prompt` that `text` has, the longest there is, the answer begins. A tag that only
+/// begins as one of the prompt is the answer's.
+fn begin_of(text: &str, prompt: &str) -> Option<usize> {
+    let ends = prompt.char_indices().map(|(at, c)| at + c.len_utf8()).rev();
+    let (at, len) = ends.into_iter().find_map(|len| Some((text.rfind(&prompt[..len])?, len)))?;
+    let open = prompt[..len].rfind(['<', '>']).filter(|open| len < prompt.len() && prompt[*open..].starts_with('<'));
+    Some(at + open.unwrap_or(len))
 }
 
 /// Bytes of the whole characters that both begin with.
@@ -386,7 +423,7 @@ mod tests {
         let alike = [("user", "<A?"), ("assistant", "<A"), ("user", "why <A?"), ("assistant", "<A")];
         assert_eq!(said(source, "<end>", &alike), ["<A<end>", "<A<end>"]);
         let thought = [("user", "4 + 7 = 11?"), ("assistant", "<think>\nbecause\n</think>\n\n11"), turns[2], turns[3]];
-        assert_eq!(said(source, "<end>", &thought), ["11<end>", "<A<end>"]);
+        assert_eq!(said(source, "<end>", &thought), ["\n\n11<end>", "<A<end>"]);
     }
 
     /// As Qwen 3 does, with one answer twice: thoughts of earlier turns are left out.
@@ -421,9 +458,9 @@ mod tests {
             text,
             format!("[{tools_text}]\n<user>a<end><assistant>{call}<tool>c<end><assistant><think></think>b<end>")
         );
-        // What the prompt opens behind the role is not the answer's, nor are words before it that the prompt has others for.
+        // What only begins as the prompt does is the answer's.
         let said: Vec<&str> = ranges.into_iter().map(|range| &text[range]).collect();
-        assert_eq!(said, [call, "b<end>"]);
+        assert_eq!(said, [call, "<think></think>b<end>"]);
         let (text, ranges) = template(&source.replace("<prompt>", "")).answers(whole).unwrap();
         assert!(ranges.into_iter().map(|range| &text[range]).eq([call, "<think></think>b<end>"]));
 

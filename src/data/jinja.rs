@@ -43,14 +43,14 @@ pub(super) fn prepared(source: &str) -> String {
 pub(super) const MARKS: [char; 2] = ['\u{10FFFE}', '\u{10FFFF}'];
 
 /// transformers' `{% generation %}` says what of the text is the assistant's: here a block that is always entered, between
-/// marks. Of its two tags the outer takes away blanks before it, and the inner those behind.
+/// marks. Of its two tags the outer takes away blanks before it, and the inner, a scope as there, those behind.
 fn with_marks(source: &str) -> String {
     static BEGIN: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").ok());
     static END: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").ok());
     let Some((begin, end)) = BEGIN.as_ref().zip(END.as_ref()) else { return source.to_owned() };
     let [open, close] = MARKS;
-    let source = begin.replace_all(source, format!("{{%$1 if true %}}{{{{ '{open}' }}}}{{% if true $2%}}"));
-    end.replace_all(&source, format!("{{%$1 endif %}}{{{{ '{close}' }}}}{{% endif $2%}}")).into_owned()
+    let source = begin.replace_all(source, format!("{{%$1 if true %}}{{{{ '{open}' }}}}{{% with $2%}}"));
+    end.replace_all(&source, format!("{{%$1 endwith %}}{{{{ '{close}' }}}}{{% endif $2%}}")).into_owned()
 }
 
 /// Name of the function through which values go into namespaces.

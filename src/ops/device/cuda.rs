@@ -255,8 +255,10 @@ fn finds_blas() -> bool {
         |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libcublas.so"));
     is_there()
         || blas_folders().iter().flat_map(|folder| entries(folder)).filter(named).any(|path| {
-            // SAFETY: NVIDIA's library does nothing but set itself up when it is loaded. It stays loaded.
-            unsafe { Library::new(path) }.map(std::mem::forget).is_ok() && is_there()
+            // SAFETY: NVIDIA's library does nothing but set itself up when it is loaded. It stays loaded then.
+            let library = unsafe { Library::new(path) };
+            // One of another version than the build's is let go.
+            is_there() && library.map(std::mem::forget).is_ok()
         })
 }
 
@@ -275,7 +277,9 @@ fn blas_folders() -> Vec<PathBuf> {
 /// What is in a folder; nothing where there is none.
 fn entries(folder: &Path) -> Vec<PathBuf> {
     let paths = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    paths.collect()
+    let mut paths: Vec<PathBuf> = paths.collect();
+    paths.sort();
+    paths
 }
 
 fn data_type(dtype: Dtype) -> blas_sys::cudaDataType {
