@@ -470,6 +470,18 @@ mod tests {
         }
     }
 
+    /// As Mistral does: tools come before the last question, so that texts up to an answer begin otherwise than the whole.
+    #[test]
+    fn answers_are_found_behind_what_moves() {
+        let source = "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index %}\
+                      {% endif %}{% endfor %}{% for m in messages %}{{ '[TOOLS]' if loop.index == ns.last }}{% if m.role == 'user' %}\
+                      [INST]{{ m.content }}[/INST]{% elif m.role == 'tool' %}[R]{{ m.content }}[/R]{% else %} {{ m.content }}</s>\
+                      {% endif %}{% endfor %}";
+        let turns =
+            [("user", "yes or no?"), ("tool", "yes"), ("assistant", "yes"), ("user", "no?"), ("assistant", "no")];
+        assert_eq!(said(source, "</s>", &turns), [" yes</s>", " no</s>"]);
+    }
+
     /// A template may say itself what is the assistant's.
     #[test]
     fn marked_answers_are_taken() {
