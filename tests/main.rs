@@ -6,7 +6,7 @@ mod checkpoints;
 mod cli;
 mod command_lines;
 mod corpus;
-#[cfg(feature = "cuda")]
+#[cfg(all(feature = "cuda", unix))]
 mod cuda;
 mod datasets;
 mod device;

@@ -86,7 +86,6 @@ std::vector<float> lines(Pointer at, int type, int n, int depth, int ld, bool si
     return out;
 }
 
-
 void fail(const char* what, const std::string& which) { std::fprintf(stderr, "emulated driver: %s: %s\n", what, which.c_str()); }
 
 }  // namespace

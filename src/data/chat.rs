@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use super::jinja;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quietly};
 use crate::tokenizer::Tokenizer;
 
 /// One turn of a conversation.
@@ -366,8 +366,11 @@ impl std::io::Write for Limited {
 fn deep<T: Send>(work: impl FnOnce() -> T + Send) -> std::result::Result<T, minijinja::Error> {
     let failed = || minijinja::Error::new(ErrorKind::InvalidOperation, "it does not fit into this memory");
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map_err(|_| failed())?;
-        thread.join().map_err(|_| failed())
+        let thread = std::thread::Builder::new()
+            .stack_size(STACK)
+            .spawn_scoped(scope, || quietly(work))
+            .map_err(|_| failed())?;
+        thread.join().ok().flatten().ok_or_else(failed)
     })
 }
 

@@ -351,8 +351,8 @@ const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 fn message(mut turn: Map<String, Value>) -> std::result::Result<Message, String> {
     let calls = turn.remove(TOOL_CALLS).filter(is_given).map(|calls| list(TOOL_CALLS, calls)).transpose()?;
-    let thoughts = THOUGHTS.iter().filter_map(|key| Some((key, turn.get(*key).filter(|value| !value.is_null())?)));
-    let thought = match thoughts.into_iter().next() {
+    let mut thoughts = THOUGHTS.iter().filter_map(|key| Some((key, turn.get(*key).filter(|value| !value.is_null())?)));
+    let thought = match thoughts.next() {
         None => None,
         Some((_, Value::String(text))) => Some(text.clone()),
         Some((key, other)) => return Err(format!("`{key}` must be a text, found {}", kind(other))),
