@@ -194,6 +194,7 @@ void load_matrices(uint32_t (&out)[4], const void* row) {
     const emulate::Matrices m = emulate::load_matrices(row, transposed, __LINE__);
     for (int i = 0; i < 4; ++i) out[i] = m.v[i];
 }
+inline Pack<uint32_t, 4> load_shared(const void* shared) { return *static_cast<const Pack<uint32_t, 4>*>(shared); }
 inline void copy_async(void* shared, const void* global, bool valid) { emulate::copy_async(shared, global, valid); }
 inline void copy_commit() { emulate::copy_commit(); }
 inline void copy_wait() { emulate::copy_wait(0); }
@@ -232,7 +233,17 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                      : "memory");
 }
 
-// 16 bytes into shared memory without passing through registers; zeros where not `valid`.
+// 16 bytes of shared memory, read here and not where they are first used: what stands between hides the time that it takes.
+__device__ __forceinline__ Pack<uint32_t, 4> load_shared(const void* shared) {
+    Pack<uint32_t, 4> out;
+    asm volatile("ld.volatile.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out.v[0]), "=r"(out.v[1]), "=r"(out.v[2]), "=r"(out.v[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(shared)))
+                 : "memory");
+    return out;
+}
+
+// 16 bytes into shared memory without passing through registers; zeros where not `valid`, when nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global),
                  "r"(valid ? 16 : 0)

@@ -11,7 +11,8 @@ use litgpt::ops::Matrix;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Device, Dtype};
 use litgpt::ops::quantized::Quantizer;
-use litgpt::ops::weight::Store;
+use litgpt::ops::resident::{Part, Resident};
+use litgpt::ops::weight::{Data, Store, Weight};
 use std::path::Path;
 
 fn check_model(device: &Device, dir: &Path) {
@@ -113,6 +114,63 @@ fn other_types_on_a_device() {
         }
     }
     device.check().unwrap();
+}
+
+/// Products with weights in 4 bits, which are decoded as they are multiplied, next to the same with what the device decodes:
+/// matrices of one weight that end within a tile, one sample and more tokens than a tile, onto what is there; and rows that
+/// share a scale, for which the weight is decoded first.
+#[test]
+fn products_in_4_bits() {
+    let Some(device) = emulated::device() else { return };
+    let mut cases =
+        vec![("nf4", vec![136, 64], 192, 40), ("nf4-dq", vec![72], 448, 150), ("fp4-dq", vec![32, 8], 96, 12)];
+    if emulated::is_real() {
+        for tokens in [16, 96, 160, 500] {
+            cases.extend([("nf4", vec![4096; 3], 4096, tokens), ("nf4-dq", vec![4096], 11_008, tokens)]);
+        }
+    }
+    for (name, rows, cols, tokens) in cases {
+        for (dtype, limit) in [(Dtype::Bf16, 1.0 / 128.0), (Dtype::F16, 1.0 / 1024.0)] {
+            check_product_in_4_bits(&device, name, &rows, cols, tokens, (dtype, limit));
+        }
+    }
+}
+
+fn check_product_in_4_bits(
+    device: &Device,
+    quantizer: &str,
+    rows: &[usize],
+    cols: usize,
+    tokens: usize,
+    (dtype, limit): (Dtype, f32),
+) {
+    let quantizer = Quantizer::named(quantizer).unwrap();
+    let parts = rows.iter().map(|&rows| Part::quantize(device, quantizer, &noise(rows * cols, rows), rows, cols));
+    let weight = Resident::quantized(device, dtype, cols, parts.collect());
+    let all: usize = rows.iter().sum();
+    // Exact sums of what is multiplied, so on the host.
+    let decoded = Weight::new(all, cols, Data::F32(weight.rows(0..all).to_host().to_vec()));
+    for backward in [false, true] {
+        let (ins, outs) = if backward { (all, cols) } else { (cols, all) };
+        let on_device = |values: &[f32], cols| Matrix::from_slice(tokens, cols, values).to(Some((device, dtype)));
+        let (x, mut y) = (on_device(&noise(tokens * ins, 1), ins), on_device(&noise(tokens * outs, 2), outs));
+        let (host, mut want) = (x.to_host(), y.to_host());
+        if backward {
+            weight.backward(x.view(), &mut y, true);
+            decoded.backward(host.view(), &mut want, true);
+        } else {
+            weight.forward(x.view(), &mut y, true);
+            decoded.forward(host.view(), &mut want, true);
+        }
+        let got = y.to_host();
+        device.check().unwrap();
+        let error = largest_difference(&got, &want) / deviation(&want);
+        within(
+            &format!("{quantizer:?} {rows:?} x {cols}, {tokens} tokens, {dtype:?}, backward {backward}"),
+            error,
+            4.0 * limit,
+        );
+    }
 }
 
 /// Numbers from -1 to 1 that look random.

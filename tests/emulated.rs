@@ -171,4 +171,8 @@ impl Backend for Emulated {
     fn memory(&self) -> Result<(usize, usize), String> {
         Ok((1 << 30, 1 << 30))
     }
+
+    fn processors(&self) -> usize {
+        4
+    }
 }

@@ -7,6 +7,7 @@
 #include "../head.cu"
 #include "../lora.cu"
 #include "../nf4.cu"
+#include "../nf4_product.cu"
 #include "../norm.cu"
 #include "../optimizer.cu"
 #include "../quantized.cu"
@@ -48,6 +49,7 @@ Entry entry(void (*kernel)(A...)) {
 const std::map<std::string, Entry>& kernels() {
 #define ONE(name) {#name, entry(name)},
 #define TYPED(name) ONE(name##_f32) ONE(name##_bf16) ONE(name##_f16)
+#define HALF(name) ONE(name##_bf16) ONE(name##_f16)
 #define HALVES(name) ONE(name##_bf16_d64) ONE(name##_bf16_d128) ONE(name##_bf16_d256) ONE(name##_f16_d64) ONE(name##_f16_d128) ONE(name##_f16_d256)
 #define SIZED(name) ONE(name##_f32_d64) ONE(name##_f32_d128) ONE(name##_f32_d256) HALVES(name)
     static const std::map<std::string, Entry> all = {
@@ -59,7 +61,8 @@ const std::map<std::string, Entry>& kernels() {
         TYPED(gather_rows) TYPED(scatter_add_rows) TYPED(scale_rows) TYPED(dot_rows) TYPED(copy_rows)
         TYPED(nf4_quantize) TYPED(nf4_dequantize) TYPED(nf4_dequantize_double) TYPED(int8_dequantize)
         ONE(nf4_absmax_mean) ONE(nf4_quantize_absmax)
-        TYPED(nf4_product) ONE(nf4_product_mma_bf16) ONE(nf4_product_mma_f16)
+        TYPED(nf4_product) HALF(nf4_product_mma)
+        HALF(nf4_product_many) HALF(nf4_product_many_backward) HALF(nf4_product_sum)
         ONE(adamw_f32) ONE(sum_squares_f32) ONE(sum_partials_f32) ONE(scale_f32)
         SIZED(attention_fwd) SIZED(attention_bwd_dq) SIZED(attention_bwd_dkv) TYPED(attention_bwd_delta)
         HALVES(attention_mma_fwd) HALVES(attention_mma_bwd_dq) HALVES(attention_mma_bwd_dkv)

@@ -104,6 +104,7 @@ int cuDeviceGetName(char* name, int length, int) { return std::snprintf(name, si
 int cuDeviceGetAttribute(int* value, int attribute, int) {
     const char* pageable = std::getenv("EMULATED_CUDA_PAGEABLE");
     switch (attribute) {
+        case 16: *value = 4; return success;                                       // MULTIPROCESSOR_COUNT
         case 75: *value = 8; return success;                                       // COMPUTE_CAPABILITY_MAJOR
         case 76: *value = 9; return success;                                       // COMPUTE_CAPABILITY_MINOR
         case 88: *value = pageable && *pageable == '1'; return success;            // PAGEABLE_MEMORY_ACCESS

@@ -7,6 +7,7 @@
 #include "../head.cu"
 #include "../lora.cu"
 #include "../nf4.cu"
+#include "../nf4_product.cu"
 #include "../norm.cu"
 #include "../optimizer.cu"
 #include "../rope.cu"
@@ -469,39 +470,91 @@ void test_nf4(int n, int kind) {
                  reinterpret_cast<const uint8_t*>(plain.data()), y.size() * sizeof(T));
 }
 
-// Products of a few rows with any codes and scales, plain (`nested` false) or doubly quantized; x and y are wider than their rows.
-template <class T, class Kernel>
-void test_nf4_product(const char* name, Kernel kernel, int rows_of_block, int n, int rows, int cols, int kind, bool nested, bool accumulate) {
-    const int blocks = (rows * cols + 63) / 64;
-    const i64 ldx = cols + 8, ldy = rows + 3;
-    std::mt19937 rng(7);
-    Buffer<uint8_t> packed((size_t(rows) * cols + 1) / 2), codes(blocks);
-    for (uint8_t& byte : packed) byte = uint8_t(rng());
-    for (uint8_t& byte : codes) byte = uint8_t(rng());
-    const auto absmax = random<float>(nested ? (blocks + 255) / 256 : blocks, 1), code = random<float>(256, 2);
-    const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
-    const float offset = 0.7f;
-    Buffer<T> input(x), y(old);
-    const unsigned grid = (rows + rows_of_block - 1) / rows_of_block;
-    emulate::launch(dim3(grid), dim3(32 * PRODUCT_WARPS), 0, [&] {
-        kernel(packed.data(), absmax.data(), nested ? codes.data() : nullptr, nested ? code.data() : nullptr, nested ? offset : 0.0f,
-               input.data(), y.data(), n, rows, cols, ldx, ldy, accumulate, kind);
-    });
+// W (rows, cols) with any codes and scales, plain (`nested` false) or doubly quantized.
+struct Weight4 {
+    int rows, cols, kind;
+    bool nested;
+    Buffer<uint8_t> packed, codes;
+    Buffer<float> absmax, code;
+    static constexpr float OFFSET = 0.7f;
+
+    Weight4(int rows, int cols, int kind, bool nested)
+        : rows(rows), cols(cols), kind(kind), nested(nested), packed((size_t(rows) * cols + 1) / 2), codes(blocks()),
+          absmax(random<float>(nested ? (blocks() + 255) / 256 : blocks(), rows)), code(random<float>(256, 2)) {
+        std::mt19937 rng(rows);  // matrices of one product differ
+        for (uint8_t& byte : packed) byte = uint8_t(rng());
+        for (uint8_t& byte : codes) byte = uint8_t(rng());
+    }
+    int blocks() const { return (rows * cols + 63) / 64; }
+    // As after nf4_dequantize.
+    template <class T>
+    double at(int row, int col) const {
+        const size_t i = size_t(row) * cols + col;
+        const float scale = nested ? code[codes[i / 64]] * absmax[i / 64 / 256] + OFFSET : absmax[i / 64];
+        return real(check::rounded<T>(LEVELS[kind][i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4] * scale));
+    }
+};
+
+// x (n, ins) Wᵀ, or x W where `backward`, with the rows of all of `ws`; what is beside the rows of y stays.
+template <class T>
+Reference product4(const std::vector<Weight4>& ws, const Buffer<T>& x, const Buffer<T>& old, int n, i64 ldx, i64 ldy, bool backward, bool accumulate) {
     Reference want(n * ldy);
-    for (size_t i = 0; i < want.size(); ++i) want[i] = real(old[i]);  // what is beside the rows stays
-    for (int t = 0; t < n; ++t)
-        for (int row = 0; row < rows; ++row) {
-            double sum = accumulate ? want[t * ldy + row] : 0.0;
-            for (int k = 0; k < cols; ++k) {
-                const size_t at = size_t(row) * cols + k;
-                const float scale = nested ? code[codes[at / 64]] * absmax[at / 64 / 256] + offset : absmax[at / 64];
-                const float w = LEVELS[kind][at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4] * scale;
-                sum += real(check::rounded<T>(w)) * real(x[t * ldx + k]);
-            }
-            want[t * ldy + row] = sum;
+    for (size_t i = 0; i < want.size(); ++i) want[i] = real(old[i]);
+    const int cols = ws[0].cols;
+    std::vector<Reference> rows;
+    for (const Weight4& w : ws)
+        for (int row = 0; row < w.rows; ++row) {
+            rows.emplace_back(cols);
+            for (int col = 0; col < cols; ++col) rows.back()[col] = w.at<T>(row, col);
         }
-    const std::string what = with(name, {{"n", n}, {"rows", rows}, {"cols", cols}, {"kind", kind}, {"nested", nested}, {"accumulate", accumulate}});
-    close(what, y.data(), want, 2e-5);
+    const int outs = backward ? cols : int(rows.size()), ins = backward ? int(rows.size()) : cols;
+    for (int t = 0; t < n; ++t)
+        for (int out = 0; out < outs; ++out) {
+            double sum = accumulate ? want[t * ldy + out] : 0.0;
+            for (int in = 0; in < ins; ++in) sum += (backward ? rows[in][out] : rows[out][in]) * real(x[t * ldx + in]);
+            want[t * ldy + out] = sum;
+        }
+    return want;
+}
+
+template <class T, class Kernel>
+void test_nf4_product(const char* name, Kernel kernel, int rows_of_block, int n, const Weight4& w, bool accumulate) {
+    const i64 ldx = w.cols + 8, ldy = w.rows + 3;
+    const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
+    Buffer<T> y(old);
+    const unsigned grid = (w.rows + rows_of_block - 1) / rows_of_block;
+    emulate::launch(dim3(grid), dim3(32 * PRODUCT_WARPS), 0, [&] {
+        kernel(w.packed.data(), w.absmax.data(), w.nested ? w.codes.data() : nullptr, w.nested ? w.code.data() : nullptr,
+               w.nested ? w.OFFSET : 0.0f, x.data(), y.data(), n, w.rows, w.cols, ldx, ldy, accumulate, w.kind);
+    });
+    const std::string what = with(name, {{"n", n}, {"rows", w.rows}, {"cols", w.cols}, {"kind", w.kind}, {"nested", w.nested}, {"accumulate", accumulate}});
+    close(what, y.data(), product4({w}, x, old, n, ldx, ldy, false, accumulate), 2e-5);
+}
+
+template <class T, class Kernel, class Sum>
+void test_nf4_product_many(const char* name, Kernel kernel, Sum sum, bool backward, int n, int tiles, int shares, const std::vector<Weight4>& ws, bool accumulate) {
+    const Weight4& first = ws[0];
+    std::vector<Rows4> matrices;
+    int rows = 0, row_tiles = 0;
+    for (const Weight4& w : ws) {
+        matrices.push_back({w.packed.data(), w.absmax.data(), w.nested ? w.codes.data() : nullptr, w.OFFSET, w.rows});
+        rows += w.rows;
+        row_tiles += (w.rows + SIDE - 1) / SIDE;
+    }
+    const int cols = first.cols, outs = backward ? cols : rows, ins = backward ? rows : cols;
+    const i64 ldx = ins + 8, ldy = outs + 3;
+    const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
+    Buffer<T> y(old);
+    Buffer<float> partial(shares > 1 ? size_t(shares) * n * outs : 0);
+    const int tile_tokens = ((n + tiles - 1) / tiles + 15) / 16 * 16;
+    emulate::launch(dim3(tiles, backward ? (cols + SIDE - 1) / SIDE : row_tiles, shares), dim3(256), MANY_SHARED, [&] {
+        kernel(matrices.data(), first.nested ? first.code.data() : nullptr, x.data(), y.data(), partial.data(), n, tile_tokens, rows, cols, ldx,
+               ldy, accumulate, first.kind);
+    });
+    if (shares > 1)
+        emulate::launch(dim3(2), dim3(64), 0, [&] { sum(partial.data(), y.data(), shares, n, outs, ldy, accumulate); });
+    const std::string what = with(name, {{"n", n}, {"rows", rows}, {"cols", cols}, {"kind", first.kind}, {"nested", first.nested}, {"accumulate", accumulate}});
+    close(what, y.data(), product4(ws, x, old, n, ldx, ldy, backward, accumulate), 1e-4);
 }
 
 template <class T>
@@ -509,17 +562,38 @@ void test_nf4_products() {
     // Every number of rows of x; rows of W that end within a block, columns within a word, a lane's share and a warp's.
     for (int n = 1; n <= PRODUCT_ROWS; ++n) {
         const bool odd = n % 2;
-        test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, n, 11 + n, odd ? 301 : 328, odd, n % 3 == 0, n > 4);
+        const Weight4 w(11 + n, odd ? 301 : 328, odd, n % 3 == 0);
+        test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, n, w, n > 4);
     }
-    test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, 2, 8, 4, 0, false, false);
+    test_nf4_product<T>("nf4_product", Kernels<T>::nf4_product, PRODUCT_WARPS, 2, Weight4(8, 4, 0, false), false);
 }
 
 template <class T, class Kernel>
 void test_nf4_products_mma(Kernel kernel) {
     for (int n = 1; n <= PRODUCT_ROWS; ++n) {
         const int cols[] = {32, 64, 96, 128, 160, 1024, 1056, 2208};
-        test_nf4_product<T>("nf4_product_mma", kernel, 16, n, 13 + 2 * n, cols[n - 1], n % 2, n % 3 == 0, n > 4);
+        test_nf4_product<T>("nf4_product_mma", kernel, 16, n, Weight4(13 + 2 * n, cols[n - 1], n % 2, n % 3 == 0), n > 4);
     }
+}
+
+template <class T, class Kernel, class Sum>
+void test_nf4_products_many(Kernel forward, Kernel backward, Sum sum) {
+    struct Case {
+        int n, tiles, shares, cols, kind;
+        bool nested, accumulate;
+        std::vector<int> rows;
+    };
+    // Whole and cut tiles on every side, one token, a stage that is half there, several stages and matrices, shares of ins.
+    const Case cases[] = {{128, 1, 1, 128, 0, false, false, {128}},    {1, 1, 1, 64, 1, true, false, {8}},
+                          {40, 2, 1, 192, 0, true, true, {136}},       {131, 2, 2, 448, 1, false, false, {200, 64}},
+                          {17, 1, 3, 384, 0, true, true, {8, 256, 128}}};
+    for (const Case& c : cases) {
+        std::vector<Weight4> ws;
+        for (int rows : c.rows) ws.emplace_back(rows, c.cols, c.kind, c.nested);
+        test_nf4_product_many<T>("nf4_product_many", forward, sum, false, c.n, c.tiles, c.shares, ws, c.accumulate);
+        test_nf4_product_many<T>("nf4_product_many_backward", backward, sum, true, c.n, c.tiles, c.shares, ws, c.accumulate);
+    }
+    test_nf4_product_many<T>("nf4_product_many", forward, sum, false, 20, 1, 1, {Weight4(131, 128, 0, false)}, false);
 }
 
 // The limits are the midpoints as f32 rounds them.
@@ -573,6 +647,8 @@ int main() {
         test_attentions_mma<__nv_bfloat16>();
         test_nf4_products_mma<__nv_bfloat16>(nf4_product_mma_bf16);
         test_nf4_products_mma<__half>(nf4_product_mma_f16);
+        test_nf4_products_many<__nv_bfloat16>(nf4_product_many_bf16, nf4_product_many_backward_bf16, nf4_product_sum_bf16);
+        if (seed == 0) test_nf4_products_many<__half>(nf4_product_many_f16, nf4_product_many_backward_f16, nf4_product_sum_f16);
         if (seed == 0) test_attentions_mma<__half>();
         for (int n : SIZES) {
             test_casts(n);

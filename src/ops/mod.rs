@@ -15,7 +15,7 @@
 //! |---|---|---|---|
 //! | frozen product | [`weight`] | `y = x Wᵀ` | `x` |
 //! | frozen product in few bits | [`quantized`], [`nf4`] | decoded for [`weight`] | |
-//! | frozen product on a device | [`resident`] | `y = x Wᵀ` | `x` |
+//! | frozen product on a device | [`resident`], [`nf4_product`] | `y = x Wᵀ` | `x` |
 //! | rows moved, added, scaled | [`rows`] | gather, scatter | |
 //! | adapter | [`lora`] | `y += s drop(x) Aᵀ Bᵀ` | `A`, `B`, `x` |
 //! | RMS and layer norm | [`norm`] | one scale a row | `x` |
@@ -44,6 +44,7 @@ pub mod matmul;
 pub mod matrix;
 pub mod moe;
 pub mod nf4;
+mod nf4_product;
 pub mod norm;
 pub mod optimizer;
 pub mod quantized;

@@ -1,9 +1,10 @@
 //! Frozen matrices in device memory and their products; `weight` has them on the host. A quantized matrix is decoded some
 //! rows at a time into a scratch, of which cuBLAS takes the product; a few rows are multiplied by its codes themselves.
 
-use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, flag, int, long};
+use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int, long};
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
+use super::nf4_product::{Four, Fours};
 use super::quantized::{Codes, Quantizer};
 use super::weight::Data;
 use half::{bf16, f16};
@@ -13,9 +14,6 @@ use std::sync::{Arc, OnceLock};
 /// Elements that are decoded at a time unless `LITGPT_DECODED_MB` says otherwise: 64 MB of bf16, enough rows for a product to
 /// fill the device.
 const PANEL: usize = 32 << 20;
-
-/// Rows of x up to which 4-bit weights are multiplied as they are; `PRODUCT_ROWS` of `kernels/nf4.cu`.
-const FEW: usize = 8;
 
 /// Consecutive rows of a matrix in few bits, quantized by themselves, in device memory.
 #[derive(Debug, Clone)]
@@ -72,7 +70,7 @@ impl Part {
         let blocks = n.div_ceil(QUANT_BLOCK);
         let x = device.upload(bytemuck::cast_slice(values));
         let (codes, absmax) = (device.allocate(n.div_ceil(2)), device.allocate(blocks * 4));
-        let args = [(&x).into(), (&codes).into(), (&absmax).into(), long(n), code_of(kind)];
+        let args = [(&x).into(), (&codes).into(), (&absmax).into(), long(n), Fours::code_of(kind)];
         device.launch("nf4_quantize_f32", None, [blocks.div_ceil(8).min(16_384), 1, 1], [256, 1], 0, &args);
         if !double {
             return Self { rows, codes, absmax, scheme: Scheme::Four { kind, double: None } };
@@ -92,22 +90,45 @@ impl Part {
         Self { rows, codes, absmax: nested_absmax, scheme: Scheme::Four { kind, double } }
     }
 
+    /// Its addresses, where it is in 4 bits.
+    fn four(&self) -> Four {
+        let (codes, offset) = match &self.scheme {
+            Scheme::Four { double: Some((codes, offset)), .. } => (codes.pointer(), *offset),
+            _ => (0, 0.0),
+        };
+        Four { rows: self.rows, packed: self.codes.pointer(), absmax: self.absmax.pointer(), codes, offset }
+    }
+
     fn bytes(&self) -> usize {
         let double = if let Scheme::Four { double: Some((codes, _)), .. } = &self.scheme { codes.bytes() } else { 0 };
         self.codes.bytes() + self.absmax.bytes() + double
     }
 }
 
-/// As `kernels/nf4.cu` numbers them.
-fn code_of(kind: Kind4) -> Arg {
-    int(usize::from(kind == Kind4::Fp4))
-}
-
 #[derive(Debug, Clone)]
 enum Kept {
     Whole(Buffer),
-    /// With the code book of double quantization.
-    Parts(Vec<Part>, Arc<Constant<f32>>),
+    Parts(Arc<Parts>),
+}
+
+/// The rows of one matrix, in order.
+#[derive(Debug)]
+struct Parts {
+    list: Vec<Part>,
+    /// The code book of double quantization.
+    nested: Constant<f32>,
+    /// The addresses in `list`, where all are in 4 bits of one kind.
+    fours: Option<Fours>,
+}
+
+impl Parts {
+    fn new(list: Vec<Part>, cols: usize) -> Self {
+        let mut kinds =
+            list.iter().map(|part| if let Scheme::Four { kind, .. } = part.scheme { Some(kind) } else { None });
+        let kind = kinds.next().flatten().filter(|kind| kinds.all(|other| other == Some(*kind)));
+        let fours = kind.map(|kind| Fours::new(list.iter().map(Part::four).collect(), kind, cols));
+        Self { list, nested: nested_code().to_vec().into(), fours }
+    }
 }
 
 /// A frozen (rows, cols) = (out, in) matrix in device memory, whose products are of type `dtype`.
@@ -158,7 +179,7 @@ impl Resident {
     #[must_use]
     pub fn quantized(device: &Device, dtype: Dtype, cols: usize, parts: Vec<Part>) -> Self {
         let rows = parts.iter().map(|part| part.rows).sum();
-        let kept = Kept::Parts(parts, Arc::new(nested_code().to_vec().into()));
+        let kept = Kept::Parts(Arc::new(Parts::new(parts, cols)));
         Self { device: device.clone(), dtype, rows, cols, kept }
     }
 
@@ -180,12 +201,16 @@ impl Resident {
         !matches!(self.kept, Kept::Whole(_))
     }
 
+    fn fours(&self) -> Option<&Fours> {
+        if let Kept::Parts(parts) = &self.kept { parts.fours.as_ref() } else { None }
+    }
+
     /// Bytes of memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.kept {
             Kept::Whole(buffer) => buffer.bytes(),
-            Kept::Parts(parts, _) => parts.iter().map(Part::bytes).sum(),
+            Kept::Parts(parts) => parts.list.iter().map(Part::bytes).sum(),
         }
     }
 
@@ -225,12 +250,17 @@ impl Resident {
                 let args = [from.into(), to.into(), long(n), 1f32.into(), int(0)];
                 self.device.launch_over("add", Some(self.dtype), n, &args);
             }
-            Kept::Parts(parts, nested) => {
+            Kept::Parts(parts) => {
                 let mut first = 0;
-                for part in parts {
+                for part in &parts.list {
                     let here = rows.start.max(first)..rows.end.min(first + part.rows);
                     if !here.is_empty() {
-                        self.decode_part(part, here.start - first..here.end - first, address(here.start), nested);
+                        self.decode_part(
+                            part,
+                            here.start - first..here.end - first,
+                            address(here.start),
+                            &parts.nested,
+                        );
                     }
                     first += part.rows;
                 }
@@ -249,13 +279,13 @@ impl Resident {
                 self.device.launch("int8_dequantize", Some(self.dtype), [rows.len(), 1, 1], [128, 1], 0, &args);
             }
             Scheme::Four { kind, double: None } => {
-                let args = [codes, absmax, to, long(first), long(n), code_of(*kind)];
+                let args = [codes, absmax, to, long(first), long(n), Fours::code_of(*kind)];
                 self.device.launch("nf4_dequantize", Some(self.dtype), grid, [256, 1], 0, &args);
             }
             Scheme::Four { kind, double: Some((scale_codes, offset)) } => {
                 let nested = nested.on(&self.device).into();
                 let scales = [scale_codes.into(), absmax, nested, (*offset).into()];
-                let args = [&[codes][..], &scales, &[to, long(first), long(n), code_of(*kind)]].concat();
+                let args = [&[codes][..], &scales, &[to, long(first), long(n), Fours::code_of(*kind)]].concat();
                 self.device.launch("nf4_dequantize_double", Some(self.dtype), grid, [256, 1], 0, &args);
             }
         }
@@ -282,14 +312,9 @@ impl Resident {
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
-        if let (1..=FEW, Kept::Parts(parts, nested)) = (x.rows, &self.kept)
-            && parts.iter().all(|part| matches!(part.scheme, Scheme::Four { .. }))
+        if let Some(fours) = self.fours()
+            && fours.forward(&self.device, self.dtype, x, y.view(), accumulate)
         {
-            let mut first = 0;
-            for part in parts {
-                self.few_rows(part, nested, x, y.columns(first..first + part.rows), accumulate);
-                first += part.rows;
-            }
             return;
         }
         self.each_panel(|rows, w| {
@@ -305,33 +330,17 @@ impl Resident {
     /// # Shapes
     /// `dy`: (T, out); `dx`: (T, in).
     pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
+        if let Some(fours) = self.fours()
+            && fours.backward(&self.device, self.dtype, dy, dx.view(), accumulate)
+        {
+            return;
+        }
         self.each_panel(|rows, rhs| {
             let (m, n, k) = (dy.rows, self.cols, rows.len());
             let accumulate = accumulate || rows.start > 0;
             let (out, lhs) = (operand(dx.view()), operand(dy.slice_cols(rows)));
             self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs, rhs });
         });
-    }
-}
-
-// Few rows.
-impl Resident {
-    /// `y = x Wᵀ` for a part in 4 bits and a few rows of x: its codes are read once, where decoding them first would move nine
-    /// times as many bytes.
-    fn few_rows(&self, part: &Part, nested: &Constant<f32>, x: View<'_>, y: View<'_>, accumulate: bool) {
-        let Scheme::Four { kind, double } = &part.scheme else { unreachable!("8 bits are decoded first") };
-        let (codes, nested, offset) = match double {
-            Some((codes, offset)) => (codes.pointer(), nested.on(&self.device), *offset),
-            None => (0, 0, 0.0),
-        };
-        let args = [(&part.codes).into(), (&part.absmax).into(), codes.into(), nested.into(), offset.into()];
-        let shape = [x.pointer().into(), y.pointer().into(), int(x.rows), int(part.rows), int(self.cols)];
-        let rest = [long(x.stride), long(y.stride), flag(accumulate), code_of(*kind)];
-        let aligned = self.cols.is_multiple_of(32) && x.stride.is_multiple_of(8) && x.pointer().is_multiple_of(16);
-        let (kernel, rows) =
-            if aligned && self.dtype != Dtype::F32 { ("nf4_product_mma", 16) } else { ("nf4_product", 8) };
-        let grid = [part.rows.div_ceil(rows), 1, 1];
-        self.device.launch(kernel, Some(self.dtype), grid, [256, 1], 0, &[&args[..], &shape, &rest].concat());
     }
 }
 

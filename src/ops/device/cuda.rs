@@ -27,7 +27,7 @@ macro_rules! module {
     }};
 }
 
-const MODULES: [&[u8]; 12] = [
+const MODULES: [&[u8]; 13] = [
     module!("attention"),
     module!("attention_mma"),
     module!("clip"),
@@ -35,6 +35,7 @@ const MODULES: [&[u8]; 12] = [
     module!("head"),
     module!("lora"),
     module!("nf4"),
+    module!("nf4_product"),
     module!("norm"),
     module!("optimizer"),
     module!("quantized"),
@@ -63,6 +64,7 @@ pub struct Cuda {
     stream: Arc<CudaStream>,
     /// Whether the device reads the host's pageable memory itself (HMM, Grace), so that a copy may still be doing it later.
     reads_host: bool,
+    processors: usize,
     modules: Vec<sys::CUmodule>,
     functions: RwLock<HashMap<String, Function>>,
     /// Behind a lock, as a handle is not to be used by two threads at once. Never dropped: cudarc would panic where the device
@@ -119,10 +121,22 @@ impl Cuda {
         let stream = context.new_stream().map_err(open("making a stream"))?;
         let blas = CudaBlas::new(stream.clone()).map_err(|e| failure("starting cuBLAS", format!("{e:?}")))?;
         let name = context.name().map_err(|e| failure("asking for its name", text(e)))?;
-        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
-        let reads_host = context.attribute(attribute).map_err(open("asking what it can do"))? != 0;
+        let asked = |attribute| context.attribute(attribute).map_err(open("asking what it can do"));
+        let reads_host = asked(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
+        let processors = asked(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let processors = usize::try_from(processors).unwrap_or(1);
         let (functions, blas) = (RwLock::default(), Mutex::new(ManuallyDrop::new(blas)));
-        let cuda = Self { name, context, stream, reads_host, modules, functions, blas, in_flight: Mutex::default() };
+        let cuda = Self {
+            name,
+            context,
+            stream,
+            reads_host,
+            processors,
+            modules,
+            functions,
+            blas,
+            in_flight: Mutex::default(),
+        };
         cuda.prepare().map_err(|reason| failure("preparing it", reason))?;
         Ok(Some(cuda))
     }
@@ -420,6 +434,10 @@ impl Backend for Cuda {
     fn memory(&self) -> Result<(usize, usize), String> {
         self.bind()?;
         result::mem_get_info().map_err(text)
+    }
+
+    fn processors(&self) -> usize {
+        self.processors
     }
 }
 

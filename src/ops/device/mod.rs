@@ -234,6 +234,8 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// What the driver says.
     fn memory(&self) -> Result<(usize, usize), String>;
+    /// How many blocks of a kernel can run at a time, if one takes all that one processor has.
+    fn processors(&self) -> usize;
 }
 
 struct Inner {
@@ -294,6 +296,12 @@ impl Device {
     pub fn memory(&self) -> Result<(usize, usize), Failure> {
         let what = "asking for free memory";
         self.0.backend.memory().map_err(|reason| self.failure(what, Refusal::Other(reason)))
+    }
+
+    /// How many blocks of a kernel can run at a time, if one takes all that one processor has.
+    #[must_use]
+    pub fn processors(&self) -> usize {
+        self.0.backend.processors()
     }
 
     /// The first failure so far.
@@ -582,6 +590,10 @@ mod tests {
 
         fn memory(&self) -> Result<(usize, usize), String> {
             Ok((10, 1000))
+        }
+
+        fn processors(&self) -> usize {
+            1
         }
     }
 
