@@ -124,7 +124,7 @@ impl Bench {
             ("nf4-dq", quantized("nf4-dq")),
         ];
         for (kind, weight) in kinds {
-            for tokens in [1, 8, 96, 160, 1024] {
+            for tokens in [1, 8, 32, 96, 160, 256, 512, 1024] {
                 let name = |direction: &str| format!("{model} {op} {kind} {tokens} tokens {direction}");
                 let (x, dy) = (self.matrix(tokens, inn), self.matrix(tokens, out));
                 let (mut y, mut dx) = (self.matrix(tokens, out), self.matrix(tokens, inn));

@@ -43,10 +43,13 @@ fi
 if [ "$OPS" = 1 ]; then
   timeout 100 "$here/gpu" --ops >"$OUT/ops.jsonl" 2>>"$log"
   echo "ops: exit $?, $(wc -l <"$OUT/ops.jsonl") lines"
-  for mb in 32 16; do
-    LITGPT_DECODED_MB=$mb timeout 40 "$here/gpu" --ops "nf4 160" >"$OUT/ops-decoded-$mb.jsonl" 2>>"$log"
-    echo "ops with $mb MB decoded at a time: exit $?"
+  # 4-bit products of the same sizes: all decoded first, by pieces of several sizes, and none.
+  for mb in 64 32 16; do
+    LITGPT_FUSED_TOKENS=0 LITGPT_DECODED_MB=$mb timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-decoded-$mb.jsonl" 2>>"$log"
+    echo "4-bit products, $mb MB decoded at a time: exit $?"
   done
+  LITGPT_FUSED_TOKENS=4096 timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-fused.jsonl" 2>>"$log"
+  echo "4-bit products, decoded where they are multiplied: exit $?"
 fi
 
 for model in $MODELS; do
