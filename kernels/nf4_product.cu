@@ -125,8 +125,8 @@ __device__ void product_mma(const FewRows& job, const T* x, T* y, int kind) {
 // as long as both sides agree: lane l has, of 32, the eight from 8 (l % 4) on, one load of x and codes of one word.
 //
 // Grid (token tiles, tiles of outs, shares of ins), block 256, MANY_SHARED bytes. Forward a tile of outs is of one matrix, backward a
-// stage. With more than one share (where there are too few tiles for the device), sums go to `partial` (shares, tokens, outs) for
-// nf4_product_sum.
+// stage. With more than one share (where there are too few tiles for the device), sums go through `partial` (shares, tokens, outs), and
+// a tile's last block adds them up in their order; `done`, a zero for each tile, counts its blocks, and is zero again in the end.
 
 constexpr int SIDE = 128;   // outs, tokens and ins of a stage
 constexpr int STAGE_SCALES = 2 * SIDE;
@@ -148,6 +148,7 @@ struct ManyRows {
     const Rows4* matrices;
     const float* nested_code;
     float* partial;
+    int* done;
     int tokens, tile_tokens, rows, cols;
     i64 ldx, ldy;
     bool accumulate;
@@ -380,27 +381,30 @@ __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     }
     float* all = reinterpret_cast<float*>(shared);
     gather_sums<BACKWARD>(all, sums, outs, half, pairs);
-    for (int i = threadIdx.x; i < tokens * SIDE; i += 256) {
-        const int t = i / SIDE, out = i % SIDE;
-        if (out >= n_outs) continue;
-        const i64 token = token0 + t;
-        const float sum = all[t * SUM_STRIDE + out];
-        if (gridDim.z > 1)
-            job.partial[(i64(blockIdx.z) * job.tokens + token) * (BACKWARD ? job.cols : job.rows) + out0 + out] = sum;
-        else
-            put(y + token * job.ldy + out0 + out, sum, job.accumulate);
-    }
-}
+    // Calls f with where a sum is in `all` and where it goes in (tokens, outs).
+    const auto each = [&](auto f) {
+        for (int i = threadIdx.x; i < tokens * SIDE; i += 256)
+            if (i % SIDE < n_outs) f(all[i / SIDE * SUM_STRIDE + i % SIDE], i64(token0 + i / SIDE), out0 + i % SIDE);
+    };
+    const auto finish = [&](float sum, i64 token, int out) { put(y + token * job.ldy + out, sum, job.accumulate); };
+    if (gridDim.z == 1) return each(finish);
 
-// y (tokens, outs) = or += the sum of partial (shares, tokens, outs), in their order. Any grid.
-template <class T>
-__device__ void product_sum(const float* partial, T* y, int shares, int tokens, int outs, i64 ldy, bool accumulate) {
-    const i64 n = i64(tokens) * outs, threads = i64(gridDim.x) * blockDim.x;
-    for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += threads) {
+    const i64 width = BACKWARD ? job.cols : job.rows, share = job.tokens * width;
+    each([&](float sum, i64 token, int out) { job.partial[blockIdx.z * share + token * width + out] = sum; });
+    __threadfence();
+    __syncthreads();
+    __shared__ bool is_last;
+    int* done = job.done + blockIdx.y * gridDim.x + blockIdx.x;
+    if (threadIdx.x == 0) is_last = atomicAdd(done, 1) + 1 == int(gridDim.z);
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    each([&](float, i64 token, int out) {
         float sum = 0.0f;
-        for (int share = 0; share < shares; ++share) sum += partial[share * n + i];
-        put(y + i / outs * ldy + i % outs, sum, accumulate);
-    }
+        for (unsigned z = 0; z < gridDim.z; ++z) sum += __ldcg(job.partial + z * share + token * width + out);
+        finish(sum, token, out);
+    });
+    if (threadIdx.x == 0) *done = 0;
 }
 
 #define FEW(name, function, T, type)                                                                                        \
@@ -419,18 +423,14 @@ FEW(nf4_product_mma, product_mma, __half, f16)
 // `nested_code` is null without double quantization.
 #define MANY(name, backward, T, type)                                                                                       \
     extern "C" __global__ void __launch_bounds__(256, 1) name##_##type(                                                     \
-        const Rows4* matrices, const float* nested_code, const T* x, T* y, float* partial, int tokens, int tile_tokens, int rows, \
-        int cols, i64 ldx, i64 ldy, int accumulate, int kind) {                                                             \
-        const ManyRows job{matrices, nested_code, partial, tokens, tile_tokens, rows, cols, ldx, ldy, accumulate != 0};     \
+        const Rows4* matrices, const float* nested_code, const T* x, T* y, float* partial, int* done, int tokens, int tile_tokens, \
+        int rows, int cols, i64 ldx, i64 ldy, int accumulate, int kind) {                                                             \
+        const ManyRows job{matrices, nested_code, partial, done, tokens, tile_tokens, rows, cols, ldx, ldy, accumulate != 0};     \
         product_many<backward>(job, x, y, kind);                                                                            \
     }
-#define INSTANTIATE(T, type)                            \
-    MANY(nf4_product_many, false, T, type)              \
-    MANY(nf4_product_many_backward, true, T, type)      \
-    extern "C" __global__ void nf4_product_sum_##type(const float* partial, T* y, int shares, int tokens, int outs, i64 ldy, \
-                                                      int accumulate) {                                                     \
-        product_sum(partial, y, shares, tokens, outs, ldy, accumulate != 0);                                                \
-    }
+#define INSTANTIATE(T, type)               \
+    MANY(nf4_product_many, false, T, type) \
+    MANY(nf4_product_many_backward, true, T, type)
 INSTANTIATE(__nv_bfloat16, bf16)
 INSTANTIATE(__half, f16)
 #undef INSTANTIATE

@@ -62,7 +62,7 @@ const std::map<std::string, Entry>& kernels() {
         TYPED(nf4_quantize) TYPED(nf4_dequantize) TYPED(nf4_dequantize_double) TYPED(int8_dequantize)
         ONE(nf4_absmax_mean) ONE(nf4_quantize_absmax)
         TYPED(nf4_product) HALF(nf4_product_mma)
-        HALF(nf4_product_many) HALF(nf4_product_many_backward) HALF(nf4_product_sum)
+        HALF(nf4_product_many) HALF(nf4_product_many_backward)
         ONE(adamw_f32) ONE(sum_squares_f32) ONE(sum_partials_f32) ONE(scale_f32)
         SIZED(attention_fwd) SIZED(attention_bwd_dq) SIZED(attention_bwd_dkv) TYPED(attention_bwd_delta)
         HALVES(attention_mma_fwd) HALVES(attention_mma_bwd_dq) HALVES(attention_mma_bwd_dkv)

@@ -2,7 +2,7 @@
 //
 // A thread is a fiber. The blocks of a grid run one after another; the threads of a block take turns and hand over at
 // barriers and warp exchanges, which are checked: every live thread must stand at the same source line, else the run
-// stops with both lines. The order of threads and warps changes with `emulate::seed`, so that a missing barrier
+// stops with both lines. The order of threads, warps and blocks changes with `emulate::seed`, so that a missing barrier
 // shows as a result that changes. Dynamic shared memory is NaN before every block and has a guarded end (static shared memory
 // keeps what the last block left). Asynchronous copies land when they are waited for, not before. Matrix products of
 // the tensor cores (`mma_16x8x16`, `load_matrices`) follow the fragment layouts of the PTX manual. Not covered:
@@ -22,6 +22,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -91,6 +92,9 @@ inline float __uint_as_float(uint32_t u) {
     return f;
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline int atomicAdd(int* at, int by) { return std::exchange(*at, *at + by); }
+inline float __ldcg(const float* at) { return *at; }
+inline void __threadfence() {}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 using std::max;
 using std::min;
@@ -247,18 +251,21 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::func
     gridDim = grid;
     blockDim = threads;
     std::mt19937 rng(seed);
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                blockIdx = dim3(x, y, z);
-                storage.dynamic_shared.assign(shared_bytes + guard_bytes, char(0xff));  // NaN in every float type
-                run_block(rng);
-                for (size_t i = shared_bytes; i < storage.dynamic_shared.size(); ++i)
-                    if (storage.dynamic_shared[i] != char(0xff)) {
-                        std::fprintf(stderr, "emulate: dynamic shared memory written at byte %zu of %zu\n", i, shared_bytes);
-                        std::abort();
-                    }
+    const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+    std::vector<size_t> order(seed ? blocks : 0);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), rng);
+    for (size_t i = 0; i < blocks; ++i) {
+        const size_t b = seed ? order[i] : i;
+        blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+        storage.dynamic_shared.assign(shared_bytes + guard_bytes, char(0xff));  // NaN in every float type
+        run_block(rng);
+        for (size_t at = shared_bytes; at < storage.dynamic_shared.size(); ++at)
+            if (storage.dynamic_shared[at] != char(0xff)) {
+                std::fprintf(stderr, "emulate: dynamic shared memory written at byte %zu of %zu\n", at, shared_bytes);
+                std::abort();
             }
+    }
     block = nullptr;
 }
 

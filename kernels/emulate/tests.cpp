@@ -531,8 +531,8 @@ void test_nf4_product(const char* name, Kernel kernel, int rows_of_block, int n,
     close(what, y.data(), product4({w}, x, old, n, ldx, ldy, false, accumulate), 2e-5);
 }
 
-template <class T, class Kernel, class Sum>
-void test_nf4_product_many(const char* name, Kernel kernel, Sum sum, bool backward, int n, int tiles, int shares, const std::vector<Weight4>& ws, bool accumulate) {
+template <class T, class Kernel>
+void test_nf4_product_many(const char* name, Kernel kernel, bool backward, int n, int tiles, int shares, const std::vector<Weight4>& ws, bool accumulate) {
     const Weight4& first = ws[0];
     std::vector<Rows4> matrices;
     int rows = 0, row_tiles = 0;
@@ -546,15 +546,16 @@ void test_nf4_product_many(const char* name, Kernel kernel, Sum sum, bool backwa
     const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
     Buffer<T> y(old);
     Buffer<float> partial(shares > 1 ? size_t(shares) * n * outs : 0);
-    const int tile_tokens = ((n + tiles - 1) / tiles + 15) / 16 * 16;
-    emulate::launch(dim3(tiles, backward ? (cols + SIDE - 1) / SIDE : row_tiles, shares), dim3(256), MANY_SHARED, [&] {
-        kernel(matrices.data(), first.nested ? first.code.data() : nullptr, x.data(), y.data(), partial.data(), n, tile_tokens, rows, cols, ldx,
-               ldy, accumulate, first.kind);
+    const int tile_tokens = ((n + tiles - 1) / tiles + 15) / 16 * 16, out_tiles = backward ? (cols + SIDE - 1) / SIDE : row_tiles;
+    const std::vector<int> zeros(tiles * out_tiles);
+    std::vector<int> done(zeros);
+    emulate::launch(dim3(tiles, out_tiles, shares), dim3(256), MANY_SHARED, [&] {
+        kernel(matrices.data(), first.nested ? first.code.data() : nullptr, x.data(), y.data(), partial.data(), done.data(), n, tile_tokens,
+               rows, cols, ldx, ldy, accumulate, first.kind);
     });
-    if (shares > 1)
-        emulate::launch(dim3(2), dim3(64), 0, [&] { sum(partial.data(), y.data(), shares, n, outs, ldy, accumulate); });
     const std::string what = with(name, {{"n", n}, {"rows", rows}, {"cols", cols}, {"kind", first.kind}, {"nested", first.nested}, {"accumulate", accumulate}});
     close(what, y.data(), product4(ws, x, old, n, ldx, ldy, backward, accumulate), 1e-4);
+    check::equal(what + " done", done.data(), zeros.data(), zeros.size());
 }
 
 template <class T>
@@ -576,8 +577,8 @@ void test_nf4_products_mma(Kernel kernel) {
     }
 }
 
-template <class T, class Kernel, class Sum>
-void test_nf4_products_many(Kernel forward, Kernel backward, Sum sum) {
+template <class T, class Kernel>
+void test_nf4_products_many(Kernel forward, Kernel backward) {
     struct Case {
         int n, tiles, shares, cols, kind;
         bool nested, accumulate;
@@ -590,10 +591,10 @@ void test_nf4_products_many(Kernel forward, Kernel backward, Sum sum) {
     for (const Case& c : cases) {
         std::vector<Weight4> ws;
         for (int rows : c.rows) ws.emplace_back(rows, c.cols, c.kind, c.nested);
-        test_nf4_product_many<T>("nf4_product_many", forward, sum, false, c.n, c.tiles, c.shares, ws, c.accumulate);
-        test_nf4_product_many<T>("nf4_product_many_backward", backward, sum, true, c.n, c.tiles, c.shares, ws, c.accumulate);
+        test_nf4_product_many<T>("nf4_product_many", forward, false, c.n, c.tiles, c.shares, ws, c.accumulate);
+        test_nf4_product_many<T>("nf4_product_many_backward", backward, true, c.n, c.tiles, c.shares, ws, c.accumulate);
     }
-    test_nf4_product_many<T>("nf4_product_many", forward, sum, false, 20, 1, 1, {Weight4(131, 128, 0, false)}, false);
+    test_nf4_product_many<T>("nf4_product_many", forward, false, 20, 1, 1, {Weight4(131, 128, 0, false)}, false);
 }
 
 // The limits are the midpoints as f32 rounds them.
@@ -647,8 +648,8 @@ int main() {
         test_attentions_mma<__nv_bfloat16>();
         test_nf4_products_mma<__nv_bfloat16>(nf4_product_mma_bf16);
         test_nf4_products_mma<__half>(nf4_product_mma_f16);
-        test_nf4_products_many<__nv_bfloat16>(nf4_product_many_bf16, nf4_product_many_backward_bf16, nf4_product_sum_bf16);
-        if (seed == 0) test_nf4_products_many<__half>(nf4_product_many_f16, nf4_product_many_backward_f16, nf4_product_sum_f16);
+        test_nf4_products_many<__nv_bfloat16>(nf4_product_many_bf16, nf4_product_many_backward_bf16);
+        if (seed == 0) test_nf4_products_many<__half>(nf4_product_many_f16, nf4_product_many_backward_f16);
         if (seed == 0) test_attentions_mma<__half>();
         for (int n : SIZES) {
             test_casts(n);

@@ -2,7 +2,7 @@
 //! `kernels/nf4_product.cu`. To decode a matrix first moves nine times its bytes, which for a few hundred tokens takes longer
 //! than the product; for many more tokens cuBLAS is faster on a decoded one, and `resident` decodes it.
 
-use super::device::{Arg, Constant, Device, Dtype, flag, int, long};
+use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, int, long};
 use super::matrix::View;
 use super::nf4::{Kind4, QUANT_BLOCK, nested_code};
 use std::sync::OnceLock;
@@ -17,8 +17,9 @@ const FUSED_TOKENS: usize = 512;
 const SIDE: usize = 128;
 /// `MANY_SHARED` of the kernels, bytes.
 const SHARED: usize = 2 * (SIDE * SIDE * 2 + SIDE * SIDE / 2 + 2 * SIDE * 4);
-/// Most shares that a sum is cut into.
+/// Most shares that a sum is cut into, and most tiles of which that is done.
 const SHARES: usize = 4;
+const COUNTERS: usize = 1024;
 
 /// The addresses of one matrix.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +46,8 @@ pub struct Fours {
     nested: Constant<f32>,
     /// `matrices` as the kernels' `Rows4`.
     table: Constant<u64>,
+    /// A zero for each of `COUNTERS` tiles.
+    done: OnceLock<Buffer>,
 }
 
 impl Fours {
@@ -56,7 +59,7 @@ impl Fours {
             [four.packed, four.absmax, four.codes, numbers]
         };
         let table = matrices.iter().flat_map(entry).collect();
-        Self { matrices, kind, cols, nested: nested_code().to_vec().into(), table }
+        Self { matrices, kind, cols, nested: nested_code().to_vec().into(), table, done: OnceLock::new() }
     }
 
     /// As `kernels/nf4.cu` numbers it.
@@ -130,19 +133,26 @@ impl Fours {
         let token_tiles = x.rows.div_ceil(SIDE);
         let tile_tokens = x.rows.div_ceil(token_tiles).next_multiple_of(16);
         let shares = shares(token_tiles * tiles, stages, y.rows * y.cols, device.processors());
-        let partial = device.allocate(if shares > 1 { shares * y.rows * y.cols * 4 } else { 0 });
+        let (partial, done) = if shares > 1 {
+            (device.allocate(shares * y.rows * y.cols * 4), self.done(device).pointer())
+        } else {
+            (device.allocate(0), 0)
+        };
         let nested = if self.matrices.iter().all(|four| four.codes == 0) { 0 } else { self.nested.on(device) };
         let rows = self.matrices.iter().map(|four| four.rows).sum();
         let pointers = [self.table.on(device), nested, x.pointer(), y.pointer()].map(Arg::from);
-        let sizes = [(&partial).into(), int(x.rows), int(tile_tokens), int(rows), int(self.cols)];
+        let sizes = [(&partial).into(), done.into(), int(x.rows), int(tile_tokens), int(rows), int(self.cols)];
         let rest = [long(x.stride), long(y.stride), flag(accumulate), Self::code_of(self.kind)];
         let args = [&pointers[..], &sizes, &rest].concat();
         device.launch(kernel, Some(dtype), [token_tiles, tiles, shares], [256, 1], SHARED, &args);
-        if shares > 1 {
-            let (n, stride) = (y.rows * y.cols, long(y.stride));
-            let args = [(&partial).into(), y.pointer().into(), int(shares), int(y.rows), int(y.cols), stride];
-            device.launch_over("nf4_product_sum", Some(dtype), n, &[&args[..], &[flag(accumulate)]].concat());
-        }
+    }
+
+    fn done(&self, device: &Device) -> &Buffer {
+        self.done.get_or_init(|| {
+            let buffer = device.allocate(COUNTERS * 4);
+            buffer.zero();
+            buffer
+        })
     }
 }
 
@@ -161,13 +171,14 @@ fn fused_tokens() -> usize {
 
 /// How many shares of its stages a product is cut into, so that all of the device's processors have a tile: that which takes the
 /// fewest times of a stage. A tile begins and ends in about three; to write a sum and read it again takes one for each
-/// 300,000 (0.8 µs and 8 bytes each on an H100), and another kernel two.
+/// 300,000 (0.8 µs and 8 bytes each on an H100), and to wait for one another one.
 fn shares(tiles: usize, stages: usize, sums: usize, processors: usize) -> usize {
     let time = |shares: usize| {
         let rounds = (tiles * shares).div_ceil(processors.max(1));
-        rounds * (stages.div_ceil(shares) + 3) + if shares > 1 { 2 + shares * sums / 300_000 } else { 0 }
+        rounds * (stages.div_ceil(shares) + 3) + if shares > 1 { 1 + shares * sums / 300_000 } else { 0 }
     };
-    (1..=SHARES.min(stages.max(1))).min_by_key(|&shares| time(shares)).unwrap_or(1)
+    let most = if tiles > COUNTERS { 1 } else { SHARES.min(stages.max(1)) };
+    (1..=most).min_by_key(|&shares| time(shares)).unwrap_or(1)
 }
 
 #[cfg(test)]
