@@ -1,51 +1,33 @@
 // What a linear layer with LoRA does element by element: dropout on the adapter's input, bias, sums, and the casts
-// between f32 adapters and the compute type. Its products are cuBLAS's.
+// between f32 adapters and the compute type. Its products are cuBLAS's, or for few tokens those of lora_mma.cu.
 //
 //     y = x Wᵀ + b + (alpha / r) · dropout(x) Aᵀ Bᵀ        Hu et al. 2021, arXiv:2106.09685
 //
-// Dropout's mask is a function of seed and element, the same as in src/ops/lora.rs, so that the backward draws it again
-// instead of keeping it and a run is the same on either device: an element is dropped where the hash of its index is
-// below limit = p · 2³². The index counts in 32 bits; beyond 2³² elements the mask repeats.
 // Launch: any grid and block, unless noted.
-#include "common.cuh"
-
-// 32 random bits of element `index`: the finalizer of MurmurHash3 over both, twice.
-__device__ __forceinline__ uint32_t hash(uint64_t seed, uint32_t index) {
-    uint32_t h = index ^ uint32_t(seed);
-    for (int round = 0; round < 2; ++round) {
-        h ^= h >> 16;
-        h *= 0x85ebca6bu;
-        h ^= h >> 13;
-        h *= 0xc2b2ae35u;
-        h ^= h >> 16;
-        h += uint32_t(seed >> 32);
-    }
-    return h;
-}
+#include "lora.cuh"
 
 template <int N, class T>
-__device__ __forceinline__ void dropout_packs(const T* x, T* y, i64 from, i64 to, i64 step, uint64_t seed, uint32_t limit,
-                                              float scale, bool accumulate) {
+__device__ __forceinline__ void dropout_packs(const T* x, T* y, i64 from, i64 to, i64 step, Mask mask, bool accumulate) {
     for (i64 i = from; i < to; i += step) {
         float v[N], old[N];
         load<N>(x + i, v);
         if (accumulate) load<N>(y + i, old);
         for (int j = 0; j < N; ++j) {
-            const float kept = hash(seed, uint32_t(i + j)) < limit ? 0.0f : v[j] * scale;
+            const float kept = v[j] * mask.at(i + j);
             v[j] = accumulate ? old[j] + kept : kept;
         }
         store<N>(y + i, v);
     }
 }
 
-// y (n) = or += x · mask · scale; `scale` is 1 / (1 - p). Forward on x, backward on the gradient. y may be x.
+// y (n) = or += x · mask. Forward on x, backward on the gradient. y may be x.
 template <class T>
-__device__ void dropout(const T* x, T* y, i64 n, uint64_t seed, uint32_t limit, float scale, int accumulate) {
+__device__ void dropout(const T* x, T* y, i64 n, Mask mask, int accumulate) {
     const i64 thread = i64(blockIdx.x) * blockDim.x + threadIdx.x, threads = i64(gridDim.x) * blockDim.x;
     constexpr int N = WIDE<T>;
     const i64 packed = aligned(x) && aligned(y) ? n / N * N : 0;
-    dropout_packs<N>(x, y, thread * N, packed, threads * N, seed, limit, scale, accumulate);
-    dropout_packs<1>(x, y, packed + thread, n, threads, seed, limit, scale, accumulate);
+    dropout_packs<N>(x, y, thread * N, packed, threads * N, mask, accumulate);
+    dropout_packs<1>(x, y, packed + thread, n, threads, mask, accumulate);
 }
 
 template <int N, class From, class To>
@@ -94,7 +76,7 @@ __device__ void add_bias(T* y, const float* bias, int c, i64 ld) {
 #define INSTANTIATE(T, type)                                                                                            \
     extern "C" __global__ void dropout_##type(const T* x, T* y, i64 n, uint64_t seed, uint32_t limit,                     \
                                               float scale, int accumulate) {                                            \
-        dropout(x, y, n, seed, limit, scale, accumulate);                                                   \
+        dropout(x, y, n, Mask{seed, limit, scale}, accumulate);                                                   \
     }                                                                                                                   \
     extern "C" __global__ void add_##type(const T* x, T* y, i64 n, float scale, int accumulate) {                       \
         add(x, y, n, scale, accumulate);                                                                                \

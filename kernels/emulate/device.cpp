@@ -6,6 +6,7 @@
 #include "../glu.cu"
 #include "../head.cu"
 #include "../lora.cu"
+#include "../lora_mma.cu"
 #include "../nf4.cu"
 #include "../nf4_product.cu"
 #include "../norm.cu"
@@ -58,6 +59,7 @@ const std::map<std::string, Entry>& kernels() {
         TYPED(clip_fwd) TYPED(clip_bwd) TYPED(cross_entropy) TYPED(transform_logits)
         TYPED(dropout) TYPED(add) TYPED(add_bias)
         ONE(add_f32_to_bf16) ONE(add_f32_to_f16) ONE(add_bf16_to_f32) ONE(add_f16_to_f32)
+        HALF(lora_down) HALF(lora_up) HALF(lora_down_grad) HALF(lora_gradients)
         TYPED(gather_rows) TYPED(scatter_add_rows) TYPED(scale_rows) TYPED(dot_rows) TYPED(copy_rows)
         TYPED(nf4_quantize) TYPED(nf4_dequantize) TYPED(nf4_dequantize_double) TYPED(int8_dequantize)
         ONE(nf4_absmax_mean) ONE(nf4_quantize_absmax)

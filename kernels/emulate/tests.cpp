@@ -1,11 +1,12 @@
 // Every kernel on the CPU against a reference in f64. Run by tests/kernels.rs, or by hand:
 //     c++ -std=c++17 -O1 -ffp-contract=off -DEMULATE -o target/kernels kernels/emulate/tests.cpp && target/kernels
-// Here: norm, rope, glu, head, lora, optimizer, nf4, and main. Attention is in attention_tests.h.
+// Here: norm, rope, glu, head, optimizer, nf4, and main. Attention and lora are in files of their own.
 #include "attention_tests.h"
 
 #include "../glu.cu"
 #include "../head.cu"
 #include "../lora.cu"
+#include "../lora_mma.cu"
 #include "../nf4.cu"
 #include "../nf4_product.cu"
 #include "../norm.cu"
@@ -45,6 +46,8 @@ struct Kernels;
         static constexpr auto nf4_product = nf4_product_##type;                               \
     };
 FOR_EACH_TYPE(NAMES)
+
+#include "lora_tests.h"
 
 // --- norm ---
 
@@ -297,54 +300,6 @@ void test_heads() {
     test_head<T>(4, 123, 5, 0.5f, 30.0f, true);
     test_head<T>(4, 256, 64, 2.0f, 0.0f, true);
     test_head<T>(4, 123, 0, 1.0f, 0.0f, false);
-}
-
-// --- lora ---
-
-// As src/ops/lora.rs has it; the constants there and here must not drift apart.
-uint32_t dropout_hash(uint64_t seed, uint32_t index) {
-    uint32_t h = index ^ uint32_t(seed);
-    for (int round = 0; round < 2; ++round) {
-        h = (h ^ h >> 16) * 0x85ebca6bu;
-        h = (h ^ h >> 13) * 0xc2b2ae35u;
-        h = (h ^ h >> 16) + uint32_t(seed >> 32);
-    }
-    return h;
-}
-
-template <class T>
-void test_lora(int n, size_t shift) {
-    const auto x = random<T>(n, 1, 0, 1, shift), old = random<T>(n, 2);
-    const uint64_t seed = 0x123456789abcdefull;
-    const double p = 0.3;
-    const uint32_t limit = uint32_t(p * 4294967296.0);
-    const float scale = float(1 / (1 - p));
-    for (bool accumulate : {false, true}) {
-        Buffer<T> dropped(old), summed(old), biased(old);
-        emulate::launch(dim3(2), dim3(64), 0, [&] { Kernels<T>::dropout(x.data(), dropped.data(), n, seed, limit, scale, accumulate); });
-        emulate::launch(dim3(2), dim3(64), 0, [&] { Kernels<T>::add(x.data(), summed.data(), n, 1.5f, accumulate); });
-        Reference want_dropped, want_summed;
-        for (int i = 0; i < n; ++i) {
-            const double before = accumulate ? real(old[i]) : 0;
-            want_dropped.push_back(before + (dropout_hash(seed, uint32_t(i)) < limit ? 0.0 : real(x[i]) * scale));
-            want_summed.push_back(before + 1.5 * real(x[i]));
-        }
-        close(with("dropout", {{"n", n}, {"shift", double(shift)}, {"accumulate", accumulate}}), dropped.data(), want_dropped);
-        close(with("add", {{"n", n}, {"shift", double(shift)}, {"accumulate", accumulate}}), summed.data(), want_summed);
-    }
-    const int rows = 3;
-    const auto bias = random<float>(n, 4, 0, 1, shift);
-    Buffer<T> y(random<T>(rows * (n + 8), 3));
-    Reference want;
-    for (int i = 0; i < rows * (n + 8); ++i) want.push_back(real(y[i]) + (i % (n + 8) < n ? real(bias[i % (n + 8)]) : 0));
-    emulate::launch(dim3(rows), dim3(64), 0, [&] { Kernels<T>::add_bias(y.data(), bias.data(), n, n + 8); });
-    close(with("add_bias", {{"n", n}, {"shift", double(shift)}}), y.data(), want);
-}
-
-template <class T>
-void test_loras() {
-    for (int n : SIZES) test_lora<T>(n, 0);
-    test_lora<T>(64, 1);
 }
 
 void test_casts(int n) {
@@ -649,6 +604,8 @@ int main() {
         test_nf4_products_mma<__nv_bfloat16>(nf4_product_mma_bf16);
         test_nf4_products_mma<__half>(nf4_product_mma_f16);
         test_nf4_products_many<__nv_bfloat16>(nf4_product_many_bf16, nf4_product_many_backward_bf16);
+        test_loras_mma<__nv_bfloat16>(LORA_MMA(bf16));
+        if (seed == 0) test_loras_mma<__half>(LORA_MMA(f16));
         if (seed == 0) test_nf4_products_many<__half>(nf4_product_many_f16, nf4_product_many_backward_f16);
         if (seed == 0) test_attentions_mma<__half>();
         for (int n : SIZES) {
