@@ -10,6 +10,7 @@ use litgpt::checkpoint::adapter;
 use litgpt::ops::Matrix;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Device, Dtype};
+use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
 use litgpt::ops::quantized::Quantizer;
 use litgpt::ops::resident::{Part, Resident};
 use litgpt::ops::weight::{Data, Store, Weight};
@@ -145,7 +146,8 @@ fn check_product_in_4_bits(
     (dtype, limit): (Dtype, f32),
 ) {
     let quantizer = Quantizer::named(quantizer).unwrap();
-    let parts = rows.iter().map(|&rows| Part::quantize(device, quantizer, &noise(rows * cols, rows), rows, cols));
+    let parts =
+        rows.iter().map(|&rows| Part::quantize(device, quantizer, &scattered(rows * cols, rows as u32), rows, cols));
     let weight = Resident::quantized(device, dtype, cols, parts.collect());
     let all: usize = rows.iter().sum();
     // Exact sums of what is multiplied, so on the host.
@@ -153,7 +155,7 @@ fn check_product_in_4_bits(
     for backward in [false, true] {
         let (ins, outs) = if backward { (all, cols) } else { (cols, all) };
         let on_device = |values: &[f32], cols| Matrix::from_slice(tokens, cols, values).to(Some((device, dtype)));
-        let (x, mut y) = (on_device(&noise(tokens * ins, 1), ins), on_device(&noise(tokens * outs, 2), outs));
+        let (x, mut y) = (on_device(&scattered(tokens * ins, 1), ins), on_device(&scattered(tokens * outs, 2), outs));
         let (host, mut want) = (x.to_host(), y.to_host());
         if backward {
             weight.backward(x.view(), &mut y, true);
@@ -171,6 +173,72 @@ fn check_product_in_4_bits(
             4.0 * limit,
         );
     }
+}
+
+/// Two adapters of one projection, forward and backward, with dropout and without: by the kernels that do all of it at once, and,
+/// where a rank is odd, product by product.
+#[test]
+fn adapters_on_a_device() {
+    let Some(device) = emulated::device() else { return };
+    for (tokens, cols, ranks) in [(40, 96, [8, 4]), (70, 72, [16, 16]), (9, 40, [3, 8])] {
+        for dropout in [None, Some(Dropout { p: 0.25, seed: 7 })] {
+            // h and dh are rounded to the type between two products.
+            for (dtype, limit) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 1.0 / 32.0), (Dtype::F16, 1.0 / 256.0)] {
+                let what = format!("{tokens} tokens, {cols} columns, ranks {ranks:?}, {dropout:?}, {dtype:?}");
+                check_adapters(&what, (&device, dtype, limit), (tokens, cols), ranks, dropout);
+            }
+        }
+    }
+}
+
+fn check_adapters(
+    what: &str,
+    (device, dtype, limit): (&Device, Dtype, f32),
+    (tokens, cols): (usize, usize),
+    ranks: [usize; 2],
+    dropout: Option<Dropout>,
+) {
+    // The second is of columns behind some that have no adapter.
+    let (outs, columns) = (cols + 16 + 64, [0..cols, cols + 16..cols + 16 + 64]);
+    let a = (ranks[0] + ranks[1]) * cols;
+    let b = [a..a + cols * ranks[0], a + cols * ranks[0]..a + cols * ranks[0] + 64 * ranks[1]];
+    let pair = |i: usize| Pair {
+        rank: [0..ranks[0], ranks[0]..ranks[0] + ranks[1]][i].clone(),
+        columns: columns[i].clone(),
+        b: b[i].clone(),
+        scale: 0.5 + i as f32,
+    };
+    let pairs = Pairs::new(vec![pair(0), pair(1)], 0..a);
+    let matrix = |rows: usize, cols: usize, seed| {
+        Matrix::from_slice(rows, cols, &scattered(rows * cols, seed)).to(Some((device, dtype)))
+    };
+    let (parameters, x, dy) = (matrix(1, b[1].end, 1), matrix(tokens, cols, 2), matrix(tokens, outs, 3));
+    let run = |parameters: &Matrix, x: &Matrix, dy: &Matrix, grads: &mut Matrix| {
+        let (mut y, mut dx) = (dy.new_like(tokens, outs), x.new_like(tokens, cols));
+        y.zero();
+        dx.zero();
+        let update = Update { pairs: &pairs, parameters, dropout };
+        let h = update.forward(x, &mut y);
+        update.backward(dy, &h, x, grads, Some(&mut dx));
+        [h.to_host(), y.to_host(), dx.to_host(), grads.to_host()]
+    };
+    let grads = Matrix::zeros(1, b[1].end);
+    let got = run(&parameters, &x, &dy, &mut grads.to(Some((device, Dtype::F32))));
+    device.check().unwrap();
+    let want = run(&parameters.to_host(), &x.to_host(), &dy.to_host(), &mut grads.clone());
+    for (name, (got, want)) in ["h", "y", "dx", "gradients"].iter().zip(got.iter().zip(&want)) {
+        within(&format!("{what}: {name}"), largest_difference(got, want) / deviation(want), limit);
+    }
+}
+
+/// Numbers from -1 to 1 in no order, whose sums do not cancel.
+fn scattered(n: usize, seed: u32) -> Vec<f32> {
+    let one = |i: usize| {
+        let h = (i as u32 ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+        let h = (h ^ h >> 13).wrapping_mul(0xc2b2_ae35);
+        (h >> 8) as f32 / 8_388_608.0 - 1.0
+    };
+    (0..n).map(one).collect()
 }
 
 /// Numbers from -1 to 1 that look random.

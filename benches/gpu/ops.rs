@@ -7,7 +7,7 @@ use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Constant, Device, Dtype};
 use litgpt::ops::glu::{self, Activation};
 use litgpt::ops::head::{Gradient, Loss, Transform, cross_entropy};
-use litgpt::ops::lora::{Dropout, Pair, down, down_backward_input, down_backward_weight};
+use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
 use litgpt::ops::norm::{Kind, Norm};
 use litgpt::ops::optimizer::{AdamW, Moments};
 use litgpt::ops::quantized::Quantizer;
@@ -138,32 +138,27 @@ impl Bench {
     /// The low-rank updates of q and v.
     fn adapters(&self, model: &Model, tokens: usize) {
         let c = model.n_embd;
-        let name = |op: &str| format!("{} adapters {tokens} tokens {op}", model.name);
-        let (x, a, b) = (self.matrix(tokens, c), self.matrix(2 * RANK, c), self.matrix(2 * c, RANK));
-        let (mut y, mut dx, mut dh) =
-            (self.matrix(tokens, 3 * c), self.matrix(tokens, c), self.matrix(tokens, 2 * RANK));
-        let grads = |rows, cols| Matrix::new_on(&self.device, Dtype::F32, rows, cols);
-        let (mut da, mut db) = (grads(2 * RANK, c), grads(2 * c, RANK));
-        let dropout = Dropout { p: 0.05, seed: 1 };
+        let (x, dy) = (self.matrix(tokens, c), self.matrix(tokens, 3 * c));
+        let (mut y, mut dx) = (self.matrix(tokens, 3 * c), self.matrix(tokens, c));
+        let (a, b) = (2 * RANK * c, RANK * c);
+        let parameters = self.matrix(1, a + 2 * b);
+        let mut grads = Matrix::new_on(&self.device, Dtype::F32, 1, a + 2 * b);
         let pair = |i: usize| Pair {
             rank: i * RANK..(i + 1) * RANK,
             columns: 2 * i * c..(2 * i + 1) * c,
-            b: b.part(i * c * RANK..(i + 1) * c * RANK, RANK),
+            b: a + i * b..a + (i + 1) * b,
             scale: 2.0,
         };
+        let pairs = Pairs::new(vec![pair(0), pair(1)], 0..a);
         let of_x = (2 * tokens * c) as f64;
-        self.row(&name("dropout"), 0.0, 2.0 * of_x, || drop(dropout.forward(&x)));
-        self.row(&name("down"), 0.0, of_x, || drop(down(&x, a.view())));
-        let h = down(&x, a.view());
-        self.row(&name("pair forward"), 0.0, 2.0 * of_x, || pair(0).forward(&h, &mut y));
-        let dy = self.matrix(tokens, 3 * c);
-        self.row(&name("pair backward"), 0.0, 2.0 * of_x, || {
-            let db = db.part_mut(0..c * RANK, RANK);
-            pair(0).backward(&dy, &h, db, &mut dh);
-        });
-        self.row(&name("down backward, weight"), 0.0, of_x, || down_backward_weight(&dh, &x, da.view_mut()));
-        let input = || down_backward_input(&dh, a.view(), Some(dropout), &mut dx);
-        self.row(&name("down backward, input"), 0.0, 2.0 * of_x, input);
+        for (name, dropout) in [("", None), (", dropout", Some(Dropout { p: 0.05, seed: 1 }))] {
+            let name = |direction: &str| format!("{} adapters {tokens} tokens{name} {direction}", model.name);
+            let update = Update { pairs: &pairs, parameters: &parameters, dropout };
+            self.row(&name("forward"), 0.0, 5.0 * of_x, || drop(update.forward(&x, &mut y)));
+            let h = update.forward(&x, &mut y);
+            let backward = || update.backward(&dy, &h, &x, &mut grads, Some(&mut dx));
+            self.row(&name("backward"), 0.0, 7.0 * of_x, backward);
+        }
     }
 
     fn attention(&self, model: &Model, tokens: usize) {

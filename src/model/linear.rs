@@ -5,7 +5,7 @@
 
 use super::lora::{Lora, LoraConfig};
 use crate::ops::device::Constant;
-use crate::ops::lora::{Dropout, Pair, down, down_backward_input, down_backward_weight};
+use crate::ops::lora::{Dropout, Pair, Pairs, Update};
 use crate::ops::matmul::{Side, Threads, ViewMut, matmul};
 use crate::ops::rows::add_bias;
 use crate::ops::weight::Weight;
@@ -31,6 +31,8 @@ pub struct Linear {
     bias: Option<Constant<f32>>,
     /// The projections, in the order of their rows.
     pub parts: Vec<Part>,
+    /// Their adapters; none where no part has one.
+    pairs: Option<Pairs>,
 }
 
 /// What a backward needs besides the input: `drop(x) Aᵀ` of all parts side by side.
@@ -61,7 +63,7 @@ impl Linear {
         });
         let parts: Vec<Part> = parts.collect();
         assert_eq!(at, weight.rows(), "linear: the parts are all rows");
-        Self { weight, bias: bias.map(Constant::from), parts }
+        Self { weight, bias: bias.map(Constant::from), parts, pairs: None }
     }
 
     /// Input channels.
@@ -111,6 +113,7 @@ impl Linear {
                 at = lora.b.end;
             }
         }
+        self.pairs = self.all_a().map(|a| Pairs::new(self.list_pairs(), a));
         at
     }
 
@@ -119,30 +122,30 @@ impl Linear {
     }
 
     /// All `A`s, below one another.
-    fn a(&self) -> Option<Range<usize>> {
+    fn all_a(&self) -> Option<Range<usize>> {
         let first = self.loras().next()?.1.a.start;
         Some(first..self.loras().last()?.1.a.end)
     }
 
-    fn pairs<'a>(&'a self, parameters: &'a Matrix) -> impl Iterator<Item = (Pair<'a>, Range<usize>)> + 'a {
+    fn list_pairs(&self) -> Vec<Pair> {
         let mut at = 0;
-        self.loras().map(move |(part, lora)| {
+        let pair = |(part, lora): (&Part, &Lora)| {
             at += lora.config.r;
-            let pair = Pair {
-                rank: at - lora.config.r..at,
-                columns: part.rows.clone(),
-                b: parameters.part(lora.b.clone(), lora.config.r),
-                scale: lora.config.scale() as f32,
-            };
-            (pair, lora.b.clone())
-        })
+            let (rank, scale) = (at - lora.config.r..at, lora.config.scale() as f32);
+            Pair { rank, columns: part.rows.clone(), b: lora.b.clone(), scale }
+        };
+        self.loras().map(pair).collect()
     }
 
-    /// The dropout of this linear under `seed`, `None` outside training.
-    fn dropout(&self, seed: Option<u64>) -> Option<Dropout> {
+    /// The adapters in a pass under `seed`, which is `None` outside training: nothing is dropped there.
+    fn update<'a>(&'a self, parameters: &'a Matrix, seed: Option<u64>) -> Option<Update<'a>> {
+        let pairs = self.pairs.as_ref()?;
         let p = self.loras().next()?.1.config.dropout as f32;
-        let seed = seed? ^ (self.a()?.start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (p > 0.0).then_some(Dropout { p, seed })
+        let dropout = seed.filter(|_| p > 0.0).map(|seed| {
+            let seed = seed ^ (pairs.start() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            Dropout { p, seed }
+        });
+        Some(Update { pairs, parameters, dropout })
     }
 
     /// `y = x Wᵀ + b` and the updates, added to `y` where `accumulate`.
@@ -161,13 +164,7 @@ impl Linear {
         if let Some(bias) = &self.bias {
             add_bias(y, bias);
         }
-        let a = parameters.part(self.a()?, self.inputs());
-        let h = match self.dropout(seed) {
-            Some(dropout) => down(&dropout.forward(x), a),
-            None => down(x, a),
-        };
-        self.pairs(parameters).for_each(|(pair, _)| pair.forward(&h, y));
-        Some(h)
+        Some(self.update(parameters, seed)?.forward(x, y))
     }
 
     /// Adds the adapters' gradients, and writes or adds that of the input where `dx` is asked for.
@@ -186,20 +183,8 @@ impl Linear {
         if let Some((dx, accumulate)) = &mut dx {
             self.weight.backward(dy.view(), dx, *accumulate);
         }
-        let (Some(h), Some(a)) = (saved, self.a()) else { return };
-        let mut dh = h.new_like(h.rows(), h.cols());
-        for (pair, b) in self.pairs(to.parameters) {
-            let db = to.grads.part_mut(b, pair.rank.len());
-            pair.backward(dy, h, db, &mut dh);
-        }
-        let dropout = self.dropout(seed);
-        let mut x = x();
-        if let Some(dropout) = dropout {
-            x = dropout.forward(&x);
-        }
-        down_backward_weight(&dh, &x, to.grads.part_mut(a.clone(), self.inputs()));
-        if let Some((dx, _)) = dx {
-            down_backward_input(&dh, to.parameters.part(a, self.inputs()), dropout, dx);
+        if let (Some(h), Some(update)) = (saved, self.update(to.parameters, seed)) {
+            update.backward(dy, h, &x(), to.grads, dx.map(|(dx, _)| dx));
         }
     }
 

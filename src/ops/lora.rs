@@ -3,11 +3,14 @@
 //! With `h = drop(x) Aᵀ`, which is kept: `dB += s dyᵀ h`, `dh = s dy B`, `dA += dhᵀ drop(x)`, `dx += drop(dh A)`.
 //! Dropout is inverted (kept values are divided by `1 - p`) and its mask is a hash of seed and element, so that the
 //! backward, or a forward run again, makes the same mask without keeping it.
+//!
+//! On a device up to `FUSED_TOKENS` tokens go through `kernels/lora_mma.cu`, two launches forward and two backward for all
+//! pairs of a projection and their dropout; else through cuBLAS, product by product.
 
-use super::device::{flag, long};
+use super::device::{Arg, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::math::vectorize;
-use super::matmul::{Side, Threads, ViewMut, matmul};
-use super::matrix::{Matrix, View, rows_per_task};
+use super::matmul::{Side, Threads, matmul};
+use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -92,72 +95,188 @@ vectorize! {
 }
 
 /// One low-rank pair within the columns that it updates.
-#[derive(Debug, Clone)]
-pub struct Pair<'a> {
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
     /// Columns of `h`, as many as the rank.
     pub rank: Range<usize>,
     /// Columns of `y`.
     pub columns: Range<usize>,
-    /// `B`: (columns, rank).
-    pub b: View<'a>,
+    /// Elements of `B` (columns, rank) among the parameters.
+    pub b: Range<usize>,
     /// `s`.
     pub scale: f32,
 }
 
-impl Pair<'_> {
-    /// `y[:, columns] += s h[:, rank] Bᵀ`.
-    ///
-    /// # Shapes
-    /// `h`: (T, R); `y`: (T, out).
-    pub fn forward(&self, h: &Matrix, y: &mut Matrix) {
-        let y = y.columns_mut(self.columns.clone());
-        matmul(Threads::All, y, true, self.scale, Side::N(h.columns(self.rank.clone())), Side::T(self.b));
+/// The pairs of one projection.
+#[derive(Debug, Clone)]
+pub struct Pairs {
+    list: Vec<Pair>,
+    a: Range<usize>,
+    ranks: usize,
+    /// `list` as the kernels' `Adapter`.
+    table: Constant<u64>,
+}
+
+impl Pairs {
+    /// The pairs of this list, whose columns of `h` follow one another, and whose `A`s are the elements `a` of the parameters,
+    /// below one another.
+    #[must_use]
+    pub fn new(list: Vec<Pair>, a: Range<usize>) -> Self {
+        let two = |low: usize, high: usize| low as u64 | (high as u64) << 32;
+        let entry = |pair: &Pair| {
+            let (columns, rank) = (&pair.columns, &pair.rank);
+            let scale = u64::from(pair.scale.to_bits());
+            [pair.b.start as u64, two(columns.start, columns.len()), two(rank.start, rank.len()), scale]
+        };
+        let (table, ranks) = (list.iter().flat_map(entry).collect(), list.last().map_or(0, |pair| pair.rank.end));
+        Self { list, a, ranks, table }
     }
 
-    /// `dB += s dyᵀ h` and `dh[:, rank] = s dy B`.
-    ///
-    /// # Shapes
-    /// `dy`: (T, out); `h`, `dh`: (T, R); `db`: (columns, rank).
-    pub fn backward(&self, dy: &Matrix, h: &Matrix, db: ViewMut<'_>, dh: &mut Matrix) {
-        let dy = dy.columns(self.columns.clone());
-        matmul(Threads::All, db, true, self.scale, Side::T(dy), Side::N(h.columns(self.rank.clone())));
-        let dh = dh.columns_mut(self.rank.clone());
-        matmul(Threads::All, dh, false, self.scale, Side::N(dy), Side::N(self.b));
+    /// Where the first `A` begins among the parameters.
+    #[must_use]
+    pub fn start(&self) -> usize {
+        self.a.start
     }
 }
 
-/// `h = x Aᵀ`, the A's of all pairs of a projection below one another.
-///
-/// # Shapes
-/// `x`: (T, in); `a`: (R, in); returns (T, R).
-#[must_use]
-pub fn down(x: &Matrix, a: View<'_>) -> Matrix {
-    let mut h = x.new_like(x.rows(), a.rows);
-    matmul(Threads::All, h.view_mut(), false, 1.0, Side::N(x.view()), Side::T(a));
-    h
+/// The update of a projection in one pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Update<'a> {
+    /// Its pairs.
+    pub pairs: &'a Pairs,
+    /// Parameters of all adapters.
+    pub parameters: &'a Matrix,
+    /// Dropout of the input, in training.
+    pub dropout: Option<Dropout>,
 }
 
-/// `dA += dhᵀ x`.
-///
-/// # Shapes
-/// `dh`: (T, R); `x`: (T, in), after dropout; `da`: (R, in).
-pub fn down_backward_weight(dh: &Matrix, x: &Matrix, da: ViewMut<'_>) {
-    matmul(Threads::All, da, true, 1.0, Side::T(dh.view()), Side::N(x.view()));
-}
-
-/// `dx += dh A`, through the dropout's mask where there is one.
-///
-/// # Shapes
-/// `dh`: (T, R); `a`: (R, in); `dx`: (T, in).
-pub fn down_backward_input(dh: &Matrix, a: View<'_>, dropout: Option<Dropout>, dx: &mut Matrix) {
-    let (lhs, rhs) = (Side::N(dh.view()), Side::N(a));
-    match dropout {
-        None => matmul(Threads::All, dx.view_mut(), true, 1.0, lhs, rhs),
-        Some(dropout) => {
-            let mut d = dx.new_like(dx.rows(), dx.cols());
-            matmul(Threads::All, d.view_mut(), false, 1.0, lhs, rhs);
-            dropout.backward(&d, dx);
+impl Update<'_> {
+    /// `y[:, columns] += s h[:, rank] Bᵀ` of each pair; returns `h = drop(x) Aᵀ`, which is kept.
+    ///
+    /// # Shapes
+    /// `x`: (T, in); `y`: (T, out); `h`: (T, R).
+    #[must_use]
+    pub fn forward(&self, x: &Matrix, y: &mut Matrix) -> Matrix {
+        let mut h = x.new_like(x.rows(), self.pairs.ranks);
+        if let Some(fused) = self.fused(x, y) {
+            fused.forward(x, &h, y);
+            return h;
         }
+        let dropped = self.dropout.map(|dropout| dropout.forward(x));
+        let (x, a) = (dropped.as_ref().unwrap_or(x), self.parameters.part(self.pairs.a.clone(), x.cols()));
+        matmul(Threads::All, h.view_mut(), false, 1.0, Side::N(x.view()), Side::T(a));
+        for pair in &self.pairs.list {
+            let b = self.parameters.part(pair.b.clone(), pair.rank.len());
+            let y = y.columns_mut(pair.columns.clone());
+            matmul(Threads::All, y, true, pair.scale, Side::N(h.columns(pair.rank.clone())), Side::T(b));
+        }
+        h
+    }
+
+    /// Adds to the gradients of `A` and `B`, and to `dx` where it is given.
+    ///
+    /// # Shapes
+    /// `dy`: (T, out); `h`: (T, R), of the forward; `x`, `dx`: (T, in); `grads`: as the parameters, in f32.
+    pub fn backward(&self, dy: &Matrix, h: &Matrix, x: &Matrix, grads: &mut Matrix, dx: Option<&mut Matrix>) {
+        let mut dh = h.new_like(h.rows(), h.cols());
+        if let Some(fused) = self.fused(x, dy) {
+            return fused.backward(dy, h, &dh, x, grads, dx);
+        }
+        for pair in &self.pairs.list {
+            let (rank, dy) = (pair.rank.clone(), dy.columns(pair.columns.clone()));
+            let (b, db) =
+                (self.parameters.part(pair.b.clone(), rank.len()), grads.part_mut(pair.b.clone(), rank.len()));
+            matmul(Threads::All, db, true, pair.scale, Side::T(dy), Side::N(h.columns(rank.clone())));
+            matmul(Threads::All, dh.columns_mut(rank), false, pair.scale, Side::N(dy), Side::N(b));
+        }
+        let dropped = self.dropout.map(|dropout| dropout.forward(x));
+        let (a, inputs, x) = (self.pairs.a.clone(), x.cols(), dropped.as_ref().unwrap_or(x));
+        let da = grads.part_mut(a.clone(), inputs);
+        matmul(Threads::All, da, true, 1.0, Side::T(dh.view()), Side::N(x.view()));
+        if let Some(dx) = dx {
+            let (lhs, rhs) = (Side::N(dh.view()), Side::N(self.parameters.part(a, inputs)));
+            match self.dropout {
+                None => matmul(Threads::All, dx.view_mut(), true, 1.0, lhs, rhs),
+                Some(dropout) => {
+                    let mut d = dx.new_like(dx.rows(), dx.cols());
+                    matmul(Threads::All, d.view_mut(), false, 1.0, lhs, rhs);
+                    dropout.backward(&d, dx);
+                }
+            }
+        }
+    }
+
+    /// The kernels for these matrices, where they serve.
+    fn fused<'a>(&'a self, x: &'a Matrix, y: &Matrix) -> Option<Fused<'a>> {
+        let (device, dtype) = x.place().filter(|(_, dtype)| *dtype != Dtype::F32)?;
+        let eights = |columns: &Range<usize>| columns.start.is_multiple_of(8) && columns.len().is_multiple_of(8);
+        let serves =
+            |pair: &Pair| eights(&pair.columns) && pair.rank.len().is_multiple_of(2) && pair.b.start.is_multiple_of(2);
+        let aligned = [x.pointer(), y.pointer(), self.a()].iter().all(|pointer| pointer.is_multiple_of(16));
+        let sizes = x.rows() <= fused_tokens(FUSED_TOKENS)
+            && self.pairs.ranks <= MOST_RANKS
+            && eights(&(0..x.cols()))
+            && eights(&(0..y.cols()));
+        (sizes && aligned && self.pairs.list.iter().all(serves)).then_some(Fused { update: self, device, dtype })
+    }
+
+    /// Address of the `A`s on a device.
+    fn a(&self) -> u64 {
+        self.parameters.part(self.pairs.a.clone(), 1).pointer()
+    }
+}
+
+/// Tokens up to which all pairs of a projection are computed at once: of more, cuBLAS's products take longer than their launches.
+const FUSED_TOKENS: usize = 1024;
+/// `MOST_RANKS` of the kernels.
+const MOST_RANKS: usize = 64;
+
+/// An update by the kernels of `kernels/lora_mma.cu`.
+struct Fused<'a> {
+    update: &'a Update<'a>,
+    device: &'a Device,
+    dtype: Dtype,
+}
+
+impl Fused<'_> {
+    fn launch(&self, kernel: &str, grid: [usize; 2], threads: usize, args: &[&[Arg]]) {
+        self.device.launch(kernel, Some(self.dtype), [grid[0], grid[1], 1], [threads, 1], 0, &args.concat());
+    }
+
+    /// Tiles of 64 columns of all pairs.
+    fn tiles(&self) -> usize {
+        self.update.pairs.list.iter().map(|pair| pair.columns.len().div_ceil(64)).sum()
+    }
+
+    fn mask(&self) -> [Arg; 3] {
+        let dropout = self.update.dropout.unwrap_or(Dropout { p: 0.0, seed: 0 });
+        [dropout.seed.into(), dropout.limit().into(), (1.0 / (1.0 - dropout.p)).into()]
+    }
+
+    fn forward(&self, x: &Matrix, h: &Matrix, y: &Matrix) {
+        let Update { pairs, parameters, .. } = self.update;
+        let (tokens, ranks) = (int(x.rows()), int(pairs.ranks));
+        let down = [x.pointer().into(), self.update.a().into(), h.pointer().into(), tokens, int(x.cols()), ranks];
+        self.launch("lora_down", [x.rows().div_ceil(16), 1], 256, &[&down, &self.mask()]);
+        let pointers = [h.pointer(), parameters.pointer(), pairs.table.on(self.device), y.pointer()].map(Arg::from);
+        let sizes = [tokens, ranks, long(y.cols())];
+        self.launch("lora_up", [x.rows().div_ceil(64), self.tiles()], 128, &[&pointers, &sizes]);
+    }
+
+    fn backward(&self, dy: &Matrix, h: &Matrix, dh: &Matrix, x: &Matrix, grads: &mut Matrix, dx: Option<&mut Matrix>) {
+        let Update { pairs, parameters, .. } = self.update;
+        let (tokens, ranks, ld) = (int(x.rows()), int(pairs.ranks), long(dy.cols()));
+        let table = pairs.table.on(self.device);
+        let pointers = [dy.pointer(), parameters.pointer(), table, dh.pointer()].map(Arg::from);
+        let grid = [x.rows().div_ceil(16), pairs.list.len()];
+        self.launch("lora_down_grad", grid, 256, &[&pointers, &[tokens, ranks, ld]]);
+        let dx = dx.map_or(0, |dx| dx.pointer());
+        let da = grads.part(pairs.a.clone(), 1).pointer();
+        let reads = [x.pointer(), dy.pointer(), h.pointer(), dh.pointer(), self.update.a()].map(Arg::from);
+        let writes = [dx, da, grads.pointer(), table].map(Arg::from);
+        let sizes = [tokens, int(x.cols()), ranks, ld];
+        let blocks = x.cols().div_ceil(64) + self.tiles();
+        self.launch("lora_gradients", [blocks, 1], 128, &[&reads, &writes, &sizes, &self.mask()]);
     }
 }
 
@@ -188,26 +307,22 @@ mod tests {
             };
             let inputs = [(&x[..], t, inn), (&a[..], 2 * r, inn), (&b1[..], 10, r), (&b2[..], 15, r)];
             let oracle = Oracle::run(&inputs, reference, &dy);
-            let pairs = [
-                Pair { rank: 0..r, columns: 0..10, b: View::of(&b1, 10, r), scale },
-                Pair { rank: r..2 * r, columns: 25..40, b: View::of(&b2, 15, r), scale },
+            let all = [&a[..], &b1, &b2].concat();
+            let (a, b1) = (0..a.len(), a.len()..a.len() + b1.len());
+            let b2 = b1.end..all.len();
+            let list = vec![
+                Pair { rank: 0..r, columns: 0..10, b: b1.clone(), scale },
+                Pair { rank: r..2 * r, columns: 25..40, b: b2.clone(), scale },
             ];
-            let xm = Matrix::from_slice(t, inn, &x);
-            let dropped = dropout.map_or_else(|| xm.clone(), |d| d.forward(&xm));
-            let a = View::of(&a, 2 * r, inn);
-            let h = down(&dropped, a);
-            let mut y = Matrix::zeros(t, out);
-            pairs.iter().for_each(|p| p.forward(&h, &mut y));
+            let (pairs, parameters) = (Pairs::new(list, a.clone()), Matrix::from_slice(1, all.len(), &all));
+            let update = Update { pairs: &pairs, parameters: &parameters, dropout };
+            let (x, mut y) = (Matrix::from_slice(t, inn, &x), Matrix::zeros(t, out));
+            let h = update.forward(&x, &mut y);
             assert_close(&y, &oracle.y, 1e-5);
 
-            let dy = Matrix::from_slice(t, out, &dy);
-            let (mut db1, mut db2, mut da) = (vec![0.0; 10 * r], vec![0.0; 15 * r], vec![0.0; 2 * r * inn]);
-            let (mut dh, mut dx) = (Matrix::new(t, 2 * r), Matrix::zeros(t, inn));
-            pairs[0].backward(&dy, &h, ViewMut::of(&mut db1, 10, r), &mut dh);
-            pairs[1].backward(&dy, &h, ViewMut::of(&mut db2, 15, r), &mut dh);
-            down_backward_weight(&dh, &dropped, ViewMut::of(&mut da, 2 * r, inn));
-            down_backward_input(&dh, a, dropout, &mut dx);
-            for (got, want) in [&dx[..], &da, &db1, &db2].iter().zip(&oracle.grads) {
+            let (mut grads, mut dx) = (Matrix::zeros(1, all.len()), Matrix::zeros(t, inn));
+            update.backward(&Matrix::from_slice(t, out, &dy), &h, &x, &mut grads, Some(&mut dx));
+            for (got, want) in [&dx[..], &grads[a], &grads[b1], &grads[b2]].iter().zip(&oracle.grads) {
                 assert_close(got, want, 1e-5);
             }
         }

@@ -2,15 +2,15 @@
 //! `kernels/nf4_product.cu`. To decode a matrix first moves nine times its bytes, which for a few hundred tokens takes longer
 //! than the product; for many more tokens cuBLAS is faster on a decoded one, and `resident` decodes it.
 
-use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, int, long};
+use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::matrix::View;
 use super::nf4::{Kind4, QUANT_BLOCK, nested_code};
 use std::sync::OnceLock;
 
 /// Rows of x up to which a forward product is one of decoding; `PRODUCT_ROWS` of the kernels.
 const FEW: usize = 8;
-/// Tokens up to which codes are decoded within the product, unless `LITGPT_FUSED_TOKENS` says otherwise. An estimate from rates of
-/// memory and tensor cores until it is measured: on an H100 decoding costs what some 500 tokens lose without cuBLAS.
+/// Tokens up to which codes are decoded within the product. An estimate from rates of memory and tensor cores until it is
+/// measured: on an H100 decoding costs what some 500 tokens lose without cuBLAS.
 const FUSED_TOKENS: usize = 512;
 
 /// `SIDE` of the kernels: tokens and columns of y in a tile, and what is summed over in a stage.
@@ -105,7 +105,10 @@ impl Fours {
     }
 
     fn fits(&self, dtype: Dtype, x: View<'_>) -> bool {
-        dtype != Dtype::F32 && self.cols.is_multiple_of(QUANT_BLOCK) && x.rows <= fused_tokens() && in_sixteens(x)
+        dtype != Dtype::F32
+            && self.cols.is_multiple_of(QUANT_BLOCK)
+            && x.rows <= fused_tokens(FUSED_TOKENS)
+            && in_sixteens(x)
     }
 
     fn few(&self, device: &Device, dtype: Dtype, four: &Four, x: View<'_>, y: View<'_>, accumulate: bool) {
@@ -159,14 +162,6 @@ impl Fours {
 /// Whether rows can be read 16 bytes at a time, of two bytes an element.
 fn in_sixteens(x: View<'_>) -> bool {
     x.stride.is_multiple_of(8) && x.pointer().is_multiple_of(16)
-}
-
-fn fused_tokens() -> usize {
-    static TOKENS: OnceLock<usize> = OnceLock::new();
-    *TOKENS.get_or_init(|| {
-        let said = std::env::var("LITGPT_FUSED_TOKENS").ok().and_then(|value| value.parse().ok());
-        said.unwrap_or(FUSED_TOKENS)
-    })
 }
 
 /// How many shares of its stages a product is cut into, so that all of the device's processors have a tile: that which takes the

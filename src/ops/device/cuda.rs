@@ -27,13 +27,14 @@ macro_rules! module {
     }};
 }
 
-const MODULES: [&[u8]; 13] = [
+const MODULES: [&[u8]; 14] = [
     module!("attention"),
     module!("attention_mma"),
     module!("clip"),
     module!("glu"),
     module!("head"),
     module!("lora"),
+    module!("lora_mma"),
     module!("nf4"),
     module!("nf4_product"),
     module!("norm"),

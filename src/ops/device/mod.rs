@@ -124,6 +124,15 @@ pub fn flag(value: bool) -> Arg {
     Arg::Narrow(u32::from(value))
 }
 
+/// Up to how many tokens an op's own products are taken instead of cuBLAS's, which read memory more often and take more launches
+/// but are faster at many tokens: `estimate`, unless `LITGPT_FUSED_TOKENS` says otherwise.
+#[must_use]
+pub fn fused_tokens(estimate: usize) -> usize {
+    static SAID: OnceLock<Option<usize>> = OnceLock::new();
+    let said = SAID.get_or_init(|| std::env::var("LITGPT_FUSED_TOKENS").ok()?.parse().ok());
+    said.unwrap_or(estimate)
+}
+
 /// One launch of a kernel of `kernels/*.cu`.
 #[derive(Debug)]
 pub struct Launch<'a> {
