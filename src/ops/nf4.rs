@@ -7,7 +7,8 @@
 //! arXiv:2305.14314.) Codes and bytes are those of bitsandbytes, so its checkpoints load as they are.
 //!
 //! Here is the format and its CPU code, on plain slices: values come in as f32, and the caller rounds what comes out to
-//! its own type. The CUDA twins are `nf4_*` in `kernels/nf4.cu`; the product with such a weight is in `ops/weight.rs`.
+//! its own type. The CUDA twins are `nf4_*` in `kernels/nf4.cu`; products with such a weight are in `ops/weight.rs` and, on a device,
+//! `ops/nf4_product.rs`.
 
 #[cfg(target_arch = "x86_64")]
 use super::simd;
