@@ -5,10 +5,14 @@
 //! `o = softmax(cap(s q kᵀ)) v`, rows in blocks. The forward keeps `o` and each row's log-sum-exp; the backward computes
 //! the probabilities `p` of a block again: `dv = pᵀ do`, `ds = p (do vᵀ - sum(o do)) cap'`, `dq = s ds k`, `dk = s dsᵀ q`.
 
-use super::device::{Constant, Device, Dtype, int, long};
+mod device;
+mod spans;
+
+pub use spans::{Span, Spans};
+
 use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul, matmul_rounded};
-use super::matrix::{Matrix, Segment, View, rows_per_task};
+use super::matrix::{Matrix, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -54,92 +58,6 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Whether products on the host may round both sides to bf16, as a model of bf16 weights may.
     pub bf16: bool,
-}
-
-/// Query rows of one sample and the key rows that they belong to; the last of both is the same position.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Span {
-    /// Rows of `q`.
-    pub q: Range<usize>,
-    /// The first rows of `k` and `v`, with which several samples begin; 0 where its keys are all in `k`.
-    pub prefix: usize,
-    /// Rows of `k` and `v`, after those of the prefix.
-    pub k: Range<usize>,
-}
-
-impl Span {
-    /// Number of keys.
-    fn keys(&self) -> usize {
-        self.prefix + self.k.len()
-    }
-
-    /// Keys before the first query.
-    fn past(&self) -> usize {
-        self.keys() - self.q.len()
-    }
-
-    /// Rows of `k` and `v` of some keys, in one piece or two.
-    fn rows(&self, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
-        let own = |key: usize| self.k.start + key.max(self.prefix) - self.prefix;
-        let pieces = [keys.start.min(self.prefix)..keys.end.min(self.prefix), own(keys.start)..own(keys.end)];
-        pieces.into_iter().filter(|rows| !rows.is_empty())
-    }
-}
-
-/// The samples of a pass.
-#[derive(Debug, Clone, Default)]
-pub struct Spans {
-    spans: Vec<Span>,
-    /// At which row of the keys the sample of each query row starts, or goes on after the prefix; none where all rows are
-    /// of one.
-    starts: Constant<u32>,
-}
-
-impl Spans {
-    /// Samples whose queries and keys are all there, as in training.
-    #[must_use]
-    pub fn whole(segments: &[Segment]) -> Self {
-        Self::after(0, segments)
-    }
-
-    /// Samples that all begin with the first `prefix` rows of the keys; the others are those of the samples' queries.
-    #[must_use]
-    pub fn after(prefix: usize, segments: &[Segment]) -> Self {
-        match segments {
-            [one] => Self::tail(one.len(), prefix + one.len()),
-            several => {
-                let span = |s: &Segment| Span { q: s.clone(), prefix, k: prefix + s.start..prefix + s.end };
-                several.iter().map(span).collect::<Vec<_>>().into()
-            }
-        }
-    }
-
-    /// New rows after others of their sample, `kept` in all.
-    #[must_use]
-    pub fn tail(new: usize, kept: usize) -> Self {
-        vec![Span { q: 0..new, prefix: 0, k: 0..kept }].into()
-    }
-
-    /// Rows of the keys with which all samples begin.
-    fn prefix(&self) -> usize {
-        self.spans.first().map_or(0, |span| span.prefix)
-    }
-}
-
-impl From<Vec<Span>> for Spans {
-    fn from(spans: Vec<Span>) -> Self {
-        let starts = spans.iter().filter(|_| spans.len() > 1);
-        let starts = starts.flat_map(|span| std::iter::repeat_n(span.k.start as u32, span.q.len())).collect();
-        Self { spans, starts }
-    }
-}
-
-impl std::ops::Deref for Spans {
-    type Target = [Span];
-
-    fn deref(&self) -> &[Span] {
-        &self.spans
-    }
 }
 
 /// What the backward needs besides inputs and output.
@@ -490,128 +408,6 @@ fn transposed(x: View<'_>, span: &Span) -> Matrix {
         x.row(row).iter().enumerate().for_each(|(col, v)| out[col * keys + key] = *v);
     }
     out
-}
-
-/// A kernel's variant: tensor cores where types, sizes and addresses allow, and the head size that tiles are padded to.
-struct Variant {
-    mma: bool,
-    d: usize,
-}
-
-impl Variant {
-    fn of(dtype: Dtype, head_size: usize, views: &[View<'_>]) -> Self {
-        let fits = |view: &View<'_>| view.stride.is_multiple_of(8) && view.pointer().is_multiple_of(16);
-        let mma = dtype != Dtype::F32 && head_size.is_multiple_of(8) && views.iter().all(fits);
-        Self { mma, d: head_size.next_power_of_two().clamp(64, 256) }
-    }
-
-    fn name(&self, kernel: &str, dtype: Dtype) -> String {
-        format!("attention_{}{kernel}_{}_d{}", if self.mma { "mma_" } else { "" }, dtype.suffix(), self.d)
-    }
-
-    /// Query rows, or key rows, of a block.
-    fn rows(&self) -> usize {
-        if self.mma { 64 } else { 16 }
-    }
-
-    /// Shared memory, bytes, as the kernels lay it out.
-    fn shared(&self, head_size: usize, backward: bool) -> usize {
-        let tile = if backward { self.backward_tile() } else { self.forward_tile() };
-        match (self.mma, backward) {
-            (true, false) => (64 + 2 * tile) * (self.d + 8) * 2,
-            (true, true) => (128 + 2 * tile) * (self.d + 8) * 2,
-            (false, false) => (16 * head_size + 32 * (head_size | 1)) * 4,
-            (false, true) => (32 * head_size + 64 * (head_size | 1)) * 4,
-        }
-    }
-
-    fn forward_tile(&self) -> usize {
-        if self.d == 256 { 32 } else { 64 }
-    }
-
-    fn backward_tile(&self) -> usize {
-        if self.d == 64 { 64 } else { 32 }
-    }
-}
-
-// On a device.
-impl Attention {
-    /// The numbers that end the arguments of every kernel.
-    fn rule(&self) -> [super::device::Arg; 3] {
-        [self.scale.into(), self.softcap.unwrap_or(0.0).into(), int(self.window.unwrap_or(0))]
-    }
-
-    fn heads(&self) -> [super::device::Arg; 3] {
-        [int(self.n_head), int(self.n_query_groups), int(self.head_size)]
-    }
-
-    fn forward_on(&self, (device, dtype): (&Device, Dtype), qkv: [View<'_>; 3], spans: &Spans) -> (Matrix, Saved) {
-        let [q, k, v] = qkv;
-        let o = Matrix::new_on(device, dtype, q.rows, self.q_cols());
-        let lse = Matrix::new_on(device, Dtype::F32, self.n_head, q.rows);
-        let variant = Variant::of(dtype, self.head_size, &[q, k, v, o.view()]);
-        let mut args = qkv.map(|view| view.pointer().into()).to_vec();
-        args.extend([
-            o.pointer().into(),
-            lse.pointer().into(),
-            starts(spans, device),
-            int(q.rows),
-            int(k.rows - q.rows),
-            int(spans.prefix()),
-        ]);
-        args.extend(self.heads());
-        args.extend([q.stride, k.stride, v.stride, o.cols()].map(long));
-        args.extend(self.rule());
-        let grid = [q.rows.div_ceil(variant.rows()), self.n_head, 1];
-        let shared = variant.shared(self.head_size, false);
-        device.launch(&variant.name("fwd", dtype), None, grid, [128, 1], shared, &args);
-        (o, Saved { lse })
-    }
-
-    fn backward_on(
-        &self,
-        (device, dtype): (&Device, Dtype),
-        qkv: [View<'_>; 3],
-        o: &Matrix,
-        d_o: &Matrix,
-        saved: &Saved,
-        spans: &Spans,
-    ) -> Matrix {
-        let (rows, q_cols, kv_cols) = (o.rows(), self.q_cols(), self.n_query_groups * self.head_size);
-        let delta = Matrix::new_on(device, Dtype::F32, self.n_head, rows);
-        let sizes = [int(rows), int(self.n_head), int(self.head_size), long(o.cols()), long(d_o.cols())];
-        let mut args = vec![o.pointer().into(), d_o.pointer().into(), delta.pointer().into()];
-        args.extend(sizes);
-        let grid = [(rows * self.n_head).div_ceil(4), 1, 1];
-        device.launch("attention_bwd_delta", Some(dtype), grid, [128, 1], 0, &args);
-
-        let [q, k, v] = qkv;
-        let past = k.rows - rows;
-        let d = o.new_like(k.rows, q_cols + 2 * kv_cols);
-        let dq = d.columns(0..q_cols).slice_rows(past..k.rows);
-        let [dk, dv] = [q_cols..q_cols + kv_cols, q_cols + kv_cols..q_cols + 2 * kv_cols].map(|c| d.columns(c));
-        let variant = Variant::of(dtype, self.head_size, &[q, k, v, d_o.view(), dq, dk, dv]);
-        let launch = |kernel: &str, grid: [usize; 3], outputs: &[View<'_>]| {
-            let mut args = qkv.map(|view| view.pointer().into()).to_vec();
-            args.extend([d_o.pointer(), saved.lse.pointer(), delta.pointer()].map(super::device::Arg::from));
-            args.extend(outputs.iter().map(|view| super::device::Arg::from(view.pointer())));
-            args.extend([starts(spans, device), int(rows), int(past), int(spans.prefix())]);
-            args.extend(self.heads());
-            args.extend([q.stride, k.stride, v.stride, d_o.cols()].map(long));
-            args.extend(outputs.iter().map(|view| long(view.stride)));
-            args.extend(self.rule());
-            let shared = variant.shared(self.head_size, true);
-            device.launch(&variant.name(kernel, dtype), None, grid, [128, 1], shared, &args);
-        };
-        launch("bwd_dq", [rows.div_ceil(variant.rows()), self.n_head, 1], &[dq]);
-        let halves = if variant.mma && variant.d == 256 { 2 } else { 1 };
-        launch("bwd_dkv", [k.rows.div_ceil(variant.rows()), self.n_query_groups, halves], &[dk, dv]);
-        d
-    }
-}
-
-fn starts(spans: &Spans, device: &Device) -> super::device::Arg {
-    if spans.starts.is_empty() { 0u64.into() } else { spans.starts.on(device).into() }
 }
 
 vectorize! {
