@@ -3,253 +3,17 @@
 //! `STYLES` is LitGPT's list; a style is data, filled in by [`PromptStyle::apply`]. The longer default system prompts
 //! are in `system_prompts.rs`. The style `chat` is the checkpoint's own template, see `chat.rs`.
 
-use std::sync::{Arc, LazyLock};
+mod styles;
 
 use super::chat::{ChatTemplate, Dialogue, Message};
-use super::system_prompts as system;
 use crate::error::{Error, Result, closest};
 use crate::tokenizer::Tokenizer;
 use regex::Regex;
+use std::sync::{Arc, LazyLock};
+use styles::{MODELS, STYLES, Style, find, normal};
 
 /// Name of the style that is the checkpoint's chat template.
 pub const CHAT: &str = "chat";
-
-/// Text before and text after something.
-type Around = (&'static str, &'static str);
-
-/// One row of the registry. A prompt is `start`, the system part (if there is a system prompt), the user part.
-#[derive(Debug)]
-struct Style {
-    /// LitGPT's key; for the four classes without one, our own.
-    name: &'static str,
-    /// LitGPT's class.
-    class: &'static str,
-    start: &'static str,
-    /// Around the system prompt; `None`: the style has no place for one.
-    system: Option<Around>,
-    default_system: &'static str,
-    /// Around the instruction.
-    user: Around,
-    /// Style with an input; `None`: an input is left out.
-    input: Option<WithInput>,
-    /// Texts, besides the tokenizer's stop tokens, at which an answer ends.
-    stops: &'static [&'static str],
-}
-
-#[derive(Debug)]
-struct WithInput {
-    default_system: &'static str,
-    /// Between instruction and input.
-    between: &'static str,
-}
-
-const PLAIN: Style = Style {
-    name: "default",
-    class: "Default",
-    start: "",
-    system: None,
-    default_system: "",
-    user: ("", ""),
-    input: None,
-    stops: &[],
-};
-
-const ALPACA: Style = Style {
-    name: "alpaca",
-    class: "Alpaca",
-    system: Some(("", "")),
-    default_system: system::TASK,
-    user: ("### Instruction:\n", "\n\n### Response:\n"),
-    input: Some(WithInput { default_system: system::TASK_WITH_INPUT, between: "\n\n### Input:\n" }),
-    ..PLAIN
-};
-
-const ZEPHYR: Style = Style {
-    name: "stablelm-zephyr",
-    class: "StableLMZephyr",
-    user: ("<|user|>\n", "<|endoftext|>\n<|assistant|>\n"),
-    ..PLAIN
-};
-
-const CHATML: Style = Style {
-    name: "chatml",
-    class: "ChatML",
-    system: Some(("<|im_start|>system\n", "<|im_end|>\n")),
-    user: ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-    ..PLAIN
-};
-
-const PHI4: Style = Style {
-    name: "phi-4",
-    class: "Phi4",
-    system: Some(("<|im_start|>system<|im_sep|>", "<|im_end|>")),
-    user: ("<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>"),
-    ..PLAIN
-};
-
-const PHI4_MINI: Style = Style {
-    name: "phi-4-mini",
-    class: "Phi4Mini",
-    system: Some(("<|system|>", "<|end|>")),
-    user: ("<|user|>", "<|end|><|assistant|>"),
-    ..PLAIN
-};
-
-static STYLES: &[Style] = &[
-    PLAIN,
-    ALPACA,
-    Style { name: "flan", class: "FLAN", input: None, ..ALPACA },
-    Style { name: "longform", class: "Longform", default_system: system::TASK_WITH_INPUT, input: None, ..ALPACA },
-    Style {
-        name: "stablelm-alpha",
-        class: "StableLMAlpha",
-        system: Some(("<|SYSTEM|>", "")),
-        default_system: system::STABLELM_ALPHA,
-        user: ("<|USER|>", "<|ASSISTANT|>"),
-        stops: &["<|SYSTEM|>", "<|ASSISTANT|>", "<|USER|>"],
-        ..PLAIN
-    },
-    ZEPHYR,
-    Style { name: "falcon", class: "Falcon", user: ("", "\nAnswer:"), stops: &["User:", "\nUser"], ..PLAIN },
-    Style { name: "falcon3", class: "Falcon3", stops: &["<|endoftext|>"], ..ZEPHYR },
-    Style {
-        name: "llama2-function-calling",
-        class: "Llama2FunctionCalling",
-        start: system::SEARCH_FUNCTION,
-        system: Some(("[INST]<<SYS>>\n", "\n<</SYS>>\n\n")),
-        default_system: system::FUNCTION_CALLING,
-        user: ("", "[/INST]\n\n"),
-        ..PLAIN
-    },
-    Style {
-        name: "llama2",
-        class: "Llama2",
-        system: Some(("[INST] <<SYS>>\n", "\n<</SYS>>\n\n ")),
-        default_system: system::LLAMA2,
-        user: ("", " [/INST] "),
-        ..PLAIN
-    },
-    Style {
-        name: "llama3",
-        class: "Llama3",
-        start: "<|begin_of_text|>",
-        system: Some(("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>")),
-        default_system: "You are a helpful assistant.",
-        user: (
-            "<|start_header_id|>user<|end_header_id|>\n\n",
-            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        stops: &["<|eot_id|>"],
-        ..PLAIN
-    },
-    Style {
-        name: "r1",
-        class: "R1Base",
-        system: Some(("", "")),
-        user: ("<｜User｜>", "<｜Assistant｜>"),
-        stops: &["<｜end▁of▁sentence｜>"],
-        ..PLAIN
-    },
-    Style {
-        name: "freewilly2",
-        class: "FreeWilly2",
-        system: Some(("### System:\n", "\n\n")),
-        default_system: "This is a system prompt, please behave and help the user.",
-        user: ("### User:\n", "\n\n### Assistant:\n"),
-        ..PLAIN
-    },
-    Style { name: "platypus", class: "Platypus", user: ("### Instruction:\n\n", "\n\n### Response:\n"), ..PLAIN },
-    Style { name: "stablecode", class: "StableCode", user: ("###Instruction\n", "###Response\n"), ..PLAIN },
-    Style {
-        name: "codellama",
-        class: "CodeLlama",
-        start: "[INST] ",
-        system: Some(("<<SYS>>\n", "\n<</SYS>>\n\n")),
-        user: ("", " [/INST]"),
-        ..PLAIN
-    },
-    Style { name: "phi-1", class: "Phi1", user: ("", "\n\nAnswer:"), stops: &["Answer:"], ..PLAIN },
-    Style { name: "phi-2", class: "Phi2", user: ("Instruct: ", "\nOutput:"), ..PLAIN },
-    Style {
-        name: "phi-3",
-        class: "Phi3",
-        system: Some(("<|system|>\n", "<|end|>\n")),
-        default_system: "You are a helpful assistant.",
-        user: ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
-        ..PLAIN
-    },
-    PHI4,
-    Style {
-        name: "phi-4-reasoning",
-        class: "Phi4Reasoning",
-        system: Some(("<|im_start>system<|im_sep|>", "<|im_end|>")), // LitGPT's spelling of the first token
-        default_system: system::PHI4_REASONING,
-        ..PHI4
-    },
-    PHI4_MINI,
-    Style {
-        name: "phi-4-mini-reasoning",
-        class: "Phi4MiniReasoning",
-        default_system: "Your name is Phi, an AI math expert developed by Microsoft.",
-        ..PHI4_MINI
-    },
-    Style {
-        name: "tinyllama",
-        class: "TinyLlama",
-        system: Some(("<|system|>\n", "</s>\n")),
-        default_system: "You are a friendly chatbot who always gives helpful, detailed, and polite answers.",
-        user: ("<|user|>\n", "</s>\n<|assistant|>\n"),
-        ..PLAIN
-    },
-    Style {
-        name: "gemma",
-        class: "Gemma",
-        user: ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
-        ..PLAIN
-    },
-    Style { name: "olmo", class: "OLMo", user: ("<|endoftext|><|user|>\n", "\n<|assistant|>\n"), ..PLAIN },
-    CHATML,
-    Style { name: "qwen2.5", class: "Qwen2_5", default_system: system::QWEN2_5, ..CHATML },
-    Style { name: "qwen2.5-math", class: "Qwen2_5_Math", default_system: system::QWEN2_5_MATH, ..CHATML },
-    Style { name: "qwq", class: "QwQ", default_system: system::QWQ, ..CHATML },
-    Style { name: "qwen3", class: "Qwen3", ..CHATML },
-    Style { name: "smollm2", class: "SmolLM2", default_system: system::SMOLLM2, ..CHATML },
-    Style { name: "salamandra", class: "Salamandra", default_system: system::SALAMANDRA, ..CHATML },
-];
-
-/// Model name (a regular expression, anywhere in it) and its style; the first that matches wins. LitGPT gives some models
-/// names of its own (`Gemma-2b-it`, `tiny-llama-1.1b-chat`): these and the Hub's both have a style here.
-const MODELS: &[(&str, &str)] = &[
-    ("stablelm-tuned-alpha", "stablelm-alpha"),
-    ("stablelm-zephyr-3b", "stablelm-zephyr"),
-    ("stablecode-instruct", "stablecode"),
-    ("Falcon3.*-Instruct", "falcon3"),
-    ("falcon.*-instruct", "falcon"),
-    ("Llama-2-7b-chat-hf-function-calling-v2", "llama2-function-calling"),
-    ("Llama-2.*-chat", "llama2"),
-    ("Llama-3.*-Instruct", "llama3"),
-    ("OLMo-2.*-(Instruct|SFT|DPO)", "llama3"),
-    ("R1", "r1"),
-    ("FreeWilly2", "freewilly2"),
-    ("Platypus", "platypus"),
-    ("CodeLlama|Mi[sx]tral.*Instruct", "codellama"),
-    ("phi-1", "phi-1"),
-    ("phi-2", "phi-2"),
-    ("Phi-3", "phi-3"),
-    ("Phi-4-reasoning", "phi-4-reasoning"),
-    ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
-    ("Phi-4-mini", "phi-4-mini"),
-    ("phi-4", "phi-4"),
-    (r"tiny-llama.*chat|TinyLlama-1\.1B-Chat-v1\.0", "tinyllama"),
-    ("[Gg]emma.*-it", "gemma"),
-    ("OLMo.*-hf", "olmo"),
-    (r"Qwen2\.5-Math-", "qwen2.5-math"),
-    (r"Qwen2\.5-", "qwen2.5"),
-    ("QwQ-", "qwq"),
-    ("Qwen3-", "qwen3"),
-    ("SmolLM2.*-Instruct", "smollm2"),
-    ("salamandra-.*-instruct", "salamandra"),
-];
 
 static MODEL_STYLES: LazyLock<Vec<(Regex, &'static Style)>> = LazyLock::new(|| {
     let row = |&(pattern, name): &(&str, &str)| Some((Regex::new(pattern).ok()?, find(name)?));
@@ -464,46 +228,6 @@ impl PromptStyle {
     }
 }
 
-impl Style {
-    fn jinja(&self) -> String {
-        // A text of JSON is one of Jinja.
-        let quoted = |text: &str| serde_json::Value::from(text).to_string();
-        let [start, sys] = [self.start, self.default_system].map(quoted);
-        let [before, after] = <[&str; 2]>::from(self.user).map(quoted);
-        let system = self.system.map_or_else(String::new, |around| {
-            let [before, after] = <[&str; 2]>::from(around).map(quoted);
-            format!("{{%- if ns.sys -%}}{{{{- {before} + ns.sys + {after} -}}}}{{%- endif -%}}")
-        });
-        let lines = [
-            format!("{{%- set ns = namespace(sys={sys}, first=true) -%}}"),
-            "{%- for message in messages -%}".to_owned(),
-            "{%- if message['role'] == 'system' -%}{%- set ns.sys = message['content'] -%}".to_owned(),
-            "{%- elif message['role'] == 'user' -%}".to_owned(),
-            format!("{{%- if ns.first -%}}{{{{- {start} -}}}}{system}{{%- set ns.first = false -%}}{{%- endif -%}}"),
-            format!("{{{{- {before} + message['content'] + {after} -}}}}"),
-            "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}".to_owned(),
-            "{%- endfor -%}".to_owned(),
-        ];
-        lines.concat()
-    }
-
-    fn apply(&self, prompt: &str, input: Option<&str>, sys: Option<&str>) -> String {
-        let input = self.input.as_ref().zip(input.filter(|text| !text.is_empty()));
-        let default = input.map_or(self.default_system, |(with, _)| with.default_system);
-        let sys = sys.filter(|text| !text.is_empty()).unwrap_or(default);
-        let mut text = String::from(self.start);
-        if let Some((before, after)) = self.system.filter(|_| !sys.is_empty()) {
-            text.extend([before, sys, after]);
-        }
-        text.extend([self.user.0, prompt]);
-        if let Some((with, input)) = input {
-            text.extend([with.between, input]);
-        }
-        text.push_str(self.user.1);
-        text
-    }
-}
-
 /// An instruction and its input as a user's turn.
 pub(super) fn instruction(prompt: &str, input: Option<&str>) -> Message {
     match input.filter(|text| !text.is_empty()) {
@@ -515,16 +239,6 @@ pub(super) fn instruction(prompt: &str, input: Option<&str>) -> Message {
 /// `Alpaca` of `litgpt.prompts.Alpaca`.
 fn last_part(name: &str) -> &str {
     if name.starts_with("litgpt.") { name.rsplit('.').next().unwrap_or(name) } else { name }
-}
-
-/// Letters and digits in lower case: `Qwen2_5` and `qwen2.5` are one style.
-fn normal(name: &str) -> String {
-    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
-}
-
-fn find(name: &str) -> Option<&'static Style> {
-    let wanted = normal(name);
-    STYLES.iter().find(|style| normal(style.name) == wanted || normal(style.class) == wanted)
 }
 
 #[cfg(test)]
@@ -581,7 +295,7 @@ mod tests {
     /// A folder is named as the Hub names the model, a `model_config.yaml` says LitGPT's name.
     #[test]
     fn litgpts_models_have_their_styles_by_either_name() {
-        let rows = include_str!("../../tests/data/model_styles.tsv").lines().filter(|line| !line.starts_with('#'));
+        let rows = include_str!("../../../tests/data/model_styles.tsv").lines().filter(|line| !line.starts_with('#'));
         let rows: Vec<Vec<&str>> = rows.map(|line| line.split('\t').collect()).collect();
         assert_eq!(rows.len(), 210);
         for row in rows {
