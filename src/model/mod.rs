@@ -9,6 +9,7 @@
 pub mod attention;
 pub mod block;
 pub mod config;
+mod decode;
 pub mod experts;
 pub mod families;
 pub mod linear;
@@ -16,12 +17,16 @@ pub mod load;
 pub mod lora;
 pub mod mlp;
 pub mod prefix;
+mod tokens;
 
 pub use config::Config;
+pub use decode::Cache;
 pub use load::Source;
 pub use prefix::Prefix;
+pub use tokens::Tokens;
 
 use crate::error::{Error, Result};
+use crate::ops::Matrix;
 use crate::ops::attention::Spans;
 use crate::ops::device::{Constant, Device, Dtype, Failure};
 use crate::ops::head::{Gradient, Loss, Transform, cross_entropy};
@@ -29,13 +34,11 @@ use crate::ops::norm::Norm;
 use crate::ops::rope::{Scaling, Tables};
 use crate::ops::rows::{self, gather, scatter_add};
 use crate::ops::weight::Weight;
-use crate::ops::{Matrix, Segment};
-use attention::{LayerCache, Pass};
+use attention::Pass;
 use block::Block;
 use linear::{Gradients, Linear};
 use lora::{LoraConfig, initialize};
 use std::borrow::Cow;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Elements of a chunk of logits: 6 MB. More are not faster.
@@ -57,57 +60,6 @@ pub struct Gpt {
     pub parameters: Matrix,
 }
 
-/// Samples of a micro batch end to end.
-#[derive(Debug, Clone, Default)]
-pub struct Tokens {
-    /// Token ids of all samples.
-    pub ids: Vec<u32>,
-    /// For each token the target id of its successor, or `None` where nothing is learned.
-    pub targets: Vec<Option<u32>>,
-    /// The samples.
-    pub segments: Vec<Segment>,
-    /// Position of each sample's first token, 0 unless they go on after a prefix.
-    pub past: usize,
-}
-
-impl Tokens {
-    /// Appends a sample; label `t` is predicted from position `t - 1`, and labels equal to `ignore_index` are not
-    /// learned.
-    pub fn push(&mut self, ids: &[u32], labels: &[i32], ignore_index: i32) {
-        self.push_part(ids, labels, ignore_index, 0..ids.len());
-    }
-
-    /// Appends some positions of a sample, as a sample.
-    pub fn push_part(&mut self, ids: &[u32], labels: &[i32], ignore_index: i32, part: Range<usize>) {
-        let start = self.ids.len();
-        let target = |at: usize| labels.get(at + 1).filter(|l| **l != ignore_index).map(|l| *l as u32);
-        self.ids.extend_from_slice(&ids[part.clone()]);
-        self.targets.extend(part.map(target));
-        self.segments.push(start..self.ids.len());
-    }
-
-    /// Number of targets.
-    #[must_use]
-    pub fn n_targets(&self) -> usize {
-        self.targets.iter().flatten().count()
-    }
-
-    /// Positions that its samples need.
-    fn longest(&self) -> usize {
-        self.segments.iter().map(|s| self.past + s.len()).max().unwrap_or(0)
-    }
-
-    /// Each token's row of the rotary tables.
-    fn rows(&self, tables: &Tables) -> Constant<u32> {
-        let rows = |segment: &Segment| {
-            let tokens = self.past + segment.len();
-            let first = tables.first_row(tokens);
-            (first + self.past..first + tokens).map(|row| row as u32)
-        };
-        self.segments.iter().flat_map(rows).collect()
-    }
-}
-
 /// What a training pass does besides the loss.
 #[derive(Debug)]
 pub struct Training<'a> {
@@ -119,35 +71,6 @@ pub struct Training<'a> {
     pub seed: u64,
     /// Keep only each block's input, and run it forward again in the backward.
     pub checkpointing: bool,
-}
-
-/// Keys and values of all layers over the tokens so far.
-#[derive(Debug, Clone)]
-pub struct Cache {
-    layers: Vec<LayerCache>,
-    len: usize,
-    /// Row of the rotary tables by which the first token's key was turned.
-    first_row: usize,
-}
-
-impl Cache {
-    /// Tokens so far.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets all tokens but the first `len`.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-        self.layers.iter_mut().for_each(|layer| layer.truncate(len));
-    }
 }
 
 /// Rows whose logits exist at a time.
@@ -462,89 +385,5 @@ impl Gpt {
             }
         }
         (loss, dx)
-    }
-
-    /// An empty cache.
-    #[must_use]
-    pub fn cache(&self) -> Cache {
-        Cache { layers: vec![LayerCache::default(); self.blocks.len()], len: 0, first_row: 0 }
-    }
-
-    /// Whether a text can become as long as `tokens` with the keys that it has from when it was as long as `before`. Where
-    /// long texts turn otherwise, it cannot at one length.
-    #[must_use]
-    pub fn turns_alike(&self, before: usize, tokens: usize) -> bool {
-        self.rope[0].first_row(before) == self.rope[0].first_row(tokens)
-    }
-
-    /// Whether `cache` can go on to `tokens` tokens; else they all have to be computed again, in an empty one.
-    #[must_use]
-    pub fn goes_on(&self, cache: &Cache, tokens: usize) -> bool {
-        cache.is_empty() || cache.first_row == self.rope[0].first_row(tokens)
-    }
-
-    /// Hidden states of new tokens, which join the cache; before the final norm.
-    fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        let tokens = cache.len + ids.len();
-        self.require_prepared(tokens);
-        assert!(self.goes_on(cache, tokens), "a text of {tokens} tokens turns otherwise than the cache");
-        cache.first_row = self.rope[0].first_row(tokens);
-        let positions = (cache.len..tokens).map(|position| (cache.first_row + position) as u32).collect();
-        let parameters = self.parameters_of_products();
-        let begun = Begun { positions, spans: Spans::default(), seed: None, kept: Vec::new(), dx: None };
-        let pass = begun.pass(self, &parameters);
-        let mut x = self.embed(ids);
-        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.decode(&pass, x, layer);
-        }
-        cache.len += ids.len();
-        x
-    }
-
-    fn logits_of(&self, x: &Matrix) -> Matrix {
-        let normed = self.final_norm.forward(x);
-        let mut logits = x.new_like(x.rows(), self.config.vocab_size);
-        self.head.forward(&self.parameters_of_products(), &normed, None, &mut logits, false);
-        self.transform().apply(&mut logits);
-        logits.to_host()
-    }
-
-    /// Logits of the last of the new tokens, which join the cache.
-    ///
-    /// # Shapes
-    /// `ids`: (T), at least one; returns (1, vocab_size), on the host.
-    ///
-    /// # Panics
-    /// When `prepare` was not called for that many tokens with those of the cache, an id is outside the vocabulary, or the
-    /// cache does not go on ([`Self::goes_on`]).
-    #[must_use]
-    pub fn next_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        self.last_logits(ids, 1, cache)
-    }
-
-    /// Logits of the last `rows` of the new tokens, which all join the cache.
-    ///
-    /// # Shapes
-    /// `ids`: (T), at least `rows`; returns (rows, vocab_size), on the host.
-    ///
-    /// # Panics
-    /// As [`Self::next_logits`].
-    #[must_use]
-    pub fn last_logits(&self, ids: &[u32], rows: usize, cache: &mut Cache) -> Matrix {
-        let x = self.decode_hidden(ids, cache);
-        let last = (x.rows() - rows..x.rows()).map(|row| row as u32);
-        if rows == x.rows() { self.logits_of(&x) } else { self.logits_of(&gather(&x, &last.collect())) }
-    }
-
-    /// Logits of all new tokens, which join the cache.
-    ///
-    /// # Shapes
-    /// `ids`: (T); returns (T, vocab_size), on the host.
-    ///
-    /// # Panics
-    /// As [`Self::next_logits`].
-    #[must_use]
-    pub fn all_logits(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
-        self.last_logits(ids, ids.len(), cache)
     }
 }
