@@ -196,6 +196,9 @@ void load_matrices(uint32_t (&out)[4], const void* row) {
 }
 inline Pack<uint32_t, 4> load_shared(const void* shared) { return *static_cast<const Pack<uint32_t, 4>*>(shared); }
 inline void copy_async(void* shared, const void* global, bool valid) { emulate::copy_async(shared, global, valid); }
+inline void copy_async_if(bool wanted, void* shared, const void* global, bool valid) {
+    if (wanted) emulate::copy_async(shared, global, valid);
+}
 inline void copy_commit() { emulate::copy_commit(); }
 inline void copy_wait() { emulate::copy_wait(0); }
 #else
@@ -248,6 +251,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global),
                  "r"(valid ? 16 : 0)
                  : "memory");
+}
+// The same where it is wanted, without a branch, which would part the copies of a thread.
+__device__ __forceinline__ void copy_async_if(bool wanted, void* shared, const void* global, bool valid) {
+    asm volatile(
+        "{ .reg .pred wanted; setp.ne.u32 wanted, %3, 0; @wanted cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(
+            uint32_t(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(valid ? 16 : 0), "r"(uint32_t(wanted))
+        : "memory");
 }
 // Ends a group of copies; copy_wait waits for all groups of this thread. Other threads' copies need a barrier after it.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

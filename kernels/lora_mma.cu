@@ -22,14 +22,15 @@ struct Adapter {
     int unused;
 };
 
+// Element j of eight.
 template <class T>
-__device__ __forceinline__ uint32_t bits_of(T v) {
+__device__ __forceinline__ float element_of(const Eight& eight, int j) {
     union {
-        T v;
-        uint16_t bits;
+        Eight words;
+        Pack<T, 8> v;
     } u;
-    u.v = v;
-    return u.bits;
+    u.words = eight;
+    return to_float(u.v.v[j]);
 }
 
 // x times the mask of the elements from `index` on.
@@ -45,13 +46,23 @@ __device__ __forceinline__ Eight dropped(Eight x, const Mask& mask, i64 index) {
     return u.words;
 }
 
-// out (tokens, ranks) = scale · left (tokens, cols) rightᵀ, right (ranks, cols), for 16 tokens from 16 blockIdx.x on. A block of 8 warps
-// shares the columns. `read(rank, col)` gives eight columns of `right`, `masked(eight, row, col)` changes those of `left`.
-template <class T, class Read, class Masked>
-__device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int ranks, T* out, i64 ld_out, float scale, Read read, Masked masked) {
-    __shared__ float partial[8][16][MOST_RANKS];
+// Where there are too few blocks of 16 tokens for the device, several share a sum: sums go through `partial` (shares, adapters, tokens,
+// MOST_RANKS), and the last of a block's shares adds them up in their order. `done` is a zero for each, and zero again in the end.
+struct Shares {
+    float* partial;
+    int* done;
+};
+
+// out (tokens, ranks) = scale · left (tokens, cols) rightᵀ, right (ranks, cols), for 16 tokens from 16 blockIdx.x on. The 8 warps of all
+// gridDim.z blocks share the columns. `Right` reads eight columns of some ranks, and tells which ranks its tiles hold.
+template <class T, class Right, class Masked>
+__device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int ranks, T* out, i64 ld_out, float scale, Shares shares,
+                               const Right& right, Masked masked) {
+    __shared__ float partial[8][16][MOST_RANKS + 8];  // rows that are written at once in different banks
+    __shared__ bool is_last;
     struct Chunk {
-        Eight left[2], right[MOST_RANKS / 8];
+        Eight left[2];
+        typename Right::Words right;
     };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
     const int rows[2] = {int(blockIdx.x) * 16 + group, int(blockIdx.x) * 16 + group + 8};
@@ -60,63 +71,120 @@ __device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int 
         if (col >= cols) return chunk;
         for (int half = 0; half < 2; ++half)
             if (rows[half] < tokens) chunk.left[half] = *reinterpret_cast<const Eight*>(left + rows[half] * ld + col);
-#pragma unroll
-        for (int n = 0; n < MOST_RANKS / 8; ++n)
-            if (n * 8 + group < ranks) chunk.right[n] = read(n * 8 + group, col);
+        right.read(chunk.right, col, group);
         return chunk;
     };
+    const int step = gridDim.z * 8 * 32;
     float sums[MOST_RANKS / 8][4] = {};
-    Chunk next = fetch(warp * 32 + quarter * 8);
-    for (int first = warp * 32; first < cols; first += 8 * 32) {
+    int first = (blockIdx.z * 8 + warp) * 32;
+    Chunk next = fetch(first + quarter * 8);
+    for (; first < cols; first += step) {
         Chunk now = next;
-        next = fetch(first + 8 * 32 + quarter * 8);  // while this one is multiplied
+        next = fetch(first + step + quarter * 8);  // while this one is multiplied
         for (int half = 0; half < 2; ++half) now.left[half] = masked(now.left[half], rows[half], first + quarter * 8);
         const uint32_t(&top)[4] = now.left[0].v;
         const uint32_t(&low)[4] = now.left[1].v;
 #pragma unroll
         for (int n = 0; n < MOST_RANKS / 8; ++n) {
-            if (n * 8 >= ranks) break;
+            if (n >= right.tiles()) break;
+            const Eight eight = right.tile(now.right, n);
 #pragma unroll
-            for (int i = 0; i < 4; i += 2)
-                mma_16x8x16<T>(sums[n], {top[i], low[i], top[i + 1], low[i + 1]}, now.right[n].v[i], now.right[n].v[i + 1]);
+            for (int i = 0; i < 4; i += 2) mma_16x8x16<T>(sums[n], {top[i], low[i], top[i + 1], low[i + 1]}, eight.v[i], eight.v[i + 1]);
         }
     }
 #pragma unroll
-    for (int n = 0; n < MOST_RANKS / 8; ++n)
-        for (int i = 0; i < 4; ++i) partial[warp][group + i / 2 * 8][n * 8 + quarter * 2 + i % 2] = sums[n][i];
+    for (int n = 0; n < MOST_RANKS / 8; ++n) {
+        if (n >= right.tiles()) break;
+        for (int i = 0; i < 4; ++i) partial[warp][group + i / 2 * 8][right.rank_of(n, quarter * 2 + i % 2)] = sums[n][i];
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < 16 * ranks; i += 256) {
-        const int row = i / ranks, rank = i % ranks, token = blockIdx.x * 16 + row;
-        if (token >= tokens) return;
+    // Calls f with each row and rank of the block's.
+    const auto each = [&](auto f) {
+        for (int i = threadIdx.x; i < 16 * ranks; i += 256)
+            if (int(blockIdx.x) * 16 + i / ranks < tokens) f(i / ranks, i % ranks);
+    };
+    const auto of_warps = [&](int row, int rank) {
         float sum = 0.0f;
         for (int w = 0; w < 8; ++w) sum += partial[w][row][rank];
-        out[token * ld_out + rank] = from_float<T>(scale * sum);
-    }
-}
-
-// h = drop(x) Aᵀ. Grid ceil(tokens / 16), block 256.
-template <class T>
-__device__ void down(const T* x, const T* a, T* h, int tokens, int cols, int all_ranks, Mask mask) {
-    const auto read = [=](int rank, int col) { return *reinterpret_cast<const Eight*>(a + i64(rank) * cols + col); };
-    const auto masked = [=](Eight x, int row, int col) { return dropped<T>(x, mask, i64(row) * cols + col); };
-    narrow_product(x, cols, tokens, cols, all_ranks, h, all_ranks, 1.0f, read, masked);
-}
-
-// dh[:, ranks] = s dy[:, columns] B. Grid (ceil(tokens / 16), adapters), block 256.
-template <class T>
-__device__ void down_grad(const T* dy, const T* parameters, const Adapter* adapters, T* dh, int tokens, int all_ranks, i64 ld) {
-    const Adapter adapter = adapters[blockIdx.y];
-    const T* b = parameters + adapter.b;
-    const auto read = [=](int rank, int col) {
-        Eight eight;
-        for (int i = 0; i < 4; ++i) {
-            const T* pair = b + i64(col + 2 * i) * adapter.ranks + rank;
-            eight.v[i] = bits_of(pair[0]) | bits_of(pair[adapter.ranks]) << 16;
-        }
-        return eight;
+        return sum;
     };
+    const auto put = [&](int row, int rank, float sum) { out[(i64(blockIdx.x) * 16 + row) * ld_out + rank] = from_float<T>(scale * sum); };
+    if (gridDim.z == 1) return each([&](int row, int rank) { put(row, rank, of_warps(row, rank)); });
+
+    const i64 share = i64(gridDim.y) * tokens * MOST_RANKS;
+    float* own = shares.partial + (i64(blockIdx.y) * tokens + blockIdx.x * 16) * MOST_RANKS;
+    each([&](int row, int rank) { own[blockIdx.z * share + row * MOST_RANKS + rank] = of_warps(row, rank); });
+    __threadfence();
+    __syncthreads();
+    int* done = shares.done + blockIdx.y * gridDim.x + blockIdx.x;
+    if (threadIdx.x == 0) is_last = atomicAdd(done, 1) + 1 == int(gridDim.z);
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    each([&](int row, int rank) {
+        float sum = 0.0f;
+        for (unsigned z = 0; z < gridDim.z; ++z) sum += __ldcg(own + z * share + row * MOST_RANKS + rank);
+        put(row, rank, sum);
+    });
+    if (threadIdx.x == 0) *done = 0;
+}
+
+// A (ranks, cols): eight columns are neighbours.
+template <class T>
+struct RowsOfA {
+    const T* a;
+    int cols, ranks;
+    typedef Eight Words[MOST_RANKS / 8];
+
+    __device__ __forceinline__ int tiles() const { return (ranks + 7) / 8; }
+    __device__ __forceinline__ int rank_of(int n, int column) const { return n * 8 + column; }
+    __device__ __forceinline__ void read(Words& words, int col, int group) const {
+#pragma unroll
+        for (int n = 0; n < MOST_RANKS / 8; ++n)
+            if (n * 8 + group < ranks) words[n] = *reinterpret_cast<const Eight*>(a + i64(n * 8 + group) * cols + col);
+    }
+    __device__ __forceinline__ Eight tile(const Words& words, int n) const { return words[n]; }
+};
+
+// B (columns, ranks), of which two neighbouring ranks are a word: a lane takes ranks 16 m + 2 group, + 1 of its eight columns, the first
+// for tile 2 m and the second for tile 2 m + 1.
+template <class T>
+struct ColumnsOfB {
+    const T* b;
+    int ranks;
+    typedef uint32_t Words[MOST_RANKS / 16][8];
+
+    __device__ __forceinline__ int tiles() const { return (ranks + 15) / 16 * 2; }
+    __device__ __forceinline__ int rank_of(int n, int column) const { return n / 2 * 16 + column * 2 + n % 2; }
+    __device__ __forceinline__ void read(Words& words, int col, int group) const {
+#pragma unroll
+        for (int m = 0; m < MOST_RANKS / 16; ++m)
+            if (m * 16 + group * 2 < ranks)
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+                    words[m][j] = *reinterpret_cast<const uint32_t*>(b + i64(col + j) * ranks + m * 16 + group * 2);
+    }
+    __device__ __forceinline__ Eight tile(const Words& words, int n) const {
+        Eight eight;
+        for (int i = 0; i < 4; ++i) eight.v[i] = __byte_perm(words[n / 2][2 * i], words[n / 2][2 * i + 1], n % 2 ? 0x7632 : 0x5410);
+        return eight;
+    }
+};
+
+// h = drop(x) Aᵀ. Grid (ceil(tokens / 16), 1, shares), block 256.
+template <class T>
+__device__ void down(const T* x, const T* a, T* h, int tokens, int cols, int all_ranks, Shares shares, Mask mask) {
+    const auto masked = [=](Eight x, int row, int col) { return dropped<T>(x, mask, i64(row) * cols + col); };
+    narrow_product(x, cols, tokens, cols, all_ranks, h, all_ranks, 1.0f, shares, RowsOfA<T>{a, cols, all_ranks}, masked);
+}
+
+// dh[:, ranks] = s dy[:, columns] B. Grid (ceil(tokens / 16), adapters, shares), block 256.
+template <class T>
+__device__ void down_grad(const T* dy, const T* parameters, const Adapter* adapters, T* dh, int tokens, int all_ranks, i64 ld, Shares shares) {
+    const Adapter adapter = adapters[blockIdx.y];
+    const ColumnsOfB<T> b{parameters + adapter.b, adapter.ranks};
     const auto as_it_is = [](Eight dy, int, int) { return dy; };
-    narrow_product(dy + adapter.column, ld, tokens, adapter.columns, adapter.ranks, dh + adapter.rank, all_ranks, adapter.scale, read, as_it_is);
+    narrow_product(dy + adapter.column, ld, tokens, adapter.columns, adapter.ranks, dh + adapter.rank, all_ranks, adapter.scale, shares, b, as_it_is);
 }
 
 // y[:, columns] += s h[:, ranks] Bᵀ. Grid (ceil(tokens / 64), tiles of 64 columns of all adapters), block 128: 16 tokens a warp.
@@ -128,6 +196,16 @@ __device__ void up(const T* h, const T* parameters, const Adapter* adapters, T* 
     const Adapter adapter = *adapters;
     const T* b = parameters + adapter.b;
     const int first = blockIdx.x * 64 + threadIdx.x / 32 * 16;
+    if (first >= tokens) return;
+    // y is asked for before the products, so that these hide the time that it takes.
+    const auto at = [&](int i) { return y + (first + group + i / 2 * 8) * ld + adapter.column + tile * 64 + i % 2 * 32 + quarter * 8; };
+    bool there[4];
+    Eight old[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        there[i] = first + group + i / 2 * 8 < tokens && tile * 64 + i % 2 * 32 + quarter * 8 < adapter.columns;
+        if (there[i]) old[i] = *reinterpret_cast<const Eight*>(at(i));
+    }
     float sums[8][4] = {};
     for (int k = 0; k < adapter.ranks; k += 16) {
         uint32_t left[4] = {}, right[8][2] = {};
@@ -151,14 +229,11 @@ __device__ void up(const T* h, const T* parameters, const Adapter* adapters, T* 
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = first + group + i / 2 * 8, half = i % 2, col = tile * 64 + half * 32 + quarter * 8;
-        if (row >= tokens || col >= adapter.columns) continue;
-        T* at = y + row * ld + adapter.column + col;
+        if (!there[i]) continue;
         float v[8];
-        load<8>(at, v);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] += adapter.scale * sums[half * 4 + j / 2][i / 2 * 2 + j % 2];
-        store<8>(at, v);
+        for (int j = 0; j < 8; ++j) v[j] = element_of<T>(old[i], j) + adapter.scale * sums[i % 2 * 4 + j / 2][i / 2 * 2 + j % 2];
+        store<8>(at(i), v);
     }
 }
 
@@ -191,24 +266,27 @@ __device__ __forceinline__ void load_narrow(T* narrow, const T* h, i64 ld, int f
 // wide (TOKEN_TILE, 64) = rows first.. and columns col.. of a matrix of `cols`, times the mask, which is noted.
 template <class T>
 __device__ __forceinline__ void load_wide(Tiles<T>& tiles, const T* x, i64 ld, int first, int tokens, int col, int cols, const Mask& mask) {
+    const int channel = threadIdx.x % 8 * 8;
+    const auto index = [&](int i) { return i64(first + i * 16 + int(threadIdx.x) / 8) * ld + col + channel; };
+    Eight eights[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (first + i * 16 + int(threadIdx.x) / 8 < tokens && col + channel < cols) eights[i] = *reinterpret_cast<const Eight*>(x + index(i));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = i * 16 + threadIdx.x / 8, channel = threadIdx.x % 8 * 8;
-        union {
-            Eight words;
-            Pack<T, 8> v;
-        } u = {};
+        const int row = i * 16 + threadIdx.x / 8;
         uint32_t kept = 0xff;
-        if (first + row < tokens && col + channel < cols) {
-            const i64 at = (first + row) * ld + col + channel;
-            u.words = *reinterpret_cast<const Eight*>(x + at);
-            for (int j = 0; mask.limit && j < 8; ++j) {
-                const float factor = mask.at(at + j);
+        if (mask.limit) {
+            Pack<T, 8> masked;
+            for (int j = 0; j < 8; ++j) {
+                const float factor = mask.at(index(i) + j);
                 if (factor == 0.0f) kept &= ~(1u << j);
-                u.v.v[j] = from_float<T>(to_float(u.v.v[j]) * factor);
+                masked.v[j] = from_float<T>(element_of<T>(eights[i], j) * factor);
             }
+            *reinterpret_cast<Pack<T, 8>*>(tiles.wide + row * WIDTH + channel) = masked;
+        } else {
+            *reinterpret_cast<Eight*>(tiles.wide + row * WIDTH + channel) = eights[i];
         }
-        *reinterpret_cast<Eight*>(tiles.wide + row * WIDTH + channel) = u.words;
         tiles.kept[row * 8 + channel / 8] = uint8_t(kept);
     }
 }
@@ -236,6 +314,15 @@ __device__ __forceinline__ void multiply_wide(float (&sums)[MOST_RANKS / 8][4], 
 template <class T>
 __device__ __forceinline__ void add_to_dx(T* dx, i64 ld, const Tiles<T>& tiles, int first, int tokens, int col, int cols, int ranks, float scale) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+    const auto at = [&](int half, int c) { return dx + (first + own + lane / 4 + half * 8) * ld + col + c * 8 + lane % 4 * 2; };
+    const auto there = [&](int half, int c) { return first + own + lane / 4 + half * 8 < tokens && col + c * 8 + lane % 4 * 2 < cols; };
+    // dx is asked for before the products, so that these hide the time that it takes.
+    Pack<T, 2> old[2][8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+            if (there(half, c)) old[half][c] = *reinterpret_cast<const Pack<T, 2>*>(at(half, c));
     float sums[8][4] = {};
 #pragma unroll
     for (int k = 0; k < MOST_RANKS; k += 16) {
@@ -251,21 +338,15 @@ __device__ __forceinline__ void add_to_dx(T* dx, i64 ld, const Tiles<T>& tiles, 
         }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = own + lane / 4 + half * 8;
-        if (first + row >= tokens) continue;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-            const int channel = c * 8 + lane % 4 * 2;
-            if (col + channel >= cols) continue;
-            T* at = dx + (first + row) * ld + col + channel;
+            if (!there(half, c)) continue;
+            const uint32_t kept = tiles.kept[(own + lane / 4 + half * 8) * 8 + c] >> lane % 4 * 2;
             float v[2];
-            load<2>(at, v);
-            for (int j = 0; j < 2; ++j)
-                if (tiles.kept[row * 8 + c] >> (channel % 8 + j) & 1) v[j] += sums[c][half * 2 + j] * scale;
-            store<2>(at, v);
+            for (int j = 0; j < 2; ++j) v[j] = to_float(old[half][c].v[j]) + (kept >> j & 1 ? sums[c][half * 2 + j] * scale : 0.0f);
+            store<2>(at(half, c), v);
         }
-    }
 }
 
 // A's gradients (f32) are those of all adapters below one another; dx may be null. Grid: ceil(cols / 64) blocks for dA and dx, then one
@@ -291,11 +372,11 @@ __device__ void gradients(const T* x, const T* dy, const T* h, const T* dh, cons
     float sums[MOST_RANKS / 8][4] = {};
     for (int first = 0; first < tokens; first += TOKEN_TILE) {
         __syncthreads();  // all are done with the tiles before
-        load_narrow(tiles.narrow, (is_a ? dh : h) + adapter.rank, all_ranks, first, tokens, ranks);
         if (is_a)
             load_wide(tiles, x, cols, first, tokens, col, cols, mask);
         else
             load_wide(tiles, dy + adapter.column, ld, first, tokens, col, adapter.columns, Mask{0, 0, 1.0f});
+        load_narrow(tiles.narrow, (is_a ? dh : h) + adapter.rank, all_ranks, first, tokens, ranks);
         __syncthreads();
         multiply_wide(sums, tiles, ranks);
         if (is_a && dx) add_to_dx(dx, cols, tiles, first, tokens, col, cols, ranks, mask.scale);
@@ -303,26 +384,34 @@ __device__ void gradients(const T* x, const T* dy, const T* h, const T* dh, cons
     // dA (ranks, cols), dB (columns, ranks).
     float* out = is_a ? da : grads + adapter.b;
     const i64 by_rank = is_a ? cols : 1, by_column = is_a ? 1 : ranks;
+    // Calls f with each sum and where it belongs.
+    const auto each = [&](auto f) {
 #pragma unroll
-    for (int n = 0; n < MOST_RANKS / 8; ++n)
-        for (int i = 0; i < 4; ++i) {
-            const int column = col + threadIdx.x / 32 * 16 + lane / 4 + i / 2 * 8, rank = n * 8 + lane % 4 * 2 + i % 2;
-            if (column < adapter.columns && rank < ranks) out[rank * by_rank + column * by_column] += adapter.scale * sums[n][i];
-        }
+        for (int n = 0; n < MOST_RANKS / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int column = col + threadIdx.x / 32 * 16 + lane / 4 + i / 2 * 8, rank = n * 8 + lane % 4 * 2 + i % 2;
+                if (column < adapter.columns && rank < ranks) f(sums[n][i], out + rank * by_rank + column * by_column);
+            }
+    };
+    // All that is read is asked for before anything is written: nothing waits for each element in turn.
+    each([&](float& sum, const float* at) { sum = *at + adapter.scale * sum; });
+    each([](float sum, float* at) { *at = sum; });
 }
 
 #define INSTANTIATE(T, type)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                         \
-        lora_down_##type(const T* x, const T* a, T* h, int tokens, int cols, int all_ranks, uint64_t seed, uint32_t limit, float scale) { \
-        down(x, a, h, tokens, cols, all_ranks, Mask{seed, limit, scale});                                                     \
+        lora_down_##type(const T* x, const T* a, T* h, float* partial, int* done, int tokens, int cols, int all_ranks, uint64_t seed, \
+                         uint32_t limit, float scale) {                                                                       \
+        down(x, a, h, tokens, cols, all_ranks, Shares{partial, done}, Mask{seed, limit, scale});                              \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) lora_up_##type(const T* h, const T* parameters, const Adapter* adapters, T* y, \
                                                                      int tokens, int all_ranks, i64 ld) {                     \
         up(h, parameters, adapters, y, tokens, all_ranks, ld);                                                                \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) lora_down_grad_##type(                                                  \
-        const T* dy, const T* parameters, const Adapter* adapters, T* dh, int tokens, int all_ranks, i64 ld) {                \
-        down_grad(dy, parameters, adapters, dh, tokens, all_ranks, ld);                                                       \
+        const T* dy, const T* parameters, const Adapter* adapters, T* dh, float* partial, int* done, int tokens, int all_ranks, i64 ld) { \
+        down_grad(dy, parameters, adapters, dh, tokens, all_ranks, ld, Shares{partial, done});                                \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) lora_gradients_##type(                                                  \
         const T* x, const T* dy, const T* h, const T* dh, const T* a, T* dx, float* da, float* grads, const Adapter* adapters, int tokens, \

@@ -78,32 +78,44 @@ __device__ void product_mma(const FewRows& job, const T* x, T* y, int kind) {
     load_levels(levels, kind);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
     const int rows[2] = {int(blockIdx.x) * 16 + group, int(blockIdx.x) * 16 + group + 8};
-    float sums[4] = {};
-    for (int first = warp * 4 * COLS; first < job.cols; first += PRODUCT_WARPS * 4 * COLS) {
-        const int k = first + quarter * COLS;
+    struct Chunk {
         Pack<uint32_t, 4> codes[2];
-        float absmax[2];
-        // Of rows and columns that are not there others are read, times zero: no branch keeps one load waiting for another.
+        Scales::Raw absmax[2];
+    };
+    // Of rows and columns that are not there others are read, times zero: no branch keeps one load waiting for another.
+    const auto fetch = [&](int k) {
+        Chunk chunk;
         for (int half = 0; half < 2; ++half) {
             const i64 at = i64(min(rows[half], job.rows - 1)) * job.cols + min(k, job.cols - COLS);
-            codes[half] = *reinterpret_cast<const Pack<uint32_t, 4>*>(job.packed + at / 2);
-            absmax[half] = scales[at / QUANT_BLOCK];
+            chunk.codes[half] = *reinterpret_cast<const Pack<uint32_t, 4>*>(job.packed + at / 2);
+            chunk.absmax[half] = scales.fetch(at / QUANT_BLOCK);
         }
-        for (int half = 0; half < 2; ++half)
-            if (rows[half] >= job.rows || k >= job.cols) absmax[half] = 0.0f;
-        for (int w = 0; w < 4; ++w) {
-            Pack<uint32_t, 4> right = {};  // eight elements of one row of x
-            if (group < job.n && k < job.cols) right = *reinterpret_cast<const Pack<uint32_t, 4>*>(x + group * job.ldx + k + 8 * w);
+        return chunk;
+    };
+    constexpr int STEP = PRODUCT_WARPS * 4 * COLS;
+    float sums[4] = {};
+    Chunk next = fetch((warp * 4 + quarter) * COLS);
+    for (int first = warp * 4 * COLS; first < job.cols; first += STEP) {
+        const int k = first + quarter * COLS;
+        const Chunk now = next;
+        next = fetch(k + STEP);  // while this one is decoded and multiplied
+        Pack<uint32_t, 4> right[4] = {};  // eight elements each of one row of x
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+            if (group < job.n && k < job.cols) right[w] = *reinterpret_cast<const Pack<uint32_t, 4>*>(x + group * job.ldx + k + 8 * w);
+        float absmax[2];
+        for (int half = 0; half < 2; ++half) absmax[half] = rows[half] < job.rows && k < job.cols ? scales.decode(now.absmax[half]) : 0.0f;
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
             for (int step = 0; step < 2; ++step) {
                 uint32_t left[4];
                 for (int i = 0; i < 4; ++i) {
                     const int half = i % 2, j = 4 * step + i / 2 * 2;
-                    left[i] = pack_two<T>(value_of(codes[half].v[w], j, levels, absmax[half]),
-                                          value_of(codes[half].v[w], j + 1, levels, absmax[half]));
+                    left[i] = pack_two<T>(value_of(now.codes[half].v[w], j, levels, absmax[half]),
+                                          value_of(now.codes[half].v[w], j + 1, levels, absmax[half]));
                 }
-                mma_16x8x16<T>(sums, left, right.v[2 * step], right.v[2 * step + 1]);
+                mma_16x8x16<T>(sums, left, right[w].v[2 * step], right[w].v[2 * step + 1]);
             }
-        }
     }
     for (int i = 0; i < 4; ++i) partial[warp][quarter * 2 + i % 2][group + i / 2 * 8] = sums[i];
     __syncthreads();
@@ -234,8 +246,7 @@ struct Source {
         const i64 step = 16 * job.ldx;
 #pragma unroll
         for (int t = 0; t < SIDE; t += 16, from += step) {
-            if (t >= tokens) break;
-            copy_async(to_x + t * SIDE, from, has_x && int(threadIdx.x / 16) + t < tokens);
+            copy_async_if(t < tokens, to_x + t * SIDE, from, has_x && int(threadIdx.x / 16) + t < tokens);
         }
         copy_commit();
     }
@@ -329,36 +340,56 @@ __device__ __forceinline__ void gather_sums(float* all, const float (&sums)[16][
         for (int n = 0; n < 16; ++n) {
             if (n / 2 >= pairs) break;
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int out = outs + (BACKWARD ? group * 4 + tile * 2 + i / 2 : tile * 16 + i / 2 * 8 + group);
-                    float& sum = all[(n * 8 + quarter * 2 + i % 2) * SUM_STRIDE + out];
-                    sum = turn ? sums[n][tile][i] : sum + sums[n][tile][i];
+            for (int token = 0; token < 2; ++token) {
+                float* row = all + (n * 8 + quarter * 2 + token) * SUM_STRIDE + outs;
+                // Of outs group, + 8, + 16, + 24, or of four neighbours.
+                float own[4] = {sums[n][0][token], sums[n][0][2 + token], sums[n][1][token], sums[n][1][2 + token]};
+                if (BACKWARD) {
+                    float others[4] = {};
+                    if (!turn) load<4>(row + group * 4, others);
+                    for (int i = 0; i < 4; ++i) own[i] += others[i];
+                    store<4>(row + group * 4, own);
+                } else {
+                    for (int i = 0; i < 4; ++i) row[i * 8 + group] = turn ? own[i] : row[i * 8 + group] + own[i];
                 }
+            }
         }
     }
     __syncthreads();
+}
+
+// y (tokens, outs) = or += what `sum(v, t)` gives for tokens t, t + 2, .. t + 14 of this thread's out. All that is read is asked for
+// before anything is written: a thread that waits for each element in turn would wait longer than it multiplied.
+template <class T, class Sum>
+__device__ __forceinline__ void write_tile(T* y, i64 ld, int tokens, bool accumulate, Sum sum) {
+    for (int first = threadIdx.x / SIDE; first < tokens; first += 16) {
+        float v[8], old[8] = {};
+#pragma unroll
+        for (int u = 0; u < 8; ++u)
+            if (accumulate && first + 2 * u < tokens) old[u] = to_float(y[(first + 2 * u) * ld]);
+        sum(v, first);
+#pragma unroll
+        for (int u = 0; u < 8; ++u)
+            if (first + 2 * u < tokens) y[(first + 2 * u) * ld] = from_float<T>(old[u] + v[u]);
+    }
 }
 
 template <bool BACKWARD, class T>
 __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     __shared__ float levels[16];
     __shared__ float nested_code[CODE_BOOK];
+    __shared__ bool is_last;
     DYNAMIC_SHARED(unsigned char, shared);
-    job.nested_code = shared_code(job.nested_code, nested_code);
-    load_levels(levels, kind);
     const int warp = threadIdx.x / 32, outs = warp % 4 * 32, half = warp / 4;
     const int token0 = int(blockIdx.x) * job.tile_tokens, tokens = min(job.tile_tokens, job.tokens - token0), pairs = (tokens + 15) / 16;
-    int stages = (job.cols + SIDE - 1) / SIDE;
+    unsigned stages = (job.cols + SIDE - 1) / SIDE;
     if (BACKWARD) {
         stages = 0;
         const Rows4* matrix = job.matrices;
         for (int rows = 0; rows < job.rows; rows += matrix++->rows) stages += (matrix->rows + SIDE - 1) / SIDE;
     }
-    const int begin = int(i64(stages) * blockIdx.z / gridDim.z), end = int(i64(stages) * (blockIdx.z + 1) / gridDim.z);
+    const int begin = stages * blockIdx.z / gridDim.z, end = stages * (blockIdx.z + 1) / gridDim.z;
 
-    float sums[16][2][4] = {};
     Source<BACKWARD, T> source(job, x, token0, tokens);
     source.seek(BACKWARD ? begin : blockIdx.y, BACKWARD ? blockIdx.y * SIDE : begin * SIDE);
     // Where the block's outs begin, and how many there are.
@@ -366,7 +397,11 @@ __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     Scales::Raw raw{};
     bool valid = source.fetch(raw);
     source.copy_to(Stage<BACKWARD, T>(shared, begin % 2));
+    // While the first stage comes.
+    source.scales.nested_code = job.nested_code = shared_code(job.nested_code, nested_code);
+    load_levels(levels, kind);
     source.bring(Stage<BACKWARD, T>(shared, begin % 2), valid, raw);
+    float sums[16][2][4] = {};
     for (int s = begin; s < end; ++s) {
         const Stage<BACKWARD, T> stage(shared, s % 2), next(shared, (s + 1) % 2);
         copy_wait();
@@ -381,29 +416,37 @@ __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     }
     float* all = reinterpret_cast<float*>(shared);
     gather_sums<BACKWARD>(all, sums, outs, half, pairs);
-    // Calls f with where a sum is in `all` and where it goes in (tokens, outs).
-    const auto each = [&](auto f) {
-        for (int i = threadIdx.x; i < tokens * SIDE; i += 256)
-            if (i % SIDE < n_outs) f(all[i / SIDE * SUM_STRIDE + i % SIDE], i64(token0 + i / SIDE), out0 + i % SIDE);
-    };
-    const auto finish = [&](float sum, i64 token, int out) { put(y + token * job.ldy + out, sum, job.accumulate); };
-    if (gridDim.z == 1) return each(finish);
 
+    // A thread has one out of the tile and every other token.
+    const int out = threadIdx.x % SIDE;
+    y += token0 * job.ldy + out0 + out;
+    if (gridDim.z == 1) {
+        const auto own = [&](float (&v)[8], int first) {
+#pragma unroll
+            for (int u = 0; u < 8; ++u) v[u] = first + 2 * u < tokens ? all[(first + 2 * u) * SUM_STRIDE + out] : 0.0f;
+        };
+        if (out < n_outs) write_tile(y, job.ldy, tokens, job.accumulate, own);
+        return;
+    }
     const i64 width = BACKWARD ? job.cols : job.rows, share = job.tokens * width;
-    each([&](float sum, i64 token, int out) { job.partial[blockIdx.z * share + token * width + out] = sum; });
+    float* partial = job.partial + token0 * width + out0 + out;
+    for (int t = threadIdx.x / SIDE; t < tokens; t += 2)
+        if (out < n_outs) partial[blockIdx.z * share + t * width] = all[t * SUM_STRIDE + out];
     __threadfence();
     __syncthreads();
-    __shared__ bool is_last;
     int* done = job.done + blockIdx.y * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) is_last = atomicAdd(done, 1) + 1 == int(gridDim.z);
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    each([&](float, i64 token, int out) {
-        float sum = 0.0f;
-        for (unsigned z = 0; z < gridDim.z; ++z) sum += __ldcg(job.partial + z * share + token * width + out);
-        finish(sum, token, out);
-    });
+    const auto of_all = [&](float (&v)[8], int first) {
+        for (int u = 0; u < 8; ++u) v[u] = 0.0f;
+        for (unsigned z = 0; z < gridDim.z; ++z)
+#pragma unroll
+            for (int u = 0; u < 8; ++u)
+                if (first + 2 * u < tokens) v[u] += __ldcg(partial + z * share + (first + 2 * u) * width);
+    };
+    if (out < n_outs) write_tile(y, job.ldy, tokens, job.accumulate, of_all);
     if (threadIdx.x == 0) *done = 0;
 }
 

@@ -180,7 +180,11 @@ fn check_product_in_4_bits(
 #[test]
 fn adapters_on_a_device() {
     let Some(device) = emulated::device() else { return };
-    for (tokens, cols, ranks) in [(40, 96, [8, 4]), (70, 72, [16, 16]), (9, 40, [3, 8])] {
+    let mut cases = vec![(40, 96, [8, 4]), (70, 72, [16, 16]), (9, 40, [3, 8]), (20, 1032, [8, 2])];
+    if emulated::is_real() {
+        cases.extend([(1, 4096, [8, 8]), (160, 4096, [8, 8]), (500, 11_008, [32, 32])]);
+    }
+    for (tokens, cols, ranks) in cases {
         for dropout in [None, Some(Dropout { p: 0.25, seed: 7 })] {
             // h and dh are rounded to the type between two products.
             for (dtype, limit) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 1.0 / 32.0), (Dtype::F16, 1.0 / 256.0)] {

@@ -58,7 +58,7 @@ pub fn run(filter: &str) {
         for (op, parts, inn) in shapes {
             bench.products(model.name, op, &parts, inn);
         }
-        for tokens in [160, 1024] {
+        for tokens in [1, 160, 512, 1024] {
             bench.adapters(model, tokens);
             bench.attention(model, tokens);
             bench.elementwise(model, tokens);

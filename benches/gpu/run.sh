@@ -45,11 +45,15 @@ if [ "$OPS" = 1 ]; then
   echo "ops: exit $?, $(wc -l <"$OUT/ops.jsonl") lines"
   # 4-bit products of the same sizes: all decoded first, by pieces of several sizes, and none.
   for mb in 64 32 16; do
-    LITGPT_FUSED_TOKENS=0 LITGPT_DECODED_MB=$mb timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-decoded-$mb.jsonl" 2>>"$log"
+    LITGPT_FUSED_NF4=0 LITGPT_DECODED_MB=$mb timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-decoded-$mb.jsonl" 2>>"$log"
     echo "4-bit products, $mb MB decoded at a time: exit $?"
   done
-  LITGPT_FUSED_TOKENS=4096 timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-fused.jsonl" 2>>"$log"
+  LITGPT_FUSED_NF4=4096 timeout 40 "$here/gpu" --ops "nf4" >"$OUT/ops-fused.jsonl" 2>>"$log"
   echo "4-bit products, decoded where they are multiplied: exit $?"
+  for tokens in 0 4096; do
+    LITGPT_FUSED_LORA=$tokens timeout 40 "$here/gpu" --ops "adapters" >"$OUT/ops-adapters-$tokens.jsonl" 2>>"$log"
+    echo "adapters by kernels of our own up to $tokens tokens: exit $?"
+  done
 fi
 
 for model in $MODELS; do

@@ -95,6 +95,12 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline int atomicAdd(int* at, int by) { return std::exchange(*at, *at + by); }
 inline float __ldcg(const float* at) { return *at; }
 inline void __threadfence() {}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t bytes = low | uint64_t(high) << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 using std::max;
 using std::min;

@@ -51,13 +51,13 @@ void test_loras() {
 // --- lora_mma ---
 
 struct LoraCase {
-    int tokens, cols, gap;  // `gap`: what rows of y are wider than the adapters' columns
+    int tokens, cols, gap, shares;  // `gap`: what rows of y are wider than the adapters' columns; `shares` of a sum
     double p;
     bool with_dx;
     std::vector<std::pair<int, int>> adapters;  // columns, ranks
 
     std::string name(const char* kernel) const {
-        return with(kernel, {{"tokens", tokens}, {"cols", cols}, {"gap", gap}, {"p", p}, {"dx", with_dx}, {"adapters", adapters.size()},
+        return with(kernel, {{"tokens", tokens}, {"cols", cols}, {"gap", gap}, {"shares", shares}, {"p", p}, {"dx", with_dx}, {"adapters", adapters.size()},
                              {"columns", adapters[0].first}, {"ranks", adapters[0].second}});
     }
 };
@@ -89,11 +89,15 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
 
     Buffer<T> got_h(tokens * ranks), got_dh(tokens * ranks), y(old_y), dx(old_dx);
     Buffer<float> da(old_da), db(old_db);
-    const unsigned narrow = (tokens + 15) / 16;
-    emulate::launch(dim3(narrow), dim3(256), 0, [&] { down(x.data(), a.data(), got_h.data(), tokens, cols, ranks, seed, limit, keep); });
+    const unsigned narrow = (tokens + 15) / 16, shares = c.shares;
+    Buffer<float> partial(size_t(shares) * adapters.size() * tokens * MOST_RANKS);
+    const std::vector<int> zeros(narrow * adapters.size());
+    std::vector<int> done(zeros);
+    emulate::launch(dim3(narrow, 1, shares), dim3(256), 0,
+                    [&] { down(x.data(), a.data(), got_h.data(), partial.data(), done.data(), tokens, cols, ranks, seed, limit, keep); });
     emulate::launch(dim3((tokens + 63) / 64, tiles), dim3(128), 0, [&] { up(h.data(), b.data(), adapters.data(), y.data(), tokens, ranks, outs); });
-    emulate::launch(dim3(narrow, adapters.size()), dim3(256), 0,
-                    [&] { down_grad(dy.data(), b.data(), adapters.data(), got_dh.data(), tokens, ranks, outs); });
+    emulate::launch(dim3(narrow, adapters.size(), shares), dim3(256), 0,
+                    [&] { down_grad(dy.data(), b.data(), adapters.data(), got_dh.data(), partial.data(), done.data(), tokens, ranks, outs); });
     emulate::launch(dim3((cols + 63) / 64 + tiles), dim3(128), 0, [&] {
         gradients(x.data(), dy.data(), h.data(), dh.data(), a.data(), c.with_dx ? dx.data() : nullptr, da.data(), db.data(), adapters.data(),
                   tokens, cols, ranks, outs, seed, limit, keep);
@@ -132,15 +136,16 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
     close(c.name("lora_gradients dA"), da.data(), want_da, 1e-4);
     close(c.name("lora_gradients dB"), db.data(), want_db, 1e-3);
     close(c.name("lora_gradients dx"), dx.data(), want_dx, 1e-4);
+    check::equal(c.name("lora shares done"), done.data(), zeros.data(), zeros.size());
 }
 
 // Fewer tokens and columns than a tile, more than one, ends within one; one adapter and several, their ranks within and beyond one
 // step of a product; without dropout, and without a gradient of x.
 template <class T, class... Kernels>
 void test_loras_mma(Kernels... kernels) {
-    const LoraCase cases[] = {{5, 40, 0, 0.0, true, {{16, 2}}},
-                              {70, 96, 8, 0.3, true, {{72, 8}, {24, 8}}},
-                              {33, 328, 0, 0.1, false, {{64, 16}, {136, 6}, {8, 20}}},
-                              {64, 64, 0, 0.5, true, {{64, 64}}}};
+    const LoraCase cases[] = {{5, 40, 0, 1, 0.0, true, {{16, 2}}},
+                              {70, 96, 8, 2, 0.3, true, {{72, 8}, {24, 8}}},
+                              {33, 328, 0, 3, 0.1, false, {{64, 16}, {136, 6}, {8, 20}}},
+                              {64, 64, 0, 1, 0.5, true, {{64, 64}}}};
     for (const LoraCase& c : cases) test_lora_mma<T>(c, kernels...);
 }

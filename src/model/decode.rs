@@ -56,15 +56,14 @@ impl Gpt {
     }
 
     /// Hidden states of new tokens, which join the cache; before the final norm.
-    fn decode_hidden(&self, ids: &[u32], cache: &mut Cache) -> Matrix {
+    fn decode_hidden(&self, parameters: &Matrix, ids: &[u32], cache: &mut Cache) -> Matrix {
         let tokens = cache.len + ids.len();
         self.require_prepared(tokens);
         assert!(self.goes_on(cache, tokens), "a text of {tokens} tokens turns otherwise than the cache");
         cache.first_row = self.rope[0].first_row(tokens);
         let positions = (cache.len..tokens).map(|position| (cache.first_row + position) as u32).collect();
-        let parameters = self.parameters_of_products();
         let begun = Begun { positions, spans: Spans::default(), seed: None, kept: Vec::new(), dx: None };
-        let pass = begun.pass(self, &parameters);
+        let pass = begun.pass(self, parameters);
         let mut x = self.embed(ids);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.decode(&pass, x, layer);
@@ -73,10 +72,10 @@ impl Gpt {
         x
     }
 
-    fn logits_of(&self, x: &Matrix) -> Matrix {
+    fn logits_of(&self, parameters: &Matrix, x: &Matrix) -> Matrix {
         let normed = self.final_norm.forward(x);
         let mut logits = x.new_like(x.rows(), self.config.vocab_size);
-        self.head.forward(&self.parameters_of_products(), &normed, None, &mut logits, false);
+        self.head.forward(parameters, &normed, None, &mut logits, false);
         self.transform().apply(&mut logits);
         logits.to_host()
     }
@@ -103,9 +102,11 @@ impl Gpt {
     /// As [`Self::next_logits`].
     #[must_use]
     pub fn last_logits(&self, ids: &[u32], rows: usize, cache: &mut Cache) -> Matrix {
-        let x = self.decode_hidden(ids, cache);
+        let parameters = self.parameters_of_products();
+        let x = self.decode_hidden(&parameters, ids, cache);
         let last = (x.rows() - rows..x.rows()).map(|row| row as u32);
-        if rows == x.rows() { self.logits_of(&x) } else { self.logits_of(&gather(&x, &last.collect())) }
+        let x = if rows == x.rows() { x } else { gather(&x, &last.collect()) };
+        self.logits_of(&parameters, &x)
     }
 
     /// Logits of all new tokens, which join the cache.

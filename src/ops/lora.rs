@@ -7,12 +7,13 @@
 //! On a device up to `FUSED_TOKENS` tokens go through `kernels/lora_mma.cu`, two launches forward and two backward for all
 //! pairs of a projection and their dropout; else through cuBLAS, product by product.
 
-use super::device::{Arg, Constant, Device, Dtype, flag, fused_tokens, int, long};
+use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::math::vectorize;
 use super::matmul::{Side, Threads, matmul};
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Dropout of an adapter's input.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -115,6 +116,8 @@ pub struct Pairs {
     ranks: usize,
     /// `list` as the kernels' `Adapter`.
     table: Constant<u64>,
+    /// A zero for each of `COUNTERS` blocks of the kernels.
+    done: OnceLock<Buffer>,
 }
 
 impl Pairs {
@@ -129,7 +132,7 @@ impl Pairs {
             [pair.b.start as u64, two(columns.start, columns.len()), two(rank.start, rank.len()), scale]
         };
         let (table, ranks) = (list.iter().flat_map(entry).collect(), list.last().map_or(0, |pair| pair.rank.end));
-        Self { list, a, ranks, table }
+        Self { list, a, ranks, table, done: OnceLock::new() }
     }
 
     /// Where the first `A` begins among the parameters.
@@ -213,7 +216,7 @@ impl Update<'_> {
         let serves =
             |pair: &Pair| eights(&pair.columns) && pair.rank.len().is_multiple_of(2) && pair.b.start.is_multiple_of(2);
         let aligned = [x.pointer(), y.pointer(), self.a()].iter().all(|pointer| pointer.is_multiple_of(16));
-        let sizes = x.rows() <= fused_tokens(FUSED_TOKENS)
+        let sizes = x.rows() <= fused_tokens("LORA").unwrap_or(FUSED_TOKENS)
             && self.pairs.ranks <= MOST_RANKS
             && eights(&(0..x.cols()))
             && eights(&(0..y.cols()));
@@ -226,8 +229,13 @@ impl Update<'_> {
     }
 }
 
-/// Tokens up to which all pairs of a projection are computed at once: of more, cuBLAS's products take longer than their launches.
-const FUSED_TOKENS: usize = 1024;
+/// Tokens up to which all pairs of a projection are computed at once, unless `LITGPT_FUSED_LORA` says otherwise: of more, cuBLAS's
+/// products take longer than their launches. An estimate until it is measured.
+const FUSED_TOKENS: usize = 512;
+/// Blocks of 16 tokens up to which several share a sum, how many at most, and the fewest columns for each.
+const COUNTERS: usize = 256;
+const SHARES: usize = 16;
+const COLUMNS: usize = 512;
 /// `MOST_RANKS` of the kernels.
 const MOST_RANKS: usize = 64;
 
@@ -253,11 +261,39 @@ impl Fused<'_> {
         [dropout.seed.into(), dropout.limit().into(), (1.0 / (1.0 - dropout.p)).into()]
     }
 
+    /// Launches a kernel whose blocks have 16 tokens each, `pairs` times, and sum over `cols` columns: several share a sum where
+    /// there are too few for the device.
+    fn launch_narrow(
+        &self,
+        kernel: &str,
+        (tokens, pairs, cols): (usize, usize, usize),
+        pointers: &[Arg],
+        rest: &[Arg],
+    ) {
+        let blocks = tokens.div_ceil(16) * pairs;
+        let shares = (self.device.processors() / blocks.max(1)).min(SHARES).min(cols / COLUMNS).max(1);
+        let shares = if blocks > COUNTERS { 1 } else { shares };
+        let partial = self.device.allocate(if shares > 1 { shares * pairs * tokens * MOST_RANKS * 4 } else { 0 });
+        let done = if shares > 1 { self.done().pointer() } else { 0 };
+        let args = [pointers, &[(&partial).into(), done.into()], rest].concat();
+        let grid = [tokens.div_ceil(16), pairs, shares];
+        self.device.launch(kernel, Some(self.dtype), grid, [256, 1], 0, &args);
+    }
+
+    fn done(&self) -> &Buffer {
+        self.update.pairs.done.get_or_init(|| {
+            let buffer = self.device.allocate(COUNTERS * 4);
+            buffer.zero();
+            buffer
+        })
+    }
+
     fn forward(&self, x: &Matrix, h: &Matrix, y: &Matrix) {
         let Update { pairs, parameters, .. } = self.update;
         let (tokens, ranks) = (int(x.rows()), int(pairs.ranks));
-        let down = [x.pointer().into(), self.update.a().into(), h.pointer().into(), tokens, int(x.cols()), ranks];
-        self.launch("lora_down", [x.rows().div_ceil(16), 1], 256, &[&down, &self.mask()]);
+        let pointers = [x.pointer(), self.update.a(), h.pointer()].map(Arg::from);
+        let rest = [&[tokens, int(x.cols()), ranks][..], &self.mask()].concat();
+        self.launch_narrow("lora_down", (x.rows(), 1, x.cols()), &pointers, &rest);
         let pointers = [h.pointer(), parameters.pointer(), pairs.table.on(self.device), y.pointer()].map(Arg::from);
         let sizes = [tokens, ranks, long(y.cols())];
         self.launch("lora_up", [x.rows().div_ceil(64), self.tiles()], 128, &[&pointers, &sizes]);
@@ -268,8 +304,9 @@ impl Fused<'_> {
         let (tokens, ranks, ld) = (int(x.rows()), int(pairs.ranks), long(dy.cols()));
         let table = pairs.table.on(self.device);
         let pointers = [dy.pointer(), parameters.pointer(), table, dh.pointer()].map(Arg::from);
-        let grid = [x.rows().div_ceil(16), pairs.list.len()];
-        self.launch("lora_down_grad", grid, 256, &[&pointers, &[tokens, ranks, ld]]);
+        let widest = pairs.list.iter().map(|pair| pair.columns.len()).max().unwrap_or(0);
+        let sizes = (x.rows(), pairs.list.len(), widest);
+        self.launch_narrow("lora_down_grad", sizes, &pointers, &[tokens, ranks, ld]);
         let dx = dx.map_or(0, |dx| dx.pointer());
         let da = grads.part(pairs.a.clone(), 1).pointer();
         let reads = [x.pointer(), dy.pointer(), h.pointer(), dh.pointer(), self.update.a()].map(Arg::from);

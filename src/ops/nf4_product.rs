@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 /// Rows of x up to which a forward product is one of decoding; `PRODUCT_ROWS` of the kernels.
 const FEW: usize = 8;
-/// Tokens up to which codes are decoded within the product. An estimate from rates of memory and tensor cores until it is
+/// Tokens up to which codes are decoded within the product, unless `LITGPT_FUSED_NF4` says otherwise. An estimate from rates of memory and tensor cores until it is
 /// measured: on an H100 decoding costs what some 500 tokens lose without cuBLAS.
 const FUSED_TOKENS: usize = 512;
 
@@ -53,7 +53,8 @@ pub struct Fours {
 impl Fours {
     /// The matrices of these addresses, which must stay valid.
     #[must_use]
-    pub fn new(matrices: Vec<Four>, kind: Kind4, cols: usize) -> Self {
+    pub fn new(mut matrices: Vec<Four>, kind: Kind4, cols: usize) -> Self {
+        matrices.retain(|four| four.rows > 0);
         let entry = |four: &Four| {
             let numbers = u64::from(four.offset.to_bits()) | (four.rows as u64) << 32;
             [four.packed, four.absmax, four.codes, numbers]
@@ -105,10 +106,8 @@ impl Fours {
     }
 
     fn fits(&self, dtype: Dtype, x: View<'_>) -> bool {
-        dtype != Dtype::F32
-            && self.cols.is_multiple_of(QUANT_BLOCK)
-            && x.rows <= fused_tokens(FUSED_TOKENS)
-            && in_sixteens(x)
+        let tokens = 1..=fused_tokens("NF4").unwrap_or(FUSED_TOKENS);
+        dtype != Dtype::F32 && self.cols.is_multiple_of(QUANT_BLOCK) && tokens.contains(&x.rows) && in_sixteens(x)
     }
 
     fn few(&self, device: &Device, dtype: Dtype, four: &Four, x: View<'_>, y: View<'_>, accumulate: bool) {

@@ -7,12 +7,14 @@
 //! The first failure (no memory left, the device gone) is kept, and everything after it does nothing, as in CUDA itself.
 //! So ops return no `Result`; who reads a result asks [`Device::check`] first.
 
+mod buffer;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+pub use buffer::{Buffer, Constant};
+
 use std::collections::HashMap;
-use std::ops::Deref;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Why work on a device failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -124,13 +126,17 @@ pub fn flag(value: bool) -> Arg {
     Arg::Narrow(u32::from(value))
 }
 
-/// Up to how many tokens an op's own products are taken instead of cuBLAS's, which read memory more often and take more launches
-/// but are faster at many tokens: `estimate`, unless `LITGPT_FUSED_TOKENS` says otherwise.
+/// Up to how many tokens the products of `op` are to be its own and not cuBLAS's, where `LITGPT_FUSED_<op>` says so.
 #[must_use]
-pub fn fused_tokens(estimate: usize) -> usize {
-    static SAID: OnceLock<Option<usize>> = OnceLock::new();
-    let said = SAID.get_or_init(|| std::env::var("LITGPT_FUSED_TOKENS").ok()?.parse().ok());
-    said.unwrap_or(estimate)
+pub fn fused_tokens(op: &str) -> Option<usize> {
+    static SAID: Mutex<Vec<(String, Option<usize>)>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, tokens)) = said.iter().find(|(name, _)| name == op) {
+        return *tokens;
+    }
+    let tokens = std::env::var(format!("LITGPT_FUSED_{op}")).ok().and_then(|value| value.parse().ok());
+    said.push((op.to_owned(), tokens));
+    tokens
 }
 
 /// One launch of a kernel of `kernels/*.cu`.
@@ -412,130 +418,6 @@ impl Device {
             let mut buffer = self.upload(&value.to_le_bytes());
             std::mem::take(&mut buffer.pointer)
         })
-    }
-}
-
-/// Memory of a device, given back when dropped.
-#[derive(Debug)]
-pub struct Buffer {
-    device: Device,
-    pointer: u64,
-    bytes: usize,
-}
-
-impl Buffer {
-    /// Its device.
-    #[must_use]
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Address of its first byte; 0 after a failure.
-    #[must_use]
-    pub fn pointer(&self) -> u64 {
-        self.pointer
-    }
-
-    /// Its size in bytes.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Writes zeros.
-    pub fn zero(&self) {
-        if self.bytes > 0 {
-            self.device.work("a memset", |backend| backend.zero(self.pointer, self.bytes));
-        }
-    }
-
-    /// Overwrites its beginning.
-    ///
-    /// # Panics
-    /// When there are more bytes than it has.
-    pub fn write(&self, bytes: &[u8]) {
-        assert!(bytes.len() <= self.bytes, "a write beyond the end of a buffer");
-        self.device.work("a copy to the device", |backend| backend.upload(bytes, self.pointer));
-    }
-
-    /// Copies its beginning, `to.len()` bytes; zeros after a failure.
-    pub fn read(&self, to: &mut [u8]) {
-        to.fill(0);
-        if !to.is_empty() {
-            self.device.work("a copy from the device", |backend| backend.download(self.pointer, to));
-        }
-    }
-
-    /// Copies `bytes` from the beginning of `from`.
-    ///
-    /// # Panics
-    /// When one of them is shorter.
-    pub fn copy_from(&self, from: &Self, bytes: usize) {
-        assert!(bytes <= self.bytes && bytes <= from.bytes, "a copy beyond the end of a buffer");
-        if bytes > 0 {
-            self.device.work("a copy on the device", |backend| backend.copy(from.pointer, self.pointer, bytes));
-        }
-    }
-}
-
-impl Clone for Buffer {
-    fn clone(&self) -> Self {
-        let copy = self.device.allocate(self.bytes);
-        copy.copy_from(self, self.bytes);
-        copy
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if self.pointer != 0 {
-            self.device.0.backend.free(self.pointer);
-        }
-    }
-}
-
-/// A few numbers that never change, on the host and from their first use on also on the device.
-#[derive(Debug, Default)]
-pub struct Constant<T> {
-    values: Vec<T>,
-    there: OnceLock<Buffer>,
-}
-
-impl<T: bytemuck::NoUninit> Constant<T> {
-    /// Address of the device's copy.
-    ///
-    /// # Panics
-    /// When it was used on another device.
-    pub fn on(&self, device: &Device) -> u64 {
-        let buffer = self.there.get_or_init(|| device.upload(bytemuck::cast_slice(&self.values)));
-        assert!(buffer.device == *device, "a constant of another device");
-        buffer.pointer
-    }
-}
-
-impl<T> From<Vec<T>> for Constant<T> {
-    fn from(values: Vec<T>) -> Self {
-        Self { values, there: OnceLock::new() }
-    }
-}
-
-impl<T> FromIterator<T> for Constant<T> {
-    fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
-        values.into_iter().collect::<Vec<T>>().into()
-    }
-}
-
-impl<T: Clone> Clone for Constant<T> {
-    fn clone(&self) -> Self {
-        self.values.clone().into()
-    }
-}
-
-impl<T> Deref for Constant<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        &self.values
     }
 }
 
