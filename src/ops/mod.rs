@@ -44,7 +44,7 @@ pub mod matmul;
 pub mod matrix;
 pub mod moe;
 pub mod nf4;
-mod nf4_product;
+pub mod nf4_product;
 pub mod norm;
 pub mod optimizer;
 pub mod quantized;
