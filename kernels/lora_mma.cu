@@ -6,12 +6,12 @@
 //
 // Sizes: x and dx (tokens, cols), y and dy (tokens, outs), h and dh (tokens, all_ranks), A (all_ranks, cols), the A's of all adapters
 // below one another, and for each adapter B (columns, ranks). cols, and where an adapter's columns begin and how many there are, are
-// multiples of 8, ranks of 2; all_ranks is at most 64; matrices are aligned to 16 bytes. A and B are of the activations'
+// multiples of 8, ranks of 2; matrices are aligned to 16 bytes. Blocks have up to 64 ranks at a time. A and B are of the activations'
 // type, their gradients f32. Fragments are those of mma.m16n8k16: which of the summed elements a lane brings is free as
 // long as both sides agree, so a lane takes eight neighbours of 32 where both sides have them in a row.
 #include "lora.cuh"
 
-constexpr int MOST_RANKS = 64;
+constexpr int MOST_RANKS = 64;  // at a time
 typedef Pack<uint32_t, 4> Eight;  // eight neighbours of a row
 
 // One adapter, as src/ops/lora.rs writes it: where its B begins among all parameters, and its part of y and h.
@@ -46,7 +46,7 @@ __device__ __forceinline__ Eight dropped(Eight x, const Mask& mask, i64 index) {
     return u.words;
 }
 
-// Where there are too few blocks of 16 tokens for the device, several share a sum: sums go through `partial` (shares, adapters, tokens,
+// Where there are too few blocks of 16 tokens for the device, several share a sum: sums go through `partial` (shares, gridDim.y, tokens,
 // MOST_RANKS), and the last of a block's shares adds them up in their order. `done` is a zero for each, and zero again in the end.
 struct Shares {
     float* partial;
@@ -150,8 +150,8 @@ struct RowsOfA {
 // for tile 2 m and the second for tile 2 m + 1.
 template <class T>
 struct ColumnsOfB {
-    const T* b;
-    int ranks;
+    const T* b;  // from the first of `ranks` on
+    int ld, ranks;
     typedef uint32_t Words[MOST_RANKS / 16][8];
 
     __device__ __forceinline__ int tiles() const { return (ranks + 15) / 16 * 2; }
@@ -162,7 +162,7 @@ struct ColumnsOfB {
             if (m * 16 + group * 2 < ranks)
 #pragma unroll
                 for (int j = 0; j < 8; ++j)
-                    words[m][j] = *reinterpret_cast<const uint32_t*>(b + i64(col + j) * ranks + m * 16 + group * 2);
+                    words[m][j] = *reinterpret_cast<const uint32_t*>(b + i64(col + j) * ld + m * 16 + group * 2);
     }
     __device__ __forceinline__ Eight tile(const Words& words, int n) const {
         Eight eight;
@@ -171,20 +171,25 @@ struct ColumnsOfB {
     }
 };
 
-// h = drop(x) Aᵀ. Grid (ceil(tokens / 16), 1, shares), block 256.
+// h = drop(x) Aᵀ. Grid (ceil(tokens / 16), ceil(all_ranks / 64), shares), block 256.
 template <class T>
 __device__ void down(const T* x, const T* a, T* h, int tokens, int cols, int all_ranks, Shares shares, Mask mask) {
+    const int rank = blockIdx.y * MOST_RANKS, ranks = min(all_ranks - rank, MOST_RANKS);
+    const RowsOfA<T> rows{a + i64(rank) * cols, cols, ranks};
     const auto masked = [=](Eight x, int row, int col) { return dropped<T>(x, mask, i64(row) * cols + col); };
-    narrow_product(x, cols, tokens, cols, all_ranks, h, all_ranks, 1.0f, shares, RowsOfA<T>{a, cols, all_ranks}, masked);
+    narrow_product(x, cols, tokens, cols, ranks, h + rank, all_ranks, 1.0f, shares, rows, masked);
 }
 
-// dh[:, ranks] = s dy[:, columns] B. Grid (ceil(tokens / 16), adapters, shares), block 256.
+// dh[:, ranks] = s dy[:, columns] B. Grid (ceil(tokens / 16), 64 ranks of each adapter, shares), block 256.
 template <class T>
 __device__ void down_grad(const T* dy, const T* parameters, const Adapter* adapters, T* dh, int tokens, int all_ranks, i64 ld, Shares shares) {
-    const Adapter adapter = adapters[blockIdx.y];
-    const ColumnsOfB<T> b{parameters + adapter.b, adapter.ranks};
+    int part = blockIdx.y;
+    for (int parts; part >= (parts = (adapters->ranks + MOST_RANKS - 1) / MOST_RANKS); part -= parts) ++adapters;
+    const Adapter adapter = *adapters;
+    const int rank = part * MOST_RANKS, ranks = min(adapter.ranks - rank, MOST_RANKS);
+    const ColumnsOfB<T> b{parameters + adapter.b + rank, adapter.ranks, ranks};
     const auto as_it_is = [](Eight dy, int, int) { return dy; };
-    narrow_product(dy + adapter.column, ld, tokens, adapter.columns, adapter.ranks, dh + adapter.rank, all_ranks, adapter.scale, shares, b, as_it_is);
+    narrow_product(dy + adapter.column, ld, tokens, adapter.columns, ranks, dh + adapter.rank + rank, all_ranks, adapter.scale, shares, b, as_it_is);
 }
 
 // y[:, columns] += s h[:, ranks] Bᵀ. Grid (ceil(tokens / 64), tiles of 64 columns of all adapters), block 128: 16 tokens a warp.
@@ -291,6 +296,17 @@ __device__ __forceinline__ void load_wide(Tiles<T>& tiles, const T* x, i64 ld, i
     }
 }
 
+// tiles.a (ranks, 64) = columns col.. of A, zero up to the next multiple of 16 ranks.
+template <class T>
+__device__ __forceinline__ void load_a(Tiles<T>& tiles, const T* a, int col, int cols, int ranks) {
+    for (int i = threadIdx.x; i < (ranks + 15) / 16 * 16 * 8; i += 128) {
+        const int rank = i / 8, channel = i % 8 * 8;
+        Eight eight = {};
+        if (rank < ranks && col + channel < cols) eight = *reinterpret_cast<const Eight*>(a + i64(rank) * cols + col + channel);
+        *reinterpret_cast<Eight*>(tiles.a + rank * WIDTH + channel) = eight;
+    }
+}
+
 // sums (16 columns of this warp, ranks) += wideᵀ narrow.
 template <class T>
 __device__ __forceinline__ void multiply_wide(float (&sums)[MOST_RANKS / 8][4], const Tiles<T>& tiles, int ranks) {
@@ -310,20 +326,10 @@ __device__ __forceinline__ void multiply_wide(float (&sums)[MOST_RANKS / 8][4], 
     }
 }
 
-// dx (16 tokens of this warp, 64 columns) += drop(narrow A).
+// sums (16 tokens of this warp, 64 columns) += narrow A.
 template <class T>
-__device__ __forceinline__ void add_to_dx(T* dx, i64 ld, const Tiles<T>& tiles, int first, int tokens, int col, int cols, int ranks, float scale) {
+__device__ __forceinline__ void multiply_narrow(float (&sums)[8][4], const Tiles<T>& tiles, int ranks) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
-    const auto at = [&](int half, int c) { return dx + (first + own + lane / 4 + half * 8) * ld + col + c * 8 + lane % 4 * 2; };
-    const auto there = [&](int half, int c) { return first + own + lane / 4 + half * 8 < tokens && col + c * 8 + lane % 4 * 2 < cols; };
-    // dx is asked for before the products, so that these hide the time that it takes.
-    Pack<T, 2> old[2][8];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-            if (there(half, c)) old[half][c] = *reinterpret_cast<const Pack<T, 2>*>(at(half, c));
-    float sums[8][4] = {};
 #pragma unroll
     for (int k = 0; k < MOST_RANKS; k += 16) {
         if (k >= ranks) break;
@@ -337,17 +343,43 @@ __device__ __forceinline__ void add_to_dx(T* dx, i64 ld, const Tiles<T>& tiles, 
             mma_16x8x16<T>(sums[c / 8 + 1], left, right[2], right[3]);
         }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-            if (!there(half, c)) continue;
-            const uint32_t kept = tiles.kept[(own + lane / 4 + half * 8) * 8 + c] >> lane % 4 * 2;
-            float v[2];
-            for (int j = 0; j < 2; ++j) v[j] = to_float(old[half][c].v[j]) + (kept >> j & 1 ? sums[c][half * 2 + j] * scale : 0.0f);
-            store<2>(at(half, c), v);
-        }
 }
+
+// This thread's part of 64 rows and columns of dx. It is asked for before the products, so that these hide the time that it takes.
+template <class T>
+struct PartOfDx {
+    T* dx;  // its first element
+    i64 ld;
+    int rows, cols;  // from that on
+    Pack<T, 2> old[2][8];
+
+    __device__ __forceinline__ PartOfDx(T* all, i64 ld, int first, int tokens, int col, int cols) : ld(ld) {
+        const int row = first + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, channel = col + threadIdx.x % 4 * 2;
+        dx = all + row * ld + channel;
+        rows = tokens - row;
+        this->cols = cols - channel;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int c = 0; c < 8; ++c)
+                if (there(half, c)) old[half][c] = *reinterpret_cast<const Pack<T, 2>*>(dx + half * 8 * ld + c * 8);
+    }
+    __device__ __forceinline__ bool there(int half, int c) const { return half * 8 < rows && c * 8 < cols; }
+    // dx += drop(sums), by the mask that the tile's rows noted.
+    __device__ __forceinline__ void add(const float (&sums)[8][4], const uint8_t* kept, float scale) const {
+        kept += (threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) * 8;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                if (!there(half, c)) continue;
+                const uint32_t bits = kept[half * 64 + c] >> threadIdx.x % 4 * 2;
+                float v[2];
+                for (int j = 0; j < 2; ++j) v[j] = to_float(old[half][c].v[j]) + (bits >> j & 1 ? sums[c][half * 2 + j] * scale : 0.0f);
+                store<2>(dx + half * 8 * ld + c * 8, v);
+            }
+    }
+};
 
 // A's gradients (f32) are those of all adapters below one another; dx may be null. Grid: ceil(cols / 64) blocks for dA and dx, then one
 // for every 64 columns of each adapter's B; block 128.
@@ -361,42 +393,61 @@ __device__ void gradients(const T* x, const T* dy, const T* h, const T* dh, cons
     if (!is_a)
         for (int count; tile >= (count = (adapters->columns + 63) / 64); tile -= count) ++adapters;
     const Adapter adapter = is_a ? Adapter{0, 0, cols, 0, all_ranks, 1.0f, 0} : *adapters;
-    const int col = tile * 64, ranks = adapter.ranks;
-    if (is_a && dx)
-        for (int i = threadIdx.x; i < (ranks + 15) / 16 * 16 * 8; i += 128) {
-            const int rank = i / 8, channel = i % 8 * 8;
-            Eight eight = {};
-            if (rank < ranks && col + channel < cols) eight = *reinterpret_cast<const Eight*>(a + i64(rank) * cols + col + channel);
-            *reinterpret_cast<Eight*>(tiles.a + rank * WIDTH + channel) = eight;
-        }
-    float sums[MOST_RANKS / 8][4] = {};
-    for (int first = 0; first < tokens; first += TOKEN_TILE) {
-        __syncthreads();  // all are done with the tiles before
-        if (is_a)
-            load_wide(tiles, x, cols, first, tokens, col, cols, mask);
-        else
-            load_wide(tiles, dy + adapter.column, ld, first, tokens, col, adapter.columns, Mask{0, 0, 1.0f});
-        load_narrow(tiles.narrow, (is_a ? dh : h) + adapter.rank, all_ranks, first, tokens, ranks);
-        __syncthreads();
-        multiply_wide(sums, tiles, ranks);
-        if (is_a && dx) add_to_dx(dx, cols, tiles, first, tokens, col, cols, ranks, mask.scale);
-    }
-    // dA (ranks, cols), dB (columns, ranks).
+    const int col = tile * 64;
+    const bool with_dx = is_a && dx, at_once = adapter.ranks <= MOST_RANKS;
     float* out = is_a ? da : grads + adapter.b;
-    const i64 by_rank = is_a ? cols : 1, by_column = is_a ? 1 : ranks;
-    // Calls f with each sum and where it belongs.
-    const auto each = [&](auto f) {
-#pragma unroll
-        for (int n = 0; n < MOST_RANKS / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = col + threadIdx.x / 32 * 16 + lane / 4 + i / 2 * 8, rank = n * 8 + lane % 4 * 2 + i % 2;
-                if (column < adapter.columns && rank < ranks) f(sums[n][i], out + rank * by_rank + column * by_column);
+    const i64 by_rank = is_a ? cols : 1, by_column = is_a ? 1 : adapter.ranks;
+    for (int rank0 = 0; rank0 < adapter.ranks; rank0 += MOST_RANKS) {
+        const int ranks = min(adapter.ranks - rank0, MOST_RANKS);
+        __syncthreads();  // all are done with the ranks before
+        if (with_dx && at_once) load_a(tiles, a, col, cols, ranks);
+        float sums[MOST_RANKS / 8][4] = {};
+        for (int first = 0; first < tokens; first += TOKEN_TILE) {
+            __syncthreads();  // all are done with the tiles before
+            if (is_a)
+                load_wide(tiles, x, cols, first, tokens, col, cols, mask);
+            else
+                load_wide(tiles, dy + adapter.column, ld, first, tokens, col, adapter.columns, Mask{0, 0, 1.0f});
+            load_narrow(tiles.narrow, (is_a ? dh : h) + adapter.rank + rank0, all_ranks, first, tokens, ranks);
+            __syncthreads();
+            if (with_dx && at_once) {
+                const PartOfDx<T> part(dx, cols, first, tokens, col, cols);
+                float d[8][4] = {};
+                multiply_narrow(d, tiles, ranks);
+                part.add(d, tiles.kept, mask.scale);
             }
-    };
-    // All that is read is asked for before anything is written: nothing waits for each element in turn.
-    each([&](float& sum, const float* at) { sum = *at + adapter.scale * sum; });
-    each([](float sum, float* at) { *at = sum; });
+            multiply_wide(sums, tiles, ranks);
+        }
+        // dA (ranks, cols), dB (columns, ranks): calls f with each sum and where it belongs.
+        const auto each = [&](auto f) {
+#pragma unroll
+            for (int n = 0; n < MOST_RANKS / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = col + threadIdx.x / 32 * 16 + lane / 4 + i / 2 * 8, rank = n * 8 + lane % 4 * 2 + i % 2;
+                    if (column < adapter.columns && rank < ranks) f(sums[n][i], out + (rank0 + rank) * by_rank + column * by_column);
+                }
+        };
+        // All that is read is asked for before anything is written: nothing waits for each element in turn.
+        each([&](float& sum, const float* at) { sum = *at + adapter.scale * sum; });
+        each([](float sum, float* at) { *at = sum; });
+    }
+    if (!with_dx || at_once) return;
+    // More ranks than a block has at a time: dx is the sum over all of them, rounded once.
+    for (int first = 0; first < tokens; first += TOKEN_TILE) {
+        const PartOfDx<T> part(dx, cols, first, tokens, col, cols);
+        float d[8][4] = {};
+        for (int rank0 = 0; rank0 < all_ranks; rank0 += MOST_RANKS) {
+            const int ranks = min(all_ranks - rank0, MOST_RANKS);
+            __syncthreads();  // all are done with the tiles before
+            if (rank0 == 0) load_wide(tiles, x, cols, first, tokens, col, cols, mask);  // for its mask
+            load_a(tiles, a + i64(rank0) * cols, col, cols, ranks);
+            load_narrow(tiles.narrow, dh + rank0, all_ranks, first, tokens, ranks);
+            __syncthreads();
+            multiply_narrow(d, tiles, ranks);
+        }
+        part.add(d, tiles.kept, mask.scale);
+    }
 }
 
 #define INSTANTIATE(T, type)                                                                                                  \

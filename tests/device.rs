@@ -180,7 +180,7 @@ fn check_product_in_4_bits(
 #[test]
 fn adapters_on_a_device() {
     let Some(device) = emulated::device() else { return };
-    let mut cases = vec![(40, 96, [8, 4]), (70, 72, [16, 16]), (9, 40, [3, 8]), (20, 1032, [8, 2])];
+    let mut cases = vec![(40, 96, [8, 4]), (70, 72, [16, 16]), (9, 40, [3, 8]), (20, 1032, [8, 2]), (17, 40, [70, 66])];
     if emulated::is_real() {
         cases.extend([(1, 4096, [8, 8]), (160, 4096, [8, 8]), (500, 11_008, [32, 32])]);
     }

@@ -69,7 +69,7 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
     const int tokens = c.tokens, cols = c.cols;
     // Adapters with columns of y between them, B's behind one another after something else.
     std::vector<Adapter> adapters;
-    int outs = c.gap, ranks = 0, tiles = 0;
+    int outs = c.gap, ranks = 0, tiles = 0, parts = 0;
     i64 elements = 8;
     for (const auto& [columns, rank] : c.adapters) {
         adapters.push_back({elements, outs, columns, ranks, rank, 0.5f + float(ranks), 0});
@@ -77,7 +77,9 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
         ranks += rank;
         elements += i64(columns) * rank;
         tiles += (columns + 63) / 64;
+        parts += (rank + MOST_RANKS - 1) / MOST_RANKS;
     }
+    const int groups = (ranks + MOST_RANKS - 1) / MOST_RANKS;
     const auto x = random<T>(tokens * cols, 1), dy = random<T>(tokens * outs, 2), a = random<T>(ranks * cols, 3), b = random<T>(elements, 4);
     const auto h = random<T>(tokens * ranks, 5), dh = random<T>(tokens * ranks, 6), old_y = random<T>(tokens * outs, 7), old_dx = random<T>(tokens * cols, 8);
     const auto old_da = random<float>(ranks * cols, 9), old_db = random<float>(elements, 10);
@@ -90,13 +92,13 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
     Buffer<T> got_h(tokens * ranks), got_dh(tokens * ranks), y(old_y), dx(old_dx);
     Buffer<float> da(old_da), db(old_db);
     const unsigned narrow = (tokens + 15) / 16, shares = c.shares;
-    Buffer<float> partial(size_t(shares) * adapters.size() * tokens * MOST_RANKS);
-    const std::vector<int> zeros(narrow * adapters.size());
+    Buffer<float> partial(size_t(shares) * std::max(groups, parts) * tokens * MOST_RANKS);
+    const std::vector<int> zeros(narrow * std::max(groups, parts));
     std::vector<int> done(zeros);
-    emulate::launch(dim3(narrow, 1, shares), dim3(256), 0,
+    emulate::launch(dim3(narrow, groups, shares), dim3(256), 0,
                     [&] { down(x.data(), a.data(), got_h.data(), partial.data(), done.data(), tokens, cols, ranks, seed, limit, keep); });
     emulate::launch(dim3((tokens + 63) / 64, tiles), dim3(128), 0, [&] { up(h.data(), b.data(), adapters.data(), y.data(), tokens, ranks, outs); });
-    emulate::launch(dim3(narrow, adapters.size(), shares), dim3(256), 0,
+    emulate::launch(dim3(narrow, parts, shares), dim3(256), 0,
                     [&] { down_grad(dy.data(), b.data(), adapters.data(), got_dh.data(), partial.data(), done.data(), tokens, ranks, outs); });
     emulate::launch(dim3((cols + 63) / 64 + tiles), dim3(128), 0, [&] {
         gradients(x.data(), dy.data(), h.data(), dh.data(), a.data(), c.with_dx ? dx.data() : nullptr, da.data(), db.data(), adapters.data(),
@@ -140,12 +142,13 @@ void test_lora_mma(const LoraCase& c, Down down, Up up, DownGrad down_grad, Grad
 }
 
 // Fewer tokens and columns than a tile, more than one, ends within one; one adapter and several, their ranks within and beyond one
-// step of a product; without dropout, and without a gradient of x.
+// step of a product and what a block has at a time; without dropout, and without a gradient of x.
 template <class T, class... Kernels>
 void test_loras_mma(Kernels... kernels) {
     const LoraCase cases[] = {{5, 40, 0, 1, 0.0, true, {{16, 2}}},
                               {70, 96, 8, 2, 0.3, true, {{72, 8}, {24, 8}}},
                               {33, 328, 0, 3, 0.1, false, {{64, 16}, {136, 6}, {8, 20}}},
-                              {64, 64, 0, 1, 0.5, true, {{64, 64}}}};
+                              {64, 64, 0, 1, 0.5, true, {{64, 64}}},
+                              {20, 72, 8, 2, 0.2, true, {{40, 66}, {64, 130}}}};
     for (const LoraCase& c : cases) test_lora_mma<T>(c, kernels...);
 }

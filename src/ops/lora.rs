@@ -236,8 +236,9 @@ const FUSED_TOKENS: usize = 512;
 const COUNTERS: usize = 256;
 const SHARES: usize = 16;
 const COLUMNS: usize = 512;
-/// `MOST_RANKS` of the kernels.
-const MOST_RANKS: usize = 64;
+/// `MOST_RANKS` of the kernels: what a block has at a time; and the most ranks in all for which they read little twice.
+const RANKS: usize = 64;
+const MOST_RANKS: usize = 256;
 
 /// An update by the kernels of `kernels/lora_mma.cu`.
 struct Fused<'a> {
@@ -261,22 +262,22 @@ impl Fused<'_> {
         [dropout.seed.into(), dropout.limit().into(), (1.0 / (1.0 - dropout.p)).into()]
     }
 
-    /// Launches a kernel whose blocks have 16 tokens each, `pairs` times, and sum over `cols` columns: several share a sum where
-    /// there are too few for the device.
+    /// Launches a kernel whose blocks have 16 tokens each, for `parts` of the ranks, and sum over `cols` columns: several share a
+    /// sum where there are too few for the device.
     fn launch_narrow(
         &self,
         kernel: &str,
-        (tokens, pairs, cols): (usize, usize, usize),
+        (tokens, parts, cols): (usize, usize, usize),
         pointers: &[Arg],
         rest: &[Arg],
     ) {
-        let blocks = tokens.div_ceil(16) * pairs;
+        let blocks = tokens.div_ceil(16) * parts;
         let shares = (self.device.processors() / blocks.max(1)).min(SHARES).min(cols / COLUMNS).max(1);
         let shares = if blocks > COUNTERS { 1 } else { shares };
-        let partial = self.device.allocate(if shares > 1 { shares * pairs * tokens * MOST_RANKS * 4 } else { 0 });
+        let partial = self.device.allocate(if shares > 1 { shares * parts * tokens * RANKS * 4 } else { 0 });
         let done = if shares > 1 { self.done().pointer() } else { 0 };
         let args = [pointers, &[(&partial).into(), done.into()], rest].concat();
-        let grid = [tokens.div_ceil(16), pairs, shares];
+        let grid = [tokens.div_ceil(16), parts, shares];
         self.device.launch(kernel, Some(self.dtype), grid, [256, 1], 0, &args);
     }
 
@@ -293,7 +294,7 @@ impl Fused<'_> {
         let (tokens, ranks) = (int(x.rows()), int(pairs.ranks));
         let pointers = [x.pointer(), self.update.a(), h.pointer()].map(Arg::from);
         let rest = [&[tokens, int(x.cols()), ranks][..], &self.mask()].concat();
-        self.launch_narrow("lora_down", (x.rows(), 1, x.cols()), &pointers, &rest);
+        self.launch_narrow("lora_down", (x.rows(), pairs.ranks.div_ceil(RANKS), x.cols()), &pointers, &rest);
         let pointers = [h.pointer(), parameters.pointer(), pairs.table.on(self.device), y.pointer()].map(Arg::from);
         let sizes = [tokens, ranks, long(y.cols())];
         self.launch("lora_up", [x.rows().div_ceil(64), self.tiles()], 128, &[&pointers, &sizes]);
@@ -305,7 +306,8 @@ impl Fused<'_> {
         let table = pairs.table.on(self.device);
         let pointers = [dy.pointer(), parameters.pointer(), table, dh.pointer()].map(Arg::from);
         let widest = pairs.list.iter().map(|pair| pair.columns.len()).max().unwrap_or(0);
-        let sizes = (x.rows(), pairs.list.len(), widest);
+        let parts = pairs.list.iter().map(|pair| pair.rank.len().div_ceil(RANKS)).sum();
+        let sizes = (x.rows(), parts, widest);
         self.launch_narrow("lora_down_grad", sizes, &pointers, &[tokens, ranks, ld]);
         let dx = dx.map_or(0, |dx| dx.pointer());
         let da = grads.part(pairs.a.clone(), 1).pointer();
