@@ -119,6 +119,23 @@ __device__ __forceinline__ float block_max(float v) {
     return warp_max(threadIdx.x % 32 < blockDim.x / 32 ? maxima[threadIdx.x % 32] : MINUS_INFINITY);
 }
 
+// --- Sums that several blocks share ---
+
+// Whether this block is the last of `shares` that are done, for which `done` counts from zero, and is zero again in the end. The last one
+// sees what the threads of the others wrote before; what it reads of it goes past the first-level cache (__ldcg). All threads call it.
+__device__ __forceinline__ bool is_last_share(int* done, unsigned shares) {
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(done, 1) + 1 == int(shares);
+        if (is_last) *done = 0;
+    }
+    __syncthreads();
+    if (is_last) __threadfence();
+    return is_last;
+}
+
 // --- Which keys a query sees (attention.cu, attention_mma.cu) ---
 
 // The first key of its own that query `row` sees; the last is `row + offset`. Does not decrease with `row`.

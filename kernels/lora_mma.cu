@@ -59,7 +59,6 @@ template <class T, class Right, class Masked>
 __device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int ranks, T* out, i64 ld_out, float scale, Shares shares,
                                const Right& right, Masked masked) {
     __shared__ float partial[8][16][MOST_RANKS + 8];  // rows that are written at once in different banks
-    __shared__ bool is_last;
     struct Chunk {
         Eight left[2];
         typename Right::Words right;
@@ -114,19 +113,12 @@ __device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int 
     const i64 share = i64(gridDim.y) * tokens * MOST_RANKS;
     float* own = shares.partial + (i64(blockIdx.y) * tokens + blockIdx.x * 16) * MOST_RANKS;
     each([&](int row, int rank) { own[blockIdx.z * share + row * MOST_RANKS + rank] = of_warps(row, rank); });
-    __threadfence();
-    __syncthreads();
-    int* done = shares.done + blockIdx.y * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0) is_last = atomicAdd(done, 1) + 1 == int(gridDim.z);
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
+    if (!is_last_share(shares.done + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
     each([&](int row, int rank) {
         float sum = 0.0f;
         for (unsigned z = 0; z < gridDim.z; ++z) sum += __ldcg(own + z * share + row * MOST_RANKS + rank);
         put(row, rank, sum);
     });
-    if (threadIdx.x == 0) *done = 0;
 }
 
 // A (ranks, cols): eight columns are neighbours.

@@ -378,7 +378,6 @@ template <bool BACKWARD, class T>
 __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     __shared__ float levels[16];
     __shared__ float nested_code[CODE_BOOK];
-    __shared__ bool is_last;
     DYNAMIC_SHARED(unsigned char, shared);
     const int warp = threadIdx.x / 32, outs = warp % 4 * 32, half = warp / 4;
     const int token0 = int(blockIdx.x) * job.tile_tokens, tokens = min(job.tile_tokens, job.tokens - token0), pairs = (tokens + 15) / 16;
@@ -432,13 +431,7 @@ __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
     float* partial = job.partial + token0 * width + out0 + out;
     for (int t = threadIdx.x / SIDE; t < tokens; t += 2)
         if (out < n_outs) partial[blockIdx.z * share + t * width] = all[t * SUM_STRIDE + out];
-    __threadfence();
-    __syncthreads();
-    int* done = job.done + blockIdx.y * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0) is_last = atomicAdd(done, 1) + 1 == int(gridDim.z);
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
+    if (!is_last_share(job.done + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
     const auto of_all = [&](float (&v)[8], int first) {
         for (int u = 0; u < 8; ++u) v[u] = 0.0f;
         for (unsigned z = 0; z < gridDim.z; ++z)
@@ -447,7 +440,6 @@ __device__ void product_many(ManyRows job, const T* x, T* y, int kind) {
                 if (first + 2 * u < tokens) v[u] += __ldcg(partial + z * share + (first + 2 * u) * width);
     };
     if (out < n_outs) write_tile(y, job.ldy, tokens, job.accumulate, of_all);
-    if (threadIdx.x == 0) *done = 0;
 }
 
 #define FEW(name, function, T, type)                                                                                        \
