@@ -58,7 +58,7 @@ struct Shares {
 template <class T, class Right, class Masked>
 __device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int ranks, T* out, i64 ld_out, float scale, Shares shares,
                                const Right& right, Masked masked) {
-    __shared__ float partial[8][16][MOST_RANKS + 8];  // rows that are written at once in different banks
+    __shared__ float partial[8][16][MOST_RANKS + 8];  // of the rows written at once no more than two in a bank
     struct Chunk {
         Eight left[2];
         typename Right::Words right;

@@ -107,7 +107,11 @@ impl Fours {
 
     fn fits(&self, dtype: Dtype, x: View<'_>) -> bool {
         let tokens = 1..=fused_tokens("NF4").unwrap_or(FUSED_TOKENS);
-        dtype != Dtype::F32 && self.cols.is_multiple_of(QUANT_BLOCK) && tokens.contains(&x.rows) && in_sixteens(x)
+        !self.matrices.is_empty()
+            && dtype != Dtype::F32
+            && self.cols.is_multiple_of(QUANT_BLOCK)
+            && tokens.contains(&x.rows)
+            && in_sixteens(x)
     }
 
     fn few(&self, device: &Device, dtype: Dtype, four: &Four, x: View<'_>, y: View<'_>, accumulate: bool) {
