@@ -42,12 +42,13 @@ __device__ __forceinline__ Eight dropped(Eight x, const Mask& mask, i64 index) {
         Pack<T, 8> v;
     } u;
     u.words = x;
+#pragma unroll
     for (int j = 0; j < 8; ++j) u.v.v[j] = from_float<T>(to_float(u.v.v[j]) * mask.at(index + j));
     return u.words;
 }
 
 // Where there are too few blocks of 16 tokens for the device, several share a sum: sums go through `partial` (shares, gridDim.y, tokens,
-// MOST_RANKS), and the last of a block's shares adds them up in their order. `done` is a zero for each, and zero again in the end.
+// MOST_RANKS), and the last of a block's shares adds them up in their order. `done` is a zero for each.
 struct Shares {
     float* partial;
     int* done;
@@ -58,7 +59,7 @@ struct Shares {
 template <class T, class Right, class Masked>
 __device__ void narrow_product(const T* left, i64 ld, int tokens, int cols, int ranks, T* out, i64 ld_out, float scale, Shares shares,
                                const Right& right, Masked masked) {
-    __shared__ float partial[8][16][MOST_RANKS + 8];  // of the rows written at once no more than two in a bank
+    __shared__ float partial[8][16][MOST_RANKS + 8];  // few of the rows written at once share a bank
     struct Chunk {
         Eight left[2];
         typename Right::Words right;
@@ -275,6 +276,7 @@ __device__ __forceinline__ void load_wide(Tiles<T>& tiles, const T* x, i64 ld, i
         uint32_t kept = 0xff;
         if (mask.limit) {
             Pack<T, 8> masked;
+#pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const float factor = mask.at(index(i) + j);
                 if (factor == 0.0f) kept &= ~(1u << j);

@@ -140,7 +140,7 @@ __device__ void product_mma(const FewRows& job, const T* x, T* y, int kind) {
 // stage. With more than one share (where there are too few tiles for the device), sums go through `partial` (shares, tokens, outs), and
 // a tile's last block adds them up in their order; `done`, a zero for each tile, counts its blocks, and is zero again in the end.
 
-constexpr int SIDE = 128;   // outs, tokens and ins of a stage
+constexpr int SIDE = 128;  // outs, tokens and ins of a stage
 constexpr int STAGE_SCALES = 2 * SIDE;
 constexpr int STAGE_BYTES = SIDE * SIDE * 2 + SIDE * SIDE / 2 + STAGE_SCALES * 4;
 constexpr int SUM_STRIDE = SIDE + 4;  // lanes that hold other tokens write to other banks
@@ -200,9 +200,9 @@ struct Source {
     const T* x;
     i64 scale;
 
-    // From row `row` of W on, which a later matrix may have, and column `col`.
     __device__ __forceinline__ Source(const ManyRows& job, const T* x, int token, int tokens)
         : job(job), all(x + i64(token + threadIdx.x / 16) * job.ldx), tokens(tokens), matrix(job.matrices), before(0) {}
+    // Goes to a row and a column of this matrix.
     __device__ __forceinline__ void enter(int from_row, int from_col) {
         scales = Scales{matrix->absmax, matrix->codes, job.nested_code, matrix->offset};
         rows = matrix->rows;
@@ -245,9 +245,8 @@ struct Source {
         const T* from = x;
         const i64 step = 16 * job.ldx;
 #pragma unroll
-        for (int t = 0; t < SIDE; t += 16, from += step) {
+        for (int t = 0; t < SIDE; t += 16, from += step)
             copy_async_if(t < tokens, to_x + t * SIDE, from, has_x && int(threadIdx.x / 16) + t < tokens);
-        }
         copy_commit();
     }
     // The scale of row threadIdx.x / 2 of the stage's rows of W and block threadIdx.x % 2 of its columns, as memory has it.
