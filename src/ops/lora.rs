@@ -7,13 +7,13 @@
 //! On a device up to `FUSED_TOKENS` tokens go through `kernels/lora_mma.cu`, two launches forward and two backward for all
 //! pairs of a projection and their dropout; else through cuBLAS, product by product.
 
-use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, fused_tokens, int, long};
+use super::device::{Arg, COUNTERS, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::math::vectorize;
 use super::matmul::{Side, Threads, matmul};
 use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::LazyLock;
 
 /// Dropout of an adapter's input.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -116,8 +116,6 @@ pub struct Pairs {
     ranks: usize,
     /// `list` as the kernels' `Adapter`.
     table: Constant<u64>,
-    /// A zero for each of `COUNTERS` blocks of the kernels.
-    done: OnceLock<Buffer>,
 }
 
 impl Pairs {
@@ -132,7 +130,7 @@ impl Pairs {
             [pair.b.start as u64, two(columns.start, columns.len()), two(rank.start, rank.len()), scale]
         };
         let (table, ranks) = (list.iter().flat_map(entry).collect(), list.last().map_or(0, |pair| pair.rank.end));
-        Self { list, a, ranks, table, done: OnceLock::new() }
+        Self { list, a, ranks, table }
     }
 
     /// Where the first `A` begins among the parameters.
@@ -216,7 +214,7 @@ impl Update<'_> {
         let serves =
             |pair: &Pair| eights(&pair.columns) && pair.rank.len().is_multiple_of(2) && pair.b.start.is_multiple_of(2);
         let aligned = [x.pointer(), y.pointer(), self.a()].iter().all(|pointer| pointer.is_multiple_of(16));
-        let sizes = x.rows() <= fused_tokens("LORA").unwrap_or(FUSED_TOKENS)
+        let sizes = x.rows() <= *FUSED_TOKENS
             && self.pairs.ranks <= MOST_RANKS
             && eights(&(0..x.cols()))
             && eights(&(0..y.cols()));
@@ -231,9 +229,8 @@ impl Update<'_> {
 
 /// Tokens up to which all pairs of a projection are computed at once, unless `LITGPT_FUSED_LORA` says otherwise: of more, cuBLAS's
 /// products take longer than their launches. An estimate until it is measured.
-const FUSED_TOKENS: usize = 512;
-/// Blocks of 16 tokens up to which several share a sum, how many at most, and the fewest columns for each.
-const COUNTERS: usize = 256;
+static FUSED_TOKENS: LazyLock<usize> = LazyLock::new(|| fused_tokens("LORA", 512));
+/// How many blocks share a sum at most, and the fewest columns for each.
 const SHARES: usize = 16;
 const COLUMNS: usize = 512;
 /// `MOST_RANKS` of the kernels: what a block has at a time; and the most ranks in all for which they read little twice.
@@ -275,18 +272,10 @@ impl Fused<'_> {
         let shares = (self.device.processors() / blocks.max(1)).min(SHARES).min(cols / COLUMNS).max(1);
         let shares = if blocks > COUNTERS { 1 } else { shares };
         let partial = self.device.allocate(if shares > 1 { shares * parts * tokens * RANKS * 4 } else { 0 });
-        let done = if shares > 1 { self.done().pointer() } else { 0 };
+        let done = if shares > 1 { self.device.counters() } else { 0 };
         let args = [pointers, &[(&partial).into(), done.into()], rest].concat();
         let grid = [tokens.div_ceil(16), parts, shares];
         self.device.launch(kernel, Some(self.dtype), grid, [256, 1], 0, &args);
-    }
-
-    fn done(&self) -> &Buffer {
-        self.update.pairs.done.get_or_init(|| {
-            let buffer = self.device.allocate(COUNTERS * 4);
-            buffer.zero();
-            buffer
-        })
     }
 
     fn forward(&self, x: &Matrix, h: &Matrix, y: &Matrix) {

@@ -2,24 +2,23 @@
 //! `kernels/nf4_product.cu`. To decode a matrix first moves nine times its bytes, which for a few hundred tokens takes longer
 //! than the product; for many more tokens cuBLAS is faster on a decoded one, and `resident` decodes it.
 
-use super::device::{Arg, Buffer, Constant, Device, Dtype, flag, fused_tokens, int, long};
+use super::device::{Arg, COUNTERS, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::matrix::View;
-use super::nf4::{Kind4, QUANT_BLOCK, nested_code};
-use std::sync::OnceLock;
+use super::nf4::{Kind4, QUANT_BLOCK};
+use std::sync::{Arc, LazyLock};
 
 /// Rows of x up to which a forward product is one of decoding; `PRODUCT_ROWS` of the kernels.
 const FEW: usize = 8;
 /// Tokens up to which codes are decoded within the product, unless `LITGPT_FUSED_NF4` says otherwise. An estimate from rates of memory and tensor cores until it is
 /// measured: on an H100 decoding costs what some 500 tokens lose without cuBLAS.
-const FUSED_TOKENS: usize = 512;
+static FUSED_TOKENS: LazyLock<usize> = LazyLock::new(|| fused_tokens("NF4", 512));
 
 /// `SIDE` of the kernels: tokens and columns of y in a tile, and what is summed over in a stage.
 const SIDE: usize = 128;
 /// `MANY_SHARED` of the kernels, bytes.
 const SHARED: usize = 2 * (SIDE * SIDE * 2 + SIDE * SIDE / 2 + 2 * SIDE * 4);
-/// Most shares that a sum is cut into, and most tiles of which that is done.
+/// Most shares that a sum is cut into.
 const SHARES: usize = 4;
-const COUNTERS: usize = 1024;
 
 /// The addresses of one matrix.
 #[derive(Debug, Clone, Copy)]
@@ -43,24 +42,22 @@ pub struct Fours {
     kind: Kind4,
     cols: usize,
     /// The code book of double quantization.
-    nested: Constant<f32>,
+    nested: Arc<Constant<f32>>,
     /// `matrices` as the kernels' `Rows4`.
     table: Constant<u64>,
-    /// A zero for each of `COUNTERS` tiles.
-    done: OnceLock<Buffer>,
 }
 
 impl Fours {
-    /// The matrices of these addresses, which must stay valid.
+    /// The matrices of these addresses, which must stay valid; `nested` is the code book of double quantization.
     #[must_use]
-    pub fn new(mut matrices: Vec<Four>, kind: Kind4, cols: usize) -> Self {
+    pub fn new(mut matrices: Vec<Four>, kind: Kind4, cols: usize, nested: Arc<Constant<f32>>) -> Self {
         matrices.retain(|four| four.rows > 0);
         let entry = |four: &Four| {
             let numbers = u64::from(four.offset.to_bits()) | (four.rows as u64) << 32;
             [four.packed, four.absmax, four.codes, numbers]
         };
         let table = matrices.iter().flat_map(entry).collect();
-        Self { matrices, kind, cols, nested: nested_code().to_vec().into(), table, done: OnceLock::new() }
+        Self { matrices, kind, cols, nested, table }
     }
 
     /// As `kernels/nf4.cu` numbers it.
@@ -106,7 +103,7 @@ impl Fours {
     }
 
     fn fits(&self, dtype: Dtype, x: View<'_>) -> bool {
-        let tokens = 1..=fused_tokens("NF4").unwrap_or(FUSED_TOKENS);
+        let tokens = 1..=*FUSED_TOKENS;
         !self.matrices.is_empty()
             && dtype != Dtype::F32
             && self.cols.is_multiple_of(QUANT_BLOCK)
@@ -140,7 +137,7 @@ impl Fours {
         let tile_tokens = x.rows.div_ceil(token_tiles).next_multiple_of(16);
         let shares = shares(token_tiles * tiles, stages, y.rows * y.cols, device.processors());
         let (partial, done) = if shares > 1 {
-            (device.allocate(shares * y.rows * y.cols * 4), self.done(device).pointer())
+            (device.allocate(shares * y.rows * y.cols * 4), device.counters())
         } else {
             (device.allocate(0), 0)
         };
@@ -151,14 +148,6 @@ impl Fours {
         let rest = [long(x.stride), long(y.stride), flag(accumulate), Self::code_of(self.kind)];
         let args = [&pointers[..], &sizes, &rest].concat();
         device.launch(kernel, Some(dtype), [token_tiles, tiles, shares], [256, 1], SHARED, &args);
-    }
-
-    fn done(&self, device: &Device) -> &Buffer {
-        self.done.get_or_init(|| {
-            let buffer = device.allocate(COUNTERS * 4);
-            buffer.zero();
-            buffer
-        })
     }
 }
 

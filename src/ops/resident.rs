@@ -116,7 +116,7 @@ enum Kept {
 struct Parts {
     list: Vec<Part>,
     /// The code book of double quantization.
-    nested: Constant<f32>,
+    nested: Arc<Constant<f32>>,
     /// The addresses in `list`, where all are in 4 bits of one kind.
     fours: Option<Fours>,
 }
@@ -126,8 +126,10 @@ impl Parts {
         let mut kinds =
             list.iter().map(|part| if let Scheme::Four { kind, .. } = part.scheme { Some(kind) } else { None });
         let kind = kinds.next().flatten().filter(|kind| kinds.all(|other| other == Some(*kind)));
-        let fours = kind.map(|kind| Fours::new(list.iter().map(Part::four).collect(), kind, cols));
-        Self { list, nested: nested_code().to_vec().into(), fours }
+        let nested = Arc::new(Constant::from(nested_code().to_vec()));
+        let addresses = list.iter().map(Part::four).collect();
+        let fours = kind.map(|kind| Fours::new(addresses, kind, cols, Arc::clone(&nested)));
+        Self { list, nested, fours }
     }
 }
 

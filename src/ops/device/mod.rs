@@ -14,7 +14,7 @@ mod cuda;
 pub use buffer::{Buffer, Constant};
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Why work on a device failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -126,18 +126,15 @@ pub fn flag(value: bool) -> Arg {
     Arg::Narrow(u32::from(value))
 }
 
-/// Up to how many tokens the products of `op` are to be its own and not cuBLAS's, where `LITGPT_FUSED_<op>` says so.
+/// Up to how many tokens the products of `op` are its own and not cuBLAS's: `estimate`, unless `LITGPT_FUSED_<op>` says otherwise.
 #[must_use]
-pub fn fused_tokens(op: &str) -> Option<usize> {
-    static SAID: Mutex<Vec<(String, Option<usize>)>> = Mutex::new(Vec::new());
-    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, tokens)) = said.iter().find(|(name, _)| name == op) {
-        return *tokens;
-    }
-    let tokens = std::env::var(format!("LITGPT_FUSED_{op}")).ok().and_then(|value| value.parse().ok());
-    said.push((op.to_owned(), tokens));
-    tokens
+pub fn fused_tokens(op: &str, estimate: usize) -> usize {
+    let said = std::env::var(format!("LITGPT_FUSED_{op}")).ok().and_then(|value| value.parse().ok());
+    said.unwrap_or(estimate)
 }
+
+/// How many [`Device::counters`] there are.
+pub const COUNTERS: usize = 1024;
 
 /// One launch of a kernel of `kernels/*.cu`.
 #[derive(Debug)]
@@ -258,6 +255,7 @@ struct Inner {
     failure: Mutex<Option<Failure>>,
     /// f32 numbers that kernels read from memory, by their bits.
     numbers: Mutex<HashMap<u32, u64>>,
+    counters: OnceLock<u64>,
 }
 
 /// A device; clones are the same one.
@@ -280,7 +278,12 @@ impl Device {
     /// A device of this backend.
     #[must_use]
     pub fn new(backend: Box<dyn Backend>) -> Self {
-        Self(Arc::new(Inner { backend, failure: Mutex::default(), numbers: Mutex::default() }))
+        Self(Arc::new(Inner {
+            backend,
+            failure: Mutex::default(),
+            numbers: Mutex::default(),
+            counters: OnceLock::new(),
+        }))
     }
 
     /// The CUDA device of this number, or `None` where there is none or this build has no CUDA.
@@ -408,6 +411,16 @@ impl Device {
         if product.m > 0 && product.n > 0 && adds {
             self.work("a matrix product", |backend| backend.product(product));
         }
+    }
+
+    /// Address of [`COUNTERS`] zeros of 32 bits, in which the blocks of a kernel count, and which it leaves as zeros. They live as
+    /// long as the device; as one kernel runs at a time, all share them.
+    #[must_use]
+    pub fn counters(&self) -> u64 {
+        *self.0.counters.get_or_init(|| {
+            let mut buffer = self.upload(&[0; 4 * COUNTERS]);
+            std::mem::take(&mut buffer.pointer)
+        })
     }
 
     /// Address of an f32 on the device, which lives as long as the device.
