@@ -36,7 +36,7 @@ use source::Parts;
 /// Validation share that LitGPT takes from a single file if none is given.
 const DEFAULT_VAL_SPLIT_FRACTION: f64 = 0.05;
 
-/// Which dataset, and how it is used; LitGPT's names and defaults.
+/// Which dataset, and how it becomes samples; LitGPT's names and defaults. Fields that a dataset does not have are `None` or default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
@@ -46,6 +46,10 @@ pub struct DataConfig {
     pub json_path: Option<PathBuf>,
     /// Renamed keys of the user's own rows: `instruction=question,output=answer`.
     pub columns: Option<String>,
+    /// Train on the answers only; `None`: only in conversations (LitGPT knows none and says false).
+    pub mask_prompt: Option<bool>,
+    /// Put short samples side by side, up to `train.max_seq_length` tokens.
+    pub pack: bool,
     /// Share of the rows kept for validation; `None`: the dataset's own.
     pub val_split_fraction: Option<f64>,
     /// Prompt style; `None`: the dataset's own.
@@ -78,6 +82,8 @@ impl Default for DataConfig {
             name: "Alpaca".to_owned(),
             json_path: None,
             columns: None,
+            mask_prompt: None,
+            pack: false,
             val_split_fraction: None,
             prompt_style: None,
             ignore_index: -100,

@@ -25,7 +25,7 @@ use crate::train::tensorboard::TensorBoard;
 use crate::train::{FINAL, Job, Plan, fit, is_over, side_by_side};
 use outside::Run;
 use preflight::computed;
-use samples::{data_config, encoder, samples};
+use samples::{encoder, samples};
 use std::path::Path;
 
 /// Runs the command.
@@ -40,7 +40,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
     let tokenizer = fitted(own_tokenizer(&checkpoint)?, &checkpoint)?.with_bos(add_bos(settings.add_bos));
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
-    let mut dataset = crate::data::load(&data_config(&settings), &tokenizer, &fetcher)?;
+    let mut dataset = crate::data::load(&settings.data, &tokenizer, &fetcher)?;
     let style = dataset.style.clone();
     let encoder = encoder(&settings, &checkpoint, &tokenizer, &style);
     let (train, val) = samples(&settings, &encoder, &mut dataset, ui)?;

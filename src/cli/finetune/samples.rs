@@ -4,7 +4,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::ui::Ui;
 use crate::data::prompt::PromptStyle;
 use crate::data::sft::{Encoder, Report as DataReport, Sample, with_mask};
-use crate::data::{Content, DataConfig, Dataset, Origin, Record};
+use crate::data::{Content, Dataset, Origin, Record};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use crate::train::settings::FinetuneSettings;
@@ -23,27 +23,6 @@ pub(super) fn samples(
         without_validation(settings, rows, held_out, ui)?;
     }
     Ok((train, val))
-}
-
-pub(super) fn data_config(settings: &FinetuneSettings) -> DataConfig {
-    let data = &settings.data;
-    DataConfig {
-        name: data.name.clone(),
-        json_path: data.json_path.clone(),
-        columns: data.columns.clone(),
-        val_split_fraction: data.val_split_fraction,
-        prompt_style: data.prompt_style.clone(),
-        ignore_index: data.ignore_index,
-        seed: data.seed,
-        num_workers: data.num_workers,
-        download_dir: data.download_dir.clone(),
-        include_multiturn_conversations: data.include_multiturn_conversations,
-        repo_id: data.repo_id.clone(),
-        subsets: data.subsets.clone(),
-        file_url: data.file_url.clone(),
-        file_name: data.file_name.clone(),
-        url: data.url.clone(),
-    }
 }
 
 /// How a run makes its samples.

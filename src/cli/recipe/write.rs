@@ -1,10 +1,9 @@
 //! The settings of a run as a YAML recipe: LitGPT's keys in its shape, which `--config` reads back.
 
+use crate::data::DataConfig;
 use crate::data::prompt::PromptStyle;
 use crate::error::{Error, Result};
-use crate::train::settings::{
-    DATA_MODULES, DataModule, DataSettings, FinetuneSettings, LrSchedule, Switch, TrainSettings,
-};
+use crate::train::settings::{DATA_MODULES, DataModule, FinetuneSettings, LrSchedule, Switch, TrainSettings};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -67,7 +66,7 @@ pub(super) fn to_tree(settings: &FinetuneSettings) -> Value {
 }
 
 /// The fields of a data module without what LitGPT does not know, and with a prompt style that it has no key for as a class.
-fn shaped(mut fields: Map<String, Value>, data: &DataSettings) -> Map<String, Value> {
+fn shaped(mut fields: Map<String, Value>, data: &DataConfig) -> Map<String, Value> {
     if !data.pack {
         fields.shift_remove("pack");
     }
@@ -94,7 +93,7 @@ pub fn to_yaml(settings: &FinetuneSettings) -> Result<String> {
 /// An unknown word in `what`.
 pub fn print_config(settings: &FinetuneSettings, what: &str) -> Result<String> {
     let mut tree = to_tree(settings);
-    let module = DataSettings { name: settings.data.name.clone(), ..Default::default() };
+    let module = DataConfig { name: settings.data.name.clone(), ..Default::default() };
     let defaults = to_tree(&FinetuneSettings { data: module, ..Default::default() });
     // The module itself is a choice, too; beside it stand the defaults of its own fields.
     let is_default = |path: &str, value: &Value| {

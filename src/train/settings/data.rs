@@ -1,9 +1,7 @@
 //! Which data is trained on: LitGPT's data modules and the fields of each.
 
 use super::rules::check;
-use crate::data::wrong_fraction;
-use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use crate::data::{DataConfig, wrong_fraction};
 
 /// A data module of LitGPT and the fields that it has besides those that all have.
 #[derive(Debug)]
@@ -44,71 +42,7 @@ impl DataModule {
     }
 }
 
-/// Which data is trained on, and how it becomes prompts. Fields of other modules than `name` are `None` or default.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct DataSettings {
-    /// Name of the data module, one of [`DATA_MODULES`].
-    pub name: String,
-    /// JSON: a file, or a folder with a train and a val file.
-    pub json_path: Option<PathBuf>,
-    /// JSON, Hub: other names of the rows' keys, `instruction=question,output=answer`.
-    pub columns: Option<String>,
-    /// Train on the answers only; `None`: only in conversations (LitGPT knows none and says false).
-    pub mask_prompt: Option<bool>,
-    /// Put short samples side by side, up to `train.max_seq_length` tokens.
-    pub pack: bool,
-    /// Share of the samples held out for validation, 0 for none; `None`: the module's own.
-    pub val_split_fraction: Option<f64>,
-    /// Prompt style by key or class name; `None`: the module's own.
-    pub prompt_style: Option<String>,
-    /// Label of tokens that do not count in the loss.
-    pub ignore_index: i32,
-    /// Seed of the split and of the order of samples.
-    pub seed: u64,
-    /// Accepted for LitGPT's sake, without effect.
-    pub num_workers: usize,
-    /// Where downloaded data is kept; `None`: the module's own.
-    pub download_dir: Option<PathBuf>,
-    /// Deita and LIMA: also the later turns, each as a sample.
-    pub include_multiturn_conversations: bool,
-    /// Another dataset repository on the Hub.
-    pub repo_id: Option<String>,
-    /// FLAN, Hub: names of subsets with commas between.
-    pub subsets: Option<String>,
-    /// Another address of the file.
-    pub file_url: Option<String>,
-    /// Name under which the downloaded file is kept.
-    pub file_name: Option<String>,
-    /// FLAN: another address of the folder.
-    pub url: Option<String>,
-}
-
-impl Default for DataSettings {
-    fn default() -> Self {
-        Self {
-            name: "Alpaca".into(),
-            json_path: None,
-            columns: None,
-            mask_prompt: None,
-            pack: false,
-            val_split_fraction: None,
-            prompt_style: None,
-            ignore_index: -100,
-            seed: 42,
-            num_workers: 4,
-            download_dir: None,
-            include_multiturn_conversations: false,
-            repo_id: None,
-            subsets: None,
-            file_url: None,
-            file_name: None,
-            url: None,
-        }
-    }
-}
-
-impl DataSettings {
+impl DataConfig {
     /// Names of the fields that are set although not every module has them.
     fn own_fields(&self) -> Vec<&'static str> {
         [

@@ -9,10 +9,11 @@ mod groups;
 mod rules;
 mod values;
 
-pub use data::{DATA_MODULES, DataModule, DataSettings};
+pub use data::{DATA_MODULES, DataModule};
 pub use groups::{EvalSettings, LoraSettings, OptimizerSettings, TrainSettings};
 pub use values::{Accelerator, EvaluateExample, LrSchedule, Precision, QUANTIZERS, Switch, quantizer};
 
+use crate::data::DataConfig;
 use crate::error::{Error, Result, closest};
 use rules::check;
 use serde::{Deserialize, Serialize};
@@ -45,7 +46,7 @@ pub struct FinetuneSettings {
     #[serde(flatten)]
     pub lora: LoraSettings,
     /// The data.
-    pub data: DataSettings,
+    pub data: DataConfig,
     /// The loop.
     pub train: TrainSettings,
     /// Evaluation.
@@ -83,7 +84,7 @@ impl Default for FinetuneSettings {
             devices: 1,
             num_nodes: 1,
             lora: LoraSettings::default(),
-            data: DataSettings::default(),
+            data: DataConfig::default(),
             train: TrainSettings::default(),
             eval: EvalSettings::default(),
             optimizer: OptimizerSettings::default(),
