@@ -4,16 +4,21 @@
 //! is told by the files; config.json has a `quantization_config` for transformers' sake.
 //! (bitsandbytes/functional.py `QuantState.as_dict`, nn/modules.py `Linear8bitLt._save_to_state_dict`.)
 
-use super::convert::Export;
+use super::convert::{Export, Target};
 use super::safe::{Place, Shards};
 use super::write::{Entry, SHARD, Staging, sharded};
-use super::{AGAIN, Dtype, Layout};
+use super::{AGAIN, Checkpoint, Dtype, Layout};
 use crate::error::{Error, Result};
+use crate::model::Source;
+use crate::model::calibrate::{Calibration, Seen};
 use crate::model::config::Mlp;
+use crate::ops::gptq;
 use crate::ops::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, Quantized, nested_code};
 use crate::ops::quantized::{Codes, Quantizer};
+use crate::ops::weight::Data;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::path::Path;
 
 /// Between a weight's name and the name of its 4-bit format.
@@ -234,13 +239,14 @@ enum Content {
 }
 
 /// Fills `staging` with the model of `export`, the matrices of its blocks quantized: a folder that transformers loads
-/// with bitsandbytes. One matrix at a time is in memory.
+/// with bitsandbytes. One matrix at a time is in memory; with samples to choose the codes by, one block.
 ///
 /// # Errors
 /// When the architecture has experts, or a file cannot be read or written.
 pub fn write(
     export: &Export<'_>,
     quantizer: Quantizer,
+    calibration: Option<Calibration<'_>>,
     staging: &Staging,
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
@@ -284,6 +290,7 @@ pub fn write(
         put(state, "U8", vec![STATE_BYTES], 1, Content::State { dtype: info.dtype, shape });
     }
     let mut codes: Option<Codes> = None;
+    let mut calibrated = calibration.map(|calibration| Calibrated::new(export, quantizer, &targets, calibration));
     sharded(staging, SHARD, &entries, |index| {
         Ok(match &contents[index] {
             Content::Whole(number) => {
@@ -293,9 +300,10 @@ pub fn write(
             Content::Codes(number) => {
                 let target = &targets[*number];
                 progress(&target.info.name);
-                let mut values = vec![0.0; target.info.shape.iter().product()];
-                target.info.dtype.decode(&export.content(target)?, &mut values);
-                let quantized = Codes::new(quantizer, &values, target.info.shape[0], target.info.shape[1]);
+                let quantized = match &mut calibrated {
+                    Some(calibrated) => calibrated.take(*number)?,
+                    None => nearest(export, quantizer, target)?,
+                };
                 code_bytes(codes.insert(quantized))
             }
             Content::Absmax => codes.as_ref().map(absmax_bytes).unwrap_or_default(),
@@ -308,6 +316,104 @@ pub fn write(
     let head = head.trim_end_matches(".weight").rsplit('.').next().unwrap_or_default().to_owned();
     let dtype = targets.iter().find(|t| t.is_projection()).map_or(Dtype::F32, |t| t.info.dtype);
     export.companions_with(staging, &[("quantization_config", description(quantizer, dtype, &head))])
+}
+
+fn values(export: &Export<'_>, target: &Target) -> Result<Vec<f32>> {
+    let mut values = vec![0.0; target.info.shape.iter().product()];
+    target.info.dtype.decode(&export.content(target)?, &mut values);
+    Ok(values)
+}
+
+/// The codes of a matrix that bitsandbytes gives it.
+fn nearest(export: &Export<'_>, quantizer: Quantizer, target: &Target) -> Result<Codes> {
+    Ok(Codes::new(quantizer, &values(export, target)?, target.info.shape[0], target.info.shape[1]))
+}
+
+/// Codes that are chosen by samples, a block at a time: what its projections are multiplied with is what comes out of the
+/// quantized blocks before it.
+struct Calibrated<'a> {
+    export: &'a Export<'a>,
+    quantizer: Quantizer,
+    targets: &'a [Target],
+    calibration: Calibration<'a>,
+    /// Blocks that are quantized.
+    done: usize,
+    /// Codes that were not taken yet, by the number of their target.
+    codes: HashMap<usize, Codes>,
+}
+
+impl<'a> Calibrated<'a> {
+    fn new(export: &'a Export<'a>, quantizer: Quantizer, targets: &'a [Target], calibration: Calibration<'a>) -> Self {
+        Self { export, quantizer, targets, calibration, done: 0, codes: HashMap::new() }
+    }
+
+    /// The codes of the target of that number; blocks are asked for in their order.
+    fn take(&mut self, number: usize) -> Result<Codes> {
+        while !self.codes.contains_key(&number) && self.done < self.export.checkpoint.config.n_layer {
+            self.block()?;
+        }
+        match self.codes.remove(&number) {
+            Some(codes) => Ok(codes),
+            None => nearest(self.export, self.quantizer, &self.targets[number]),
+        }
+    }
+
+    fn block(&mut self) -> Result<()> {
+        let (layer, prefix) = (self.done, format!("model.layers.{}.", self.done));
+        let seen = self.calibration.see(self.export.checkpoint, layer)?;
+        let mut decoded = HashMap::new();
+        for Seen { modules, gram } in seen {
+            let inputs = gptq::Inputs::new(&gram).ok_or_else(|| {
+                let message = format!("the activations before {} are not finite numbers", modules.join(", "));
+                Error::refused(
+                    message,
+                    "check the model with `litgpt generate`; leave --data out to quantize without them",
+                )
+            })?;
+            drop(gram);
+            let ours = |name: &str| name.strip_suffix(".weight").is_some_and(|m| modules.iter().any(|n| n == m));
+            let is_of = |target: &Target| target.is_projection() && target.names().any(ours);
+            for (number, target) in self.targets.iter().enumerate().filter(|(_, target)| is_of(target)) {
+                let codes = self.choose(target, &inputs)?;
+                let mut values = vec![0.0; target.info.shape.iter().product()];
+                codes.decode_rows(0..codes.rows(), &mut values);
+                decoded.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
+                self.codes.insert(number, codes);
+            }
+        }
+        debug_assert!(decoded.keys().all(|name| name.starts_with(&prefix)));
+        self.calibration.advance(&Decoded { checkpoint: self.export.checkpoint, matrices: decoded }, layer)?;
+        self.done += 1;
+        Ok(())
+    }
+
+    fn choose(&self, target: &Target, inputs: &gptq::Inputs) -> Result<Codes> {
+        match self.quantizer {
+            // Blocks that span rows have no scale of one row's.
+            Quantizer::Four { kind, double } if target.info.shape[1].is_multiple_of(QUANT_BLOCK) => {
+                Ok(Codes::Four(inputs.quantize(&values(self.export, target)?, kind, double)))
+            }
+            _ => nearest(self.export, self.quantizer, target),
+        }
+    }
+}
+
+/// A checkpoint with some matrices in place of its own.
+struct Decoded<'a> {
+    checkpoint: &'a Checkpoint,
+    matrices: HashMap<String, Vec<f32>>,
+}
+
+impl Source for Decoded<'_> {
+    fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
+        match (self.matrices.get(name), data) {
+            (None, data) => return self.checkpoint.append(name, rows, cols, data),
+            (Some(values), Data::F32(data)) => data.extend_from_slice(values),
+            (Some(values), Data::Bf16(data)) => data.extend(values.iter().map(|v| half::bf16::from_f32(*v))),
+            (Some(values), Data::F16(data)) => data.extend(values.iter().map(|v| half::f16::from_f32(*v))),
+        }
+        Ok(())
+    }
 }
 
 fn code_bytes(codes: &Codes) -> Vec<u8> {

@@ -38,6 +38,17 @@ impl Target {
     pub(super) fn is_projection(&self) -> bool {
         self.info.shape.len() == 2 && self.parts.iter().all(|part| part.name.starts_with("model.layers."))
     }
+
+    /// Our tensors that it is made of.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().map(|part| part.name.as_str())
+    }
+
+    /// Our tensors of which it holds all rows, taken out of its `values`.
+    pub(super) fn split(&self, values: &[f32]) -> impl Iterator<Item = (&str, Vec<f32>)> {
+        let rows = |rows: &Range<usize>| &values[rows.start * self.width..rows.end * self.width];
+        self.parts.iter().map(move |part| (part.name.as_str(), part.to.iter().flat_map(rows).copied().collect()))
+    }
 }
 
 /// A tensor of ours, or some rows of it, within a [`Target`].

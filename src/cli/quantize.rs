@@ -1,16 +1,26 @@
 //! `litgpt quantize`: a copy of a model whose weights are kept in few bits, so that it is small on disk and loads at
-//! once, here and in transformers.
+//! once, here and in transformers. With `--data`, its 4-bit codes are chosen by what samples of it make of them.
 
-use super::args::QuantizeArgs;
+use super::args::{FinetuneArgs, QuantizeArgs};
 use super::convert::refuse_existing;
-use super::load::{PROMPT_STYLE, quantizer};
+use super::load::{Compute, PROMPT_STYLE, fitted, own_tokenizer, quantizer};
 use super::ui::Ui;
+use super::{download, recipe};
 use crate::checkpoint::bnb;
 use crate::checkpoint::convert::Export;
 use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, Layout, adapter};
+use crate::data::Origin;
+use crate::data::sft::{Encoder, Sample, pack};
 use crate::error::{Error, Result};
+use crate::model::Tokens;
+use crate::model::calibrate::Calibration;
+use crate::ops::quantized::Quantizer;
+use serde_json::json;
 use std::path::{Path, PathBuf};
+
+/// Samples that go through a block at once have at most this many tokens together, but for one that is longer.
+const PASS: usize = 2048;
 
 /// Runs the command.
 pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -27,16 +37,86 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
         return Err(Error::refused(message, "use it as it is").into());
     }
     let quantizer = quantizer(Some(&args.quantize), &checkpoint)?.expect("a name was given");
-    let export = Export { checkpoint: &checkpoint, adapters: None, dtype: None };
-    let staging = Staging::new(&out)?;
-    ui.begin("quantize", export.len(Layout::HuggingFace)? as u64, false);
-    bnb::write(&export, quantizer, &staging, &mut |_| ui.advance(1))?;
-    ui.end();
-    staging.copy(&dir, &[PROMPT_STYLE])?;
-    staging.commit()?;
+    let samples = args.data.as_deref().map(|data| samples(args, data, &checkpoint, ui)).transpose()?;
+    let compute = Compute::find(args.accelerator, None)?;
+    write(&checkpoint, quantizer, &compute, samples.as_deref(), &out, ui)?;
     ui.note(&format!("wrote {}", out.display()));
     ui.note(&format!("next: litgpt finetune lora --checkpoint_dir {} --data Alpaca", out.display()));
     Ok(())
+}
+
+/// Writes the quantized copy of a checkpoint as the folder `out`; with `samples`, its codes are chosen by them.
+///
+/// # Errors
+/// When the model cannot be quantized so, or something cannot be read or written.
+pub(super) fn write(
+    checkpoint: &Checkpoint,
+    quantizer: Quantizer,
+    compute: &Compute,
+    samples: Option<&[Sample]>,
+    out: &Path,
+    ui: &mut Ui,
+) -> Result<()> {
+    let calibration = samples.map(|samples| calibration(checkpoint, quantizer, compute, samples, ui)).transpose()?;
+    let export = Export { checkpoint, adapters: None, dtype: None };
+    let staging = Staging::new(out)?;
+    ui.begin("quantize", export.len(Layout::HuggingFace)? as u64, false);
+    bnb::write(&export, quantizer, calibration, &staging, &mut |_| ui.advance(1))?;
+    ui.end();
+    staging.copy(&checkpoint.dir, &[PROMPT_STYLE])?;
+    staging.commit()
+}
+
+fn calibration<'a>(
+    checkpoint: &'a Checkpoint,
+    quantizer: Quantizer,
+    compute: &'a Compute,
+    samples: &[Sample],
+    ui: &Ui,
+) -> Result<Calibration<'a>> {
+    if quantizer == Quantizer::Int8 {
+        let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
+        return Err(Error::usage(message, "leave the samples out, or quantize to nf4"));
+    }
+    let lengths: Vec<usize> = samples.iter().map(|sample| sample.input_ids.len()).collect();
+    let tokens = |rows: Vec<usize>| {
+        let mut tokens = Tokens::default();
+        rows.iter().for_each(|row| tokens.push(&samples[*row].input_ids, &[], 0));
+        tokens
+    };
+    let passes: Vec<Tokens> = pack(&lengths, PASS).into_iter().map(tokens).collect();
+    ui.note(&format!(
+        "{}: codes chosen by {} samples, {} tokens, on {}",
+        quantizer.name(),
+        samples.len(),
+        lengths.iter().sum::<usize>(),
+        compute.place()
+    ));
+    Calibration::new(&checkpoint.config, checkpoint, compute.device.as_ref(), compute.store(), &passes)
+}
+
+/// `count` of the samples, from all over them.
+pub(super) fn chosen<T: Clone>(samples: &[T], count: usize) -> Vec<T> {
+    let count = count.min(samples.len());
+    (0..count).map(|number| samples[number * samples.len() / count].clone()).collect()
+}
+
+/// Training samples of the dataset `data`.
+fn samples(args: &QuantizeArgs, data: &str, checkpoint: &Checkpoint, ui: &mut Ui) -> Result<Vec<Sample>> {
+    let given = vec![("checkpoint_dir", json!(checkpoint.dir)), ("data.name", json!(data))];
+    let settings = recipe::resolve(&FinetuneArgs { given, ..FinetuneArgs::default() })?;
+    let tokenizer = fitted(own_tokenizer(checkpoint)?, checkpoint)?;
+    let fetcher = download::Fetcher::new(args.access_token.clone(), ui)?;
+    let dataset = crate::data::load(&settings.data, &tokenizer, &fetcher)?;
+    let encoder = Encoder {
+        tokenizer: &tokenizer,
+        style: &dataset.style,
+        mask_prompt: settings.data.mask_prompt,
+        ignore_index: settings.data.ignore_index,
+        max_seq_length: Some(args.max_seq_length.min(checkpoint.config.block_size)),
+    };
+    let placed = |(row, error): (Origin, Error)| error.at(&dataset.locate(row));
+    encoder.encode_all(&chosen(&dataset.train, args.calibration_samples), &|_| {}).map_err(placed)
 }
 
 /// The folder beside `dir` that is named after it and the quantizer.

@@ -136,6 +136,28 @@ impl Block {
         (y, Saved { x, attention, o, attention_h, attention_raw, middle, mlp, mlp_raw })
     }
 
+    /// What each projection is multiplied with, in a pass that is not kept.
+    ///
+    /// # Shapes
+    /// `x`: (T, n_embd); returns (T, inputs) each.
+    ///
+    /// # Panics
+    /// When the block has experts.
+    #[must_use]
+    pub fn inputs(&self, pass: &Pass<'_>, x: Matrix) -> [(&Linear, Matrix); 4] {
+        let saved = self.forward(pass, x).1;
+        let Mlp::Dense(dense) = &self.mlp else { unreachable!("experts see rows of their own") };
+        let input = |norm: Option<&Norm>, x: &Matrix| normed(norm, x).unwrap_or_else(|| x.clone());
+        let (between, norms) = (saved.middle.as_ref().unwrap_or(&saved.x), &self.attention_norms);
+        let mlp_norm = if self.shared_norm { &norms.before } else { &self.mlp_norms.before };
+        [
+            (&self.attention.qkv, input(norms.before.as_ref(), &saved.x)),
+            (&dense.up, input(mlp_norm.as_ref(), between)),
+            (&dense.down, dense.units(saved.mlp)),
+            (&self.attention.projection, saved.o.restore()),
+        ]
+    }
+
     /// Keys and values of a forward, for passes that go on from them.
     ///
     /// # Shapes

@@ -107,8 +107,7 @@ impl Gpt {
             return Err(Error::unsupported(what, "use --accelerator cpu"));
         }
         let loader = Loader { config, source, store, quantizer, device };
-        let embedding =
-            Arc::new(loader.weight(&[("model.embed_tokens".to_owned(), config.vocab_size)], config.n_embd)?);
+        let embedding = Arc::new(loader.embedding()?);
         let mut blocks = Vec::with_capacity(config.n_layer);
         for layer in 0..config.n_layer {
             blocks.push(loader.block(layer)?);
@@ -129,15 +128,20 @@ impl Gpt {
     }
 }
 
-struct Loader<'a> {
-    config: &'a Config,
-    source: &'a dyn Source,
-    store: Store,
-    quantizer: Option<Quantizer>,
-    device: Option<&'a Device>,
+/// What parts of a model are made from.
+pub(super) struct Loader<'a> {
+    pub(super) config: &'a Config,
+    pub(super) source: &'a dyn Source,
+    pub(super) store: Store,
+    pub(super) quantizer: Option<Quantizer>,
+    pub(super) device: Option<&'a Device>,
 }
 
 impl Loader<'_> {
+    pub(super) fn embedding(&self) -> Result<Weight> {
+        self.weight(&[("model.embed_tokens".to_owned(), self.config.vocab_size)], self.config.n_embd)
+    }
+
     fn weight(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         let rows: usize = parts.iter().map(|p| p.1).sum();
         let len = rows * cols;
@@ -236,7 +240,7 @@ impl Loader<'_> {
         Ok(Norm { kind, eps: self.config.norm_eps, group, weight: weight.into(), bias: bias.map(Into::into) })
     }
 
-    fn block(&self, layer: usize) -> Result<Block> {
+    pub(super) fn block(&self, layer: usize) -> Result<Block> {
         let config = self.config;
         let prefix = format!("model.layers.{layer}");
         let norm = |name: &str| self.norm(&format!("{prefix}.{name}")).map(Some);

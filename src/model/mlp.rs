@@ -108,6 +108,12 @@ impl Dense {
         if self.gated() { glu::gated(self.activation, up) } else { glu::plain(self.activation, up) }
     }
 
+    /// The units, from what their forward saved.
+    pub(super) fn units(&self, saved: Saved) -> Matrix {
+        let Saved::Dense(saved) = saved else { unreachable!("a forward saves what its own MLP needs") };
+        self.activate(&saved.up.restore())
+    }
+
     /// `y = down(units(x))`, added to `y` where `accumulate`.
     ///
     /// # Shapes

@@ -8,6 +8,7 @@
 
 pub mod attention;
 pub mod block;
+pub mod calibrate;
 pub mod config;
 mod decode;
 pub mod experts;
@@ -93,6 +94,22 @@ pub fn device_error(failure: Failure) -> Error {
     Error::refused(failure.to_string(), hint)
 }
 
+/// Rotary tables of a model's blocks, and those of its windowed ones where they differ.
+fn rope_tables(config: &Config, positions: usize) -> [Tables; 2] {
+    let local = config.rope_local_theta.unwrap_or(config.rope_theta);
+    [
+        Tables::new(config.rope_theta, config.rotary_dim, &config.rope_scaling, positions),
+        Tables::new(local, config.rotary_dim, &Scaling::None, positions),
+    ]
+}
+
+/// What the first block is given.
+fn embed(embedding: &Weight, config: &Config, ids: &[u32]) -> Matrix {
+    let mut x = embedding.gather(&ids.to_vec().into());
+    rows::scale(&mut x, config.embedding_scale);
+    x
+}
+
 /// What a block's backward starts from.
 #[derive(Debug)]
 enum Kept {
@@ -131,11 +148,7 @@ impl Gpt {
         if config.rotary_dim == 0 || self.rope[0].positions() >= positions {
             return;
         }
-        let local = config.rope_local_theta.unwrap_or(config.rope_theta);
-        self.rope = [
-            Tables::new(config.rope_theta, config.rotary_dim, &config.rope_scaling, positions),
-            Tables::new(local, config.rotary_dim, &Scaling::None, positions),
-        ];
+        self.rope = rope_tables(config, positions);
     }
 
     /// Positions that a pass may have.
@@ -223,9 +236,7 @@ impl Gpt {
     }
 
     fn embed(&self, ids: &[u32]) -> Matrix {
-        let mut x = self.embedding.gather(&ids.to_vec().into());
-        rows::scale(&mut x, self.config.embedding_scale);
-        x
+        embed(&self.embedding, &self.config, ids)
     }
 
     /// Some rows of the head's weight, on the host.

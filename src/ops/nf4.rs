@@ -19,7 +19,7 @@ pub const QUANT_BLOCK: usize = 64;
 /// Scales that share one scale, with double quantization.
 pub const NESTED_BLOCK: usize = 256;
 /// bitsandbytes divides by at least this, so that a block of denormal values does not divide by zero.
-const SMALLEST_ABSMAX: f32 = 1e-38;
+pub(super) const SMALLEST_ABSMAX: f32 = 1e-38;
 
 /// Which 16 levels the codes stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +145,24 @@ impl Kind4 {
             Self::Fp4 => &FP4_ASCENDING,
         }
     }
+
+    /// The codes of a block of values that were divided by their scale. Ranks are counted without a branch, which the
+    /// compiler turns into vector compares.
+    pub(super) fn codes(self, scaled: &[f32; QUANT_BLOCK]) -> [u8; QUANT_BLOCK] {
+        let mut ranks = [0u32; QUANT_BLOCK];
+        for limit in self.limits() {
+            for (rank, s) in ranks.iter_mut().zip(scaled) {
+                *rank += u32::from(s > limit);
+            }
+        }
+        ranks.map(|rank| self.ascending()[rank as usize])
+    }
+
+    /// The code of one such value.
+    pub(super) fn code(self, scaled: f32) -> u8 {
+        let rank: usize = self.limits().iter().map(|limit| usize::from(scaled > *limit)).sum();
+        self.ascending()[rank]
+    }
 }
 
 /// The scale of each block of [`QUANT_BLOCK`] values.
@@ -203,7 +221,7 @@ impl Absmax {
         }
     }
 
-    fn double(absmax: &[f32]) -> Self {
+    pub(super) fn double(absmax: &[f32]) -> Self {
         let offset = torch_sum(absmax) / absmax.len().max(1) as f32;
         let mut codes = Vec::with_capacity(absmax.len());
         let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
@@ -455,22 +473,14 @@ impl Quantized {
     }
 }
 
-/// Appends the codes of one block. Ranks are counted without a branch, 64 values at a time, which the compiler turns
-/// into vector compares; an odd tail is filled with the code of zero.
+/// Appends the codes of one block; an odd tail is filled with the code of zero.
 fn pack_block(block: &[f32], inverse: f32, kind: Kind4, packed: &mut Vec<u8>) {
     let mut scaled = [0f32; QUANT_BLOCK];
     for (s, v) in scaled.iter_mut().zip(block) {
         *s = v * inverse;
     }
-    let mut ranks = [0u32; QUANT_BLOCK];
-    for limit in kind.limits() {
-        for (rank, s) in ranks.iter_mut().zip(&scaled) {
-            *rank += u32::from(s > limit);
-        }
-    }
-    let codes = kind.ascending();
     let bytes = block.len().div_ceil(2);
-    packed.extend(ranks.as_chunks::<2>().0[..bytes].iter().map(|&[a, b]| codes[a as usize] << 4 | codes[b as usize]));
+    packed.extend(kind.codes(&scaled).as_chunks::<2>().0[..bytes].iter().map(|[a, b]| a << 4 | b));
 }
 
 #[cfg(test)]

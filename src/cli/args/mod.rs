@@ -11,7 +11,7 @@ pub use models::{ChatArgs, GenerateArgs, LoadArgs, ModelArg, SamplingArgs, check
 
 use super::usage;
 use crate::error::{Error, Result};
-use crate::train::settings::{Precision, quantizer};
+use crate::train::settings::{Accelerator, Precision, quantizer};
 use clap::{ArgAction, Args, Command, ValueEnum};
 use models::boolean_arg;
 use std::ffi::OsString;
@@ -202,6 +202,7 @@ impl ConvertFromArgs {
     rename_all = "snake_case",
     after_help = "Examples:
   litgpt quantize checkpoints/meta-llama/Llama-3.2-1B
+  litgpt quantize checkpoints/meta-llama/Llama-3.2-1B --data my_data.json
   litgpt quantize --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --quantize int8 --out_dir small"
 )]
 pub struct QuantizeArgs {
@@ -214,6 +215,26 @@ pub struct QuantizeArgs {
     /// Folder to write [default: beside the model, with the quantizer's name behind its own]
     #[arg(long, value_name = "DIR", overrides_with = "out_dir")]
     pub out_dir: Option<PathBuf>,
+    /// Choose the 4-bit codes by samples (GPTQ), which loses a tenth as much: a dataset, file or ORGANISATION/NAME, as in
+    /// finetuning [default: the nearest codes, as bitsandbytes has them]
+    #[arg(long, value_name = "NAME", overrides_with = "data")]
+    pub data: Option<String>,
+    /// How many samples of --data are looked at
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one, overrides_with = "calibration_samples")]
+    pub calibration_samples: usize,
+    /// Longest sample, in tokens
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one, overrides_with = "max_seq_length")]
+    pub max_seq_length: usize,
+    /// Where samples are looked at: auto (a GPU if there is one), cpu, cuda
+    #[arg(long, value_name = "NAME", default_value = "auto", overrides_with = "accelerator")]
+    pub accelerator: Accelerator,
+    /// Hugging Face token, if the dataset has to be downloaded
+    #[arg(long, value_name = "TOKEN", env = "HF_TOKEN", hide_env_values = true)]
+    pub access_token: Option<String>,
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected 1 or more".into())
 }
 
 /// Arguments of `litgpt validate`.
