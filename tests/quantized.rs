@@ -4,14 +4,21 @@
 use std::fs;
 use std::path::Path;
 
-use litgpt::checkpoint::Checkpoint;
+use litgpt::checkpoint::convert::Export;
+use litgpt::checkpoint::write::Staging;
+use litgpt::checkpoint::{Checkpoint, bnb};
+use litgpt::error::Error;
 use litgpt::model::Gpt;
+use litgpt::model::calibrate::Calibration;
+use litgpt::ops::device::Device;
 use litgpt::ops::quantized::Quantizer;
 use litgpt::ops::weight::Store;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::util::{copy_tiny, finetune, floats, greedy, litgpt, root, tensors, tiny, write_tensors};
+use crate::{emulated, golden};
+
+use crate::util::{column, copy_tiny, finetune, floats, greedy, litgpt, root, tensors, tiny, write_tensors};
 
 const NAMES: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
 const IDS: [u32; 9] = [5, 17, 3, 99, 41, 8, 250, 7, 1];
@@ -151,4 +158,71 @@ fn what_cannot_be_quantized_is_refused() {
     config["quantization_config"] = serde_json::json!({"quant_method": "gptq", "bits": 4});
     fs::write(&path, config.to_string()).unwrap();
     litgpt(dir.path(), ["generate", "gptq"]).refused(1, &["gptq", "config.json"]);
+}
+
+/// Samples choose the codes of every family: the logits change less than with the nearest codes, whatever the files call
+/// the matrices and fuse of them.
+#[test]
+fn samples_choose_the_codes_of_every_family() {
+    let Some(root) = golden::root() else { return };
+    let failed = golden::each(&golden::cases(&root, "models", "golden.safetensors"), |dir| {
+        let Some((checkpoint, whole)) = golden::load_on(None, dir, Store::F32, None) else { return };
+        let rows = golden::Fixture::read(&dir.join("golden.safetensors")).rows("input_ids");
+        let want = golden::logits(&whole, &rows);
+        let change = |device: Option<&Device>, name: &str, samples: bool| {
+            let folder = tempfile::tempdir().unwrap();
+            let tokens = golden::batch(&rows, &rows);
+            let calibrated = || Calibration::new(&checkpoint.config, &checkpoint, device, Store::F32, &[tokens]);
+            let calibration = match samples.then(calibrated).transpose() {
+                Err(Error::Unsupported { .. }) => return None,
+                calibration => calibration.unwrap(),
+            };
+            let export = Export { checkpoint: &checkpoint, adapters: None, dtype: None };
+            let staging = Staging::new(&folder.path().join("out")).unwrap();
+            let quantizer = Quantizer::named(name).unwrap();
+            bnb::write(&export, quantizer, calibration, &staging, &mut |_| ()).unwrap();
+            staging.commit().unwrap();
+            let (_, quantized) = golden::load_on(None, &folder.path().join("out"), Store::F32, None).unwrap();
+            let got = golden::logits(&quantized, &rows);
+            Some(got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt())
+        };
+        for name in ["nf4", "fp4-dq"] {
+            let Some(chosen) = change(None, name, true) else { return };
+            let nearest = change(None, name, false).unwrap();
+            println!("{name}: {nearest} to {chosen}");
+            assert!(chosen < 0.65 * nearest, "{name}: {nearest} to {chosen}");
+            let Some(device) = emulated::device() else { continue };
+            let there = change(Some(&device), name, true).unwrap();
+            assert!((there - chosen).abs() < 0.05 * nearest, "{name}: {chosen}, on a device {there}");
+        }
+    });
+    assert!(failed.is_empty(), "cases that failed: {failed:?}");
+}
+
+#[test]
+fn samples_are_what_finetuning_would_take() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = root().join("data/instructions_tiny.json");
+    let tiny = tiny();
+    let quantize = |more: &[&str]| {
+        let all = [&["quantize", tiny.to_str().unwrap(), "--data", data.to_str().unwrap()], more].concat();
+        litgpt(dir.path(), all)
+    };
+    let ran = quantize(&["--out_dir", "one", "--calibration_samples", "40"]).ok();
+    assert!(ran.stderr.contains("by 40 samples"), "{}", ran.stderr);
+    quantize(&["--out_dir", "two", "--calibration_samples", "40"]).ok();
+    let bytes = |name: &str| fs::read(dir.path().join(name).join("model.safetensors")).unwrap();
+    assert!(bytes("one") == bytes("two"), "the same samples give the same codes");
+    let loss = |model: &str| {
+        finetune(dir.path(), Path::new(model), "--eval.initial_validation true --train.max_steps 1").ok();
+        column(&dir.path().join("out"), "val_loss")[0]
+    };
+    let plain = quantized(dir.path(), "nf4");
+    let [whole, nearest, chosen] = [loss(tiny.to_str().unwrap()), loss(plain.to_str().unwrap()), loss("one")];
+    assert!((chosen - whole).abs() < 0.5 * (nearest - whole).abs(), "{whole}, nearest {nearest}, chosen {chosen}");
+    quantize(&["--out_dir", "x", "--quantize", "int8"]).refused(2, &["8 bits", "leave the samples out"]);
+    quantize(&["--out_dir", "x", "--calibration_samples", "0"]).refused(2, &["calibration_samples"]);
+    litgpt(dir.path(), ["quantize", tiny.to_str().unwrap(), "--out_dir", "x", "--data", "no.json"])
+        .refused(1, &["no.json"]);
+    assert!(!dir.path().join("x").exists());
 }

@@ -10,6 +10,7 @@ use super::write::{Entry, SHARD, Staging, sharded};
 use super::{AGAIN, Checkpoint, Dtype, Layout};
 use crate::error::{Error, Result};
 use crate::model::Source;
+use crate::model::block::Site;
 use crate::model::calibrate::{Calibration, Seen};
 use crate::model::config::Mlp;
 use crate::ops::gptq;
@@ -358,18 +359,13 @@ impl<'a> Calibrated<'a> {
         }
     }
 
+    /// Quantizes the next block: each of its projections by what the ones before it give.
     fn block(&mut self) -> Result<()> {
-        let (layer, prefix) = (self.done, format!("model.layers.{}.", self.done));
-        let seen = self.calibration.see(self.export.checkpoint, layer)?;
-        let mut decoded = HashMap::new();
-        for Seen { modules, gram } in seen {
-            let inputs = gptq::Inputs::new(&gram).ok_or_else(|| {
-                let message = format!("the activations before {} are not finite numbers", modules.join(", "));
-                Error::refused(
-                    message,
-                    "check the model with `litgpt generate`; leave --data out to quantize without them",
-                )
-            })?;
+        let (layer, checkpoint) = (self.done, self.export.checkpoint);
+        let mut source = Decoded { checkpoint, matrices: HashMap::new() };
+        for site in Site::ALL {
+            let Seen { modules, gram } = self.calibration.see(&source, layer, site)?;
+            let inputs = gptq::Inputs::new(&gram).ok_or_else(|| not_finite(&modules))?;
             drop(gram);
             let ours = |name: &str| name.strip_suffix(".weight").is_some_and(|m| modules.iter().any(|n| n == m));
             let is_of = |target: &Target| target.is_projection() && target.names().any(ours);
@@ -377,25 +373,28 @@ impl<'a> Calibrated<'a> {
                 let codes = self.choose(target, &inputs)?;
                 let mut values = vec![0.0; target.info.shape.iter().product()];
                 codes.decode_rows(0..codes.rows(), &mut values);
-                decoded.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
+                source.matrices.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
                 self.codes.insert(number, codes);
             }
         }
-        debug_assert!(decoded.keys().all(|name| name.starts_with(&prefix)));
-        self.calibration.advance(&Decoded { checkpoint: self.export.checkpoint, matrices: decoded }, layer)?;
+        self.calibration.advance(&source, layer)?;
         self.done += 1;
         Ok(())
     }
 
     fn choose(&self, target: &Target, inputs: &gptq::Inputs) -> Result<Codes> {
         match self.quantizer {
-            // Blocks that span rows have no scale of one row's.
-            Quantizer::Four { kind, double } if target.info.shape[1].is_multiple_of(QUANT_BLOCK) => {
+            Quantizer::Four { kind, double } => {
                 Ok(Codes::Four(inputs.quantize(&values(self.export, target)?, kind, double)))
             }
-            _ => nearest(self.export, self.quantizer, target),
+            Quantizer::Int8 => nearest(self.export, self.quantizer, target),
         }
     }
+}
+
+fn not_finite(modules: &[String]) -> Error {
+    let message = format!("what {} would be multiplied with is no finite number", modules.join(", "));
+    Error::refused(message, "try the model with `litgpt generate`; without samples it can be quantized all the same")
 }
 
 /// A checkpoint with some matrices in place of its own.

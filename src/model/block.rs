@@ -36,6 +36,24 @@ pub struct Block {
     pub residual_scale: f32,
 }
 
+/// Projections of one input, in the order in which a block computes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Site {
+    /// q, k and v.
+    Qkv,
+    /// The output projection of the attention.
+    Projection,
+    /// The MLP's gate and up.
+    Up,
+    /// Its way back.
+    Down,
+}
+
+impl Site {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::Projection, Self::Up, Self::Down];
+}
+
 /// What a block's backward needs.
 #[derive(Debug)]
 pub struct Saved {
@@ -136,26 +154,62 @@ impl Block {
         (y, Saved { x, attention, o, attention_h, attention_raw, middle, mlp, mlp_raw })
     }
 
-    /// What each projection is multiplied with, in a pass that is not kept.
+    /// What a projection is multiplied with; nothing behind it is computed.
     ///
     /// # Shapes
-    /// `x`: (T, n_embd); returns (T, inputs) each.
+    /// `x`: (T, n_embd); returns (T, inputs).
     ///
     /// # Panics
     /// When the block has experts.
     #[must_use]
-    pub fn inputs(&self, pass: &Pass<'_>, x: Matrix) -> [(&Linear, Matrix); 4] {
-        let saved = self.forward(pass, x).1;
-        let Mlp::Dense(dense) = &self.mlp else { unreachable!("experts see rows of their own") };
-        let input = |norm: Option<&Norm>, x: &Matrix| normed(norm, x).unwrap_or_else(|| x.clone());
-        let (between, norms) = (saved.middle.as_ref().unwrap_or(&saved.x), &self.attention_norms);
-        let mlp_norm = if self.shared_norm { &norms.before } else { &self.mlp_norms.before };
-        [
-            (&self.attention.qkv, input(norms.before.as_ref(), &saved.x)),
-            (&dense.up, input(mlp_norm.as_ref(), between)),
-            (&dense.down, dense.units(saved.mlp)),
-            (&self.attention.projection, saved.o.restore()),
-        ]
+    pub fn input(&self, pass: &Pass<'_>, x: &Matrix, site: Site) -> Matrix {
+        let (attention_in, mut y) = normed_and_copy(self.attention_norms.before.as_ref(), x);
+        if site == Site::Qkv {
+            return attention_in.unwrap_or(y);
+        }
+        let o = self.attention.forward(pass, attention_in.as_ref().unwrap_or(x)).0;
+        if site == Site::Projection {
+            return o;
+        }
+        let mlp_in = self.mlp_input(pass, x, attention_in, &o, &mut y);
+        match &self.mlp {
+            Mlp::Dense(dense) if site == Site::Down => dense.units(pass, &mlp_in),
+            Mlp::Dense(_) => mlp_in,
+            Mlp::Experts(_) => unreachable!("experts see rows of their own"),
+        }
+    }
+
+    /// The projections there.
+    ///
+    /// # Panics
+    /// When the block has experts.
+    #[must_use]
+    pub fn at(&self, site: Site) -> &Linear {
+        match (site, &self.mlp) {
+            (Site::Qkv, _) => &self.attention.qkv,
+            (Site::Projection, _) => &self.attention.projection,
+            (Site::Up, Mlp::Dense(dense)) => &dense.up,
+            (Site::Down, Mlp::Dense(dense)) => &dense.down,
+            (_, Mlp::Experts(_)) => unreachable!("experts see rows of their own"),
+        }
+    }
+
+    /// Adds what the attention gives to `y`, which is `x`, and returns what the MLP reads.
+    fn mlp_input(
+        &self,
+        pass: &Pass<'_>,
+        x: &Matrix,
+        attention_in: Option<Matrix>,
+        o: &Matrix,
+        y: &mut Matrix,
+    ) -> Matrix {
+        let projection = &self.attention.projection;
+        self.add_branch(self.attention_norms.after.as_ref(), y, |y, accumulate| {
+            projection.forward(pass.parameters, o, pass.seed, y, accumulate)
+        });
+        let between = if self.parallel_residual { x } else { &*y };
+        let mlp_in = if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
+        mlp_in.unwrap_or_else(|| between.clone())
     }
 
     /// Keys and values of a forward, for passes that go on from them.
@@ -172,13 +226,7 @@ impl Block {
     pub fn decode(&self, pass: &Pass<'_>, x: Matrix, cache: &mut LayerCache) -> Matrix {
         let (attention_in, mut y) = normed_and_copy(self.attention_norms.before.as_ref(), &x);
         let o = self.attention.decode(pass, attention_in.as_ref().unwrap_or(&x), cache);
-        let projection = &self.attention.projection;
-        self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
-            projection.forward(pass.parameters, &o, pass.seed, y, accumulate)
-        });
-        let between = if self.parallel_residual { &x } else { &y };
-        let mlp_in = if self.shared_norm { attention_in } else { normed(self.mlp_norms.before.as_ref(), between) };
-        let mlp_in = mlp_in.unwrap_or_else(|| between.clone());
+        let mlp_in = self.mlp_input(pass, &x, attention_in, &o, &mut y);
         let after = self.mlp_norms.after.as_ref();
         self.add_branch(after, &mut y, |y, accumulate| self.mlp.forward(pass, &mlp_in, y, accumulate));
         y

@@ -2,9 +2,8 @@
 //! multiplied with. So may 4-bit codes be chosen for it (`ops::gptq`).
 
 use super::attention::Pass;
-use super::block::Block;
+use super::block::{Block, Site};
 use super::config::{Config, Mlp as MlpKind};
-use super::linear::Linear;
 use super::load::{Loader, Source};
 use super::{Tokens, device_error, embed, rope_tables};
 use crate::error::{Error, Result};
@@ -83,28 +82,23 @@ impl<'a> Calibration<'a> {
         Pass { parameters, exact: parameters, positions, spans, seed: None, rope: &self.rope, past: None, later: None }
     }
 
-    /// What each projection of block `layer`, before which the samples stand, is multiplied with.
+    /// What some projections of block `layer`, before which the samples stand, are multiplied with.
     ///
     /// # Errors
     /// Those of the source and the device.
-    pub fn see(&self, source: &dyn Source, layer: usize) -> Result<Vec<Seen>> {
+    pub fn see(&self, source: &dyn Source, layer: usize, site: Site) -> Result<Seen> {
         let block = self.block(source, layer)?;
-        let mut grams: Vec<(&Linear, Matrix)> = Vec::new();
+        let linear = block.at(site);
+        let mut gram = self.zeros(linear.inputs());
         for at in &self.passes {
-            let inputs = in_pool(|| block.inputs(&self.pass(at), at.x.clone()));
-            for (number, (linear, x)) in inputs.into_iter().enumerate() {
-                if grams.len() == number {
-                    grams.push((linear, self.zeros(x.cols())));
-                }
-                matmul(Threads::All, grams[number].1.view_mut(), true, 1.0, Side::T(x.view()), Side::N(x.view()));
-            }
+            in_pool(|| {
+                let x = block.input(&self.pass(at), &at.x, site);
+                matmul(Threads::All, gram.view_mut(), true, 1.0, Side::T(x.view()), Side::N(x.view()));
+            });
             self.check()?;
         }
-        let seen = |(linear, gram): &(&Linear, Matrix)| Seen {
-            modules: linear.parts.iter().map(|part| part.name.clone()).collect(),
-            gram: gram.to_host(),
-        };
-        let seen = grams.iter().map(seen).collect();
+        let modules = linear.parts.iter().map(|part| part.name.clone()).collect();
+        let seen = Seen { modules, gram: gram.to_host() };
         self.check()?;
         Ok(seen)
     }

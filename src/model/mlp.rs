@@ -108,10 +108,11 @@ impl Dense {
         if self.gated() { glu::gated(self.activation, up) } else { glu::plain(self.activation, up) }
     }
 
-    /// The units, from what their forward saved.
-    pub(super) fn units(&self, saved: Saved) -> Matrix {
-        let Saved::Dense(saved) = saved else { unreachable!("a forward saves what its own MLP needs") };
-        self.activate(&saved.up.restore())
+    /// What `down` is multiplied with.
+    pub(super) fn units(&self, pass: &Pass<'_>, x: &Matrix) -> Matrix {
+        let mut up = x.new_like(x.rows(), self.up.outputs());
+        self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
+        self.activate(&up)
     }
 
     /// `y = down(units(x))`, added to `y` where `accumulate`.

@@ -70,25 +70,32 @@ impl Inputs {
     /// `values`: (rows, cols), row after row.
     ///
     /// # Panics
-    /// When `values` are not of whole rows, or these of whole blocks.
+    /// When `values` are not of whole rows.
     #[must_use]
     pub fn quantize(&self, values: &[f32], kind: Kind4, double: bool) -> Quantized {
         let cols = self.order.len();
-        assert!(cols.is_multiple_of(QUANT_BLOCK) && values.len().is_multiple_of(cols), "gptq: blocks of whole rows");
+        assert!(values.len().is_multiple_of(cols), "gptq: {} values of rows of {cols}", values.len());
         let rows = values.len() / cols;
         let scales = self.scales(values, kind);
         let absmax = if double { Absmax::double(&scales) } else { Absmax::Plain(scales) };
         let scales: Vec<f32> = (0..absmax.len()).map(|block| absmax.get(block)).collect();
         let codes = self.codes(values, rows, &scales, kind);
-        let packed = codes.as_chunks::<2>().0.iter().map(|[a, b]| a << 4 | b).collect();
+        let pair = |codes: &[u8]| codes[0] << 4 | codes.get(1).copied().unwrap_or(kind.code(0.0));
+        let packed = codes.chunks(2).map(pair).collect();
         Quantized { kind, packed, absmax, rows, cols }
     }
 
     /// For each block the scale with the least error, weighed by the power of its inputs.
     fn scales(&self, values: &[f32], kind: Kind4) -> Vec<f32> {
-        let blocks = values.as_chunks::<QUANT_BLOCK>().0;
-        let powers = self.power.as_chunks::<QUANT_BLOCK>().0;
-        blocks.par_iter().enumerate().map(|(at, block)| best_scale(block, &powers[at % powers.len()], kind)).collect()
+        let blocks = values.par_chunks(QUANT_BLOCK).enumerate();
+        let scale = |(at, block): (usize, &[f32])| {
+            let (mut values, mut powers) = ([0.0; QUANT_BLOCK], [0.0; QUANT_BLOCK]);
+            values[..block.len()].copy_from_slice(block);
+            let of_columns = self.power.iter().cycle().skip(at * QUANT_BLOCK % self.power.len());
+            powers.iter_mut().zip(of_columns).for_each(|(to, power)| *to = *power);
+            best_scale(&values, &powers, kind)
+        };
+        blocks.map(scale).collect()
     }
 
     /// A code for each value.
@@ -114,12 +121,11 @@ impl Inputs {
                 let lines = codes.chunks_exact_mut(cols).zip(errors.chunks_exact_mut(cols));
                 for (line, ((codes, errors), shifts)) in lines.zip(shifts.chunks_exact_mut(n)).enumerate() {
                     let row = at * task + line;
-                    let of_row = |all: usize| row * all..(row + 1) * all;
-                    let (values, scales) = (&values[of_row(cols)], &scales[of_row(cols / QUANT_BLOCK)]);
                     for i in (0..n).rev() {
                         let (place, column) = (first + i, self.order[first + i]);
                         let factor = &self.factor[place * cols + first..][..=i];
-                        let (value, scale) = (values[column], scales[column / QUANT_BLOCK]);
+                        let at = row * cols + column;
+                        let (value, scale) = (values[at], scales[at / QUANT_BLOCK]);
                         let code = kind.code((value + shifts[i] / factor[i]) / scale.max(SMALLEST_ABSMAX));
                         let error = value - kind.levels()[usize::from(code)] * scale;
                         (codes[column], errors[place]) = (code, error);
@@ -260,7 +266,12 @@ mod tests {
 
     #[test]
     fn the_product_changes_less_than_with_the_nearest_codes() {
-        let (rows, cols) = (40, 192);
+        for (rows, cols) in [(40, 192), (41, 75)] {
+            changes_less(rows, cols);
+        }
+    }
+
+    fn changes_less(rows: usize, cols: usize) {
         let (x, values) = (inputs(600, cols), random(rows * cols, 5));
         let inputs = Inputs::new(&gram(&x)).unwrap();
         for (kind, double) in [(Kind4::Nf4, false), (Kind4::Nf4, true), (Kind4::Fp4, false), (Kind4::Fp4, true)] {
