@@ -18,7 +18,9 @@ use serde_json::Value;
 
 use crate::{emulated, golden};
 
-use crate::util::{column, copy_tiny, finetune, floats, greedy, litgpt, root, tensors, tiny, write_tensors};
+use crate::util::{
+    column, copy_tiny, finetune, floats, greedy, litgpt, names, result, root, tensors, tiny, write_tensors,
+};
 
 const NAMES: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
 const IDS: [u32; 9] = [5, 17, 3, 99, 41, 8, 250, 7, 1];
@@ -225,4 +227,35 @@ fn samples_are_what_finetuning_would_take() {
     litgpt(dir.path(), ["quantize", tiny.to_str().unwrap(), "--out_dir", "x", "--data", "no.json"])
         .refused(1, &["no.json"]);
     assert!(!dir.path().join("x").exists());
+}
+
+#[test]
+fn a_run_makes_its_own_base_by_its_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |more: &str| {
+        finetune(dir.path(), &tiny(), &format!("--quantize nf4 --calibration_samples 8 --train.max_steps 2 {more}"))
+    };
+    run("").ok();
+    let bases = || -> Vec<String> {
+        let all = names(&dir.path().join("out")).into_iter();
+        all.filter(|name| name.starts_with("base-nf4-")).collect()
+    };
+    let [base] = &bases()[..] else { panic!("{:?}", bases()) };
+    let made = || fs::metadata(dir.path().join("out").join(base)).unwrap().modified().unwrap();
+    let (first, adapter) = (made(), result(&dir.path().join("out")));
+    run("").ok();
+    assert_eq!((made(), result(&dir.path().join("out")), bases().len()), (first, adapter, 1), "the same base again");
+    run("--train.max_steps 4 --resume auto --resume_force true").ok();
+    assert_eq!(bases().len(), 1);
+    run("--calibration_samples 9 --out_dir other").ok();
+    let unmerged = greedy(dir.path(), "out/final", "Name a colour.");
+    // The folder moves as a whole.
+    fs::rename(dir.path().join("out"), dir.path().join("moved")).unwrap();
+    assert_eq!(greedy(dir.path(), "moved/final", "Name a colour."), unmerged);
+    litgpt(dir.path(), ["merge_lora", "moved/final", "--precision", "32-true", "--out_dir", "merged"]).ok();
+    assert_eq!(greedy(dir.path(), "merged", "Name a colour."), unmerged);
+    run("--quantize int8").refused(2, &["calibration_samples", "nf4"]);
+    run("--calibration_samples 0").refused(2, &["calibration_samples", "at least 1"]);
+    let quantized = dir.path().join("moved").join(base);
+    finetune(dir.path(), &quantized, "--quantize nf4 --calibration_samples 8").refused(1, &["quantized already"]);
 }

@@ -247,7 +247,9 @@ pub fn base_dir(dir: &Path, given: Option<&Path>) -> Result<PathBuf> {
     // LitGPT records the path as it was typed: relative to where it ran, which is often above the output.
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     let above = absolute.ancestors().flat_map(|dir| [dir.join(&named), dir.join("checkpoints").join(&named)]);
-    let candidates = [named.clone(), PathBuf::from("checkpoints").join(&named)].into_iter().chain(above);
+    // A run's own quantized base moves with it.
+    let beside = named.file_name().and_then(|name| Some(absolute.parent()?.join(name)));
+    let candidates = [named.clone(), PathBuf::from("checkpoints").join(&named)].into_iter().chain(above).chain(beside);
     let usable = |c: &PathBuf| c.exists() && c.canonicalize().is_ok_and(|c| c != absolute);
     candidates.into_iter().find(usable).ok_or_else(|| Error::Missing {
         what: format!("base model of the adapter `{}`", dir.display()),

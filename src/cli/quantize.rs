@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::Tokens;
 use crate::model::calibrate::Calibration;
 use crate::ops::quantized::Quantizer;
+use crate::train::settings::FinetuneSettings;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -49,7 +50,7 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When the model cannot be quantized so, or something cannot be read or written.
-pub(super) fn write(
+fn write(
     checkpoint: &Checkpoint,
     quantizer: Quantizer,
     compute: &Compute,
@@ -65,6 +66,40 @@ pub(super) fn write(
     ui.end();
     staging.copy(&checkpoint.dir, &[PROMPT_STYLE])?;
     staging.commit()
+}
+
+/// The quantized copy that a finetuning with `calibration_samples` trains on, in its output folder: made, unless it is there
+/// from a run of the same base and samples.
+///
+/// # Errors
+/// As [`write`], and where the checkpoint is quantized already.
+pub(super) fn base_of_run(
+    settings: &FinetuneSettings,
+    checkpoint: &Checkpoint,
+    compute: &Compute,
+    train: &[Sample],
+    ui: &mut Ui,
+) -> Result<Option<Checkpoint>> {
+    let (Some(count), Some(name)) = (settings.calibration_samples, &settings.quantize) else { return Ok(None) };
+    if checkpoint.quantizer().is_some() {
+        let message = format!("calibration_samples: `{}` is quantized already", checkpoint.dir.display());
+        return Err(Error::refused(message, "leave it out, or take the checkpoint that is not quantized"));
+    }
+    let Some(quantizer) = quantizer(Some(name), checkpoint)? else { return Ok(None) };
+    let samples = chosen(train, count);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(checkpoint.content_hash()?.as_bytes());
+    hasher.update(format!("{} {:?}", quantizer.name(), compute.store()).as_bytes());
+    for sample in &samples {
+        hasher.update(&(sample.input_ids.len() as u64).to_le_bytes());
+        sample.input_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+    }
+    let out = settings.out_dir.join(format!("base-{}-{}", quantizer.name(), &hasher.finalize().to_hex()[..8]));
+    if !out.exists() {
+        write(checkpoint, quantizer, compute, Some(&samples), &out, ui)?;
+    }
+    ui.note(&format!("base model: {}", out.display()));
+    Checkpoint::open(&out).map(Some)
 }
 
 fn calibration<'a>(
@@ -96,7 +131,7 @@ fn calibration<'a>(
 }
 
 /// `count` of the samples, from all over them.
-pub(super) fn chosen<T: Clone>(samples: &[T], count: usize) -> Vec<T> {
+fn chosen<T: Clone>(samples: &[T], count: usize) -> Vec<T> {
     let count = count.min(samples.len());
     (0..count).map(|number| samples[number * samples.len() / count].clone()).collect()
 }

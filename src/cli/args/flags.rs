@@ -152,6 +152,9 @@ pub const FLAGS: &[Flag] = &[
         "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true, on a GPU bf16-true]"),
     row("quantize", Text, MODEL,
         "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
+    row("calibration_samples", Whole, MODEL,
+        "Choose the 4-bit codes by N training samples (GPTQ), which loses a fraction of what the nearest codes lose: the run \
+         trains on a quantized copy in OUT_DIR, which it makes first"),
     row("accelerator", Text, MODEL, "Where to train: auto (a GPU if there is one), cpu, cuda [default: auto]"),
     row("devices", Text, MODEL, "GPUs; only 1"),
     row("num_nodes", Whole, MODEL, "Machines; only 1"),

@@ -215,8 +215,8 @@ pub struct QuantizeArgs {
     /// Folder to write [default: beside the model, with the quantizer's name behind its own]
     #[arg(long, value_name = "DIR", overrides_with = "out_dir")]
     pub out_dir: Option<PathBuf>,
-    /// Choose the 4-bit codes by samples (GPTQ), which loses a tenth as much: a dataset, file or ORGANISATION/NAME, as in
-    /// finetuning [default: the nearest codes, as bitsandbytes has them]
+    /// Choose the 4-bit codes by samples (GPTQ), which loses a fraction of what the nearest codes lose: a file, a dataset's
+    /// name or ORGANISATION/NAME, as in finetuning [default: the nearest codes, as bitsandbytes has them]
     #[arg(long, value_name = "NAME", overrides_with = "data")]
     pub data: Option<String>,
     /// How many samples of --data are looked at
@@ -342,6 +342,7 @@ mod tests {
             "resume_force".into(),
             "accelerator".into(),
             "dry_run".into(),
+            "calibration_samples".into(),
         ];
         leaves("", &serde_json::to_value(FinetuneSettings::default()).unwrap(), &mut settings);
         let mut flags: Vec<_> =

@@ -10,7 +10,7 @@ use super::load::{Compute, add_bos, fetched, fitted, own_tokenizer, quantizer, w
 use super::resume::{self, MadeOf};
 use super::signals::Signals;
 use super::ui::Ui;
-use super::{download, recipe};
+use super::{download, quantize, recipe};
 use crate::checkpoint::Checkpoint;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -58,6 +58,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
     }
+    let checkpoint = quantize::base_of_run(&settings, &checkpoint, &compute, &train, ui)?.unwrap_or(checkpoint);
     let base_hash = checkpoint.content_hash()?;
     let mut gpt = trainable(&settings, &checkpoint, &compute, quantizer, ui)?;
     let mut job =

@@ -15,7 +15,7 @@ pub use values::{Accelerator, EvaluateExample, LrSchedule, Precision, QUANTIZERS
 
 use crate::data::DataConfig;
 use crate::error::{Error, Result, closest};
-use rules::check;
+use rules::{check, nonzero};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use values::{devices_field, quantize_field, resume_field};
@@ -34,6 +34,9 @@ pub struct FinetuneSettings {
     /// How the frozen weights are quantized, one of [`QUANTIZERS`].
     #[serde(deserialize_with = "quantize_field")]
     pub quantize: Option<String>,
+    /// Training samples that the codes of 4 bits are chosen by; `None`: the nearest codes. Not in LitGPT.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration_samples: Option<usize>,
     /// Where to train. Belongs to the machine: not written.
     #[serde(skip_serializing)]
     pub accelerator: Accelerator,
@@ -80,6 +83,7 @@ impl Default for FinetuneSettings {
             out_dir: PathBuf::from("out/finetune/lora"),
             precision: None,
             quantize: None,
+            calibration_samples: None,
             accelerator: Accelerator::Auto,
             devices: 1,
             num_nodes: 1,
@@ -118,6 +122,12 @@ impl FinetuneSettings {
         });
         check(&mut problems, self.num_nodes == 1, || {
             format!("`num_nodes` must be 1, this program trains on one machine, got {}", self.num_nodes)
+        });
+        nonzero(&mut problems, "calibration_samples", self.calibration_samples);
+        let few = self.quantize.as_deref().is_some_and(|name| !name.starts_with("int8"));
+        check(&mut problems, few || self.calibration_samples.is_none(), || {
+            "`calibration_samples` choose codes of 4 bits: it goes with --quantize nf4, nf4-dq, fp4 or fp4-dq"
+                .to_owned()
         });
         check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {
             let tip = closest(&self.logger_name, LOGGERS.into_iter()).map(|near| format!(", did you mean `{near}`?"));
