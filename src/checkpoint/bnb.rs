@@ -353,10 +353,7 @@ impl<'a> Calibrated<'a> {
         while !self.codes.contains_key(&number) && self.done < self.export.checkpoint.config.n_layer {
             self.block()?;
         }
-        match self.codes.remove(&number) {
-            Some(codes) => Ok(codes),
-            None => nearest(self.export, self.quantizer, &self.targets[number]),
-        }
+        Ok(self.codes.remove(&number).expect("every projection is at a site of its block"))
     }
 
     /// Quantizes the next block: each of its projections by what the ones before it give.
@@ -405,6 +402,7 @@ struct Decoded<'a> {
 
 impl Source for Decoded<'_> {
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
+        debug_assert!(self.matrices.get(name).is_none_or(|values| values.len() == rows * cols));
         match (self.matrices.get(name), data) {
             (None, data) => return self.checkpoint.append(name, rows, cols, data),
             (Some(values), Data::F32(data)) => data.extend_from_slice(values),

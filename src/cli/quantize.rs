@@ -15,6 +15,7 @@ use crate::data::sft::{Encoder, Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::Tokens;
 use crate::model::calibrate::Calibration;
+use crate::model::config::Mlp;
 use crate::ops::quantized::Quantizer;
 use crate::train::settings::FinetuneSettings;
 use serde_json::json;
@@ -22,6 +23,9 @@ use std::path::{Path, PathBuf};
 
 /// Samples that go through a block at once have at most this many tokens together, but for one that is longer.
 const PASS: usize = 2048;
+
+/// Tokens of a sample beyond which a run does not look at it for its codes.
+const CALIBRATION_LENGTH: usize = 512;
 
 /// Runs the command.
 pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -38,66 +42,94 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
         return Err(Error::refused(message, "use it as it is").into());
     }
     let quantizer = quantizer(Some(&args.quantize), &checkpoint)?.expect("a name was given");
-    let samples = args.data.as_deref().map(|data| samples(args, data, &checkpoint, ui)).transpose()?;
-    let compute = Compute::find(args.accelerator, None)?;
-    write(&checkpoint, quantizer, &compute, samples.as_deref(), &out, ui)?;
+    match args.data.as_deref() {
+        Some(data) => {
+            check(&checkpoint, Some(quantizer))?;
+            let compute = Compute::find(args.accelerator, None)?;
+            let samples = samples(args, data, &checkpoint, ui)?;
+            let calibration = calibration(&checkpoint, quantizer, &compute, &samples, ui)?;
+            write(&checkpoint, quantizer, Some(calibration), &out, ui)?;
+        }
+        None => write(&checkpoint, quantizer, None, &out, ui)?,
+    }
     ui.note(&format!("wrote {}", out.display()));
     ui.note(&format!("next: litgpt finetune lora --checkpoint_dir {} --data Alpaca", out.display()));
     Ok(())
 }
 
-/// Writes the quantized copy of a checkpoint as the folder `out`; with `samples`, its codes are chosen by them.
-///
-/// # Errors
-/// When the model cannot be quantized so, or something cannot be read or written.
+/// Writes the quantized copy of a checkpoint as the folder `out`.
 fn write(
     checkpoint: &Checkpoint,
     quantizer: Quantizer,
-    compute: &Compute,
-    samples: Option<&[Sample]>,
+    calibration: Option<Calibration<'_>>,
     out: &Path,
     ui: &mut Ui,
 ) -> Result<()> {
-    let calibration = samples.map(|samples| calibration(checkpoint, quantizer, compute, samples, ui)).transpose()?;
     let export = Export { checkpoint, adapters: None, dtype: None };
     let staging = Staging::new(out)?;
     ui.begin("quantize", export.len(Layout::HuggingFace)? as u64, false);
     bnb::write(&export, quantizer, calibration, &staging, &mut |_| ui.advance(1))?;
     ui.end();
-    staging.copy(&checkpoint.dir, &[PROMPT_STYLE])?;
+    // A GGUF file is a checkpoint itself.
+    let beside = if checkpoint.dir.is_file() { checkpoint.dir.parent() } else { Some(checkpoint.dir.as_path()) };
+    staging.copy(beside.unwrap_or(Path::new("")), &[PROMPT_STYLE])?;
     staging.commit()
 }
 
-/// The quantized copy that a finetuning with `calibration_samples` trains on, in its output folder: made, unless it is there
-/// from a run of the same base and samples.
+/// Whether samples can choose the codes, before the work of reading them.
 ///
 /// # Errors
-/// As [`write`], and where the checkpoint is quantized already.
+/// When they cannot.
+pub(super) fn check(checkpoint: &Checkpoint, quantizer: Option<Quantizer>) -> Result<()> {
+    if checkpoint.quantizer().is_some() {
+        let message = format!("`{}` is quantized already: no samples can choose its codes", checkpoint.dir.display());
+        return Err(Error::refused(message, "leave --calibration_samples out, or take the model in whole"));
+    }
+    if quantizer == Some(Quantizer::Int8) {
+        let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
+        return Err(Error::usage(message, "leave the samples out, or quantize to nf4"));
+    }
+    if matches!(checkpoint.config.mlp, Mlp::Experts { .. }) {
+        let what = "choosing the codes of a model with experts by samples";
+        return Err(Error::unsupported(what, "leave --data or --calibration_samples out"));
+    }
+    Ok(())
+}
+
+/// The quantized copy that a finetuning with `calibration_samples` trains on, in its output folder: made, unless it is there
+/// or beside `resumed` from a run of the same base and samples. Nothing else may write into the output folder.
+///
+/// # Errors
+/// When it cannot be made or read.
 pub(super) fn base_of_run(
     settings: &FinetuneSettings,
     checkpoint: &Checkpoint,
     compute: &Compute,
-    train: &[Sample],
+    (train, resumed): (&[Sample], Option<&Path>),
     ui: &mut Ui,
 ) -> Result<Option<Checkpoint>> {
     let (Some(count), Some(name)) = (settings.calibration_samples, &settings.quantize) else { return Ok(None) };
-    if checkpoint.quantizer().is_some() {
-        let message = format!("calibration_samples: `{}` is quantized already", checkpoint.dir.display());
-        return Err(Error::refused(message, "leave it out, or take the checkpoint that is not quantized"));
-    }
     let Some(quantizer) = quantizer(Some(name), checkpoint)? else { return Ok(None) };
-    let samples = chosen(train, count);
+    let mut samples = chosen(train, count);
+    samples.iter_mut().for_each(|sample| sample.input_ids.truncate(CALIBRATION_LENGTH));
     let mut hasher = blake3::Hasher::new();
     hasher.update(checkpoint.content_hash()?.as_bytes());
-    hasher.update(format!("{} {:?}", quantizer.name(), compute.store()).as_bytes());
     for sample in &samples {
         hasher.update(&(sample.input_ids.len() as u64).to_le_bytes());
         sample.input_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
     }
-    let out = settings.out_dir.join(format!("base-{}-{}", quantizer.name(), &hasher.finalize().to_hex()[..8]));
-    if !out.exists() {
-        write(checkpoint, quantizer, compute, Some(&samples), &out, ui)?;
-    }
+    let folder = format!("base-{}-{}", quantizer.name(), &hasher.finalize().to_hex()[..8]);
+    let places = [Some(settings.out_dir.as_path()), resumed.and_then(Path::parent)];
+    let found = places.into_iter().flatten().map(|dir| dir.join(&folder)).find(|dir| dir.is_dir());
+    let out = match found {
+        Some(found) => found,
+        None => {
+            let out = settings.out_dir.join(&folder);
+            let calibration = calibration(checkpoint, quantizer, compute, &samples, ui)?;
+            write(checkpoint, quantizer, Some(calibration), &out, ui)?;
+            out
+        }
+    };
     ui.note(&format!("base model: {}", out.display()));
     Checkpoint::open(&out).map(Some)
 }
@@ -109,10 +141,6 @@ fn calibration<'a>(
     samples: &[Sample],
     ui: &Ui,
 ) -> Result<Calibration<'a>> {
-    if quantizer == Quantizer::Int8 {
-        let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
-        return Err(Error::usage(message, "leave the samples out, or quantize to nf4"));
-    }
     let lengths: Vec<usize> = samples.iter().map(|sample| sample.input_ids.len()).collect();
     let tokens = |rows: Vec<usize>| {
         let mut tokens = Tokens::default();

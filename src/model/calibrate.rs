@@ -48,7 +48,7 @@ impl<'a> Calibration<'a> {
     /// model's of `store`.
     ///
     /// # Errors
-    /// Those of the source, and a model with experts: few samples would visit each.
+    /// Those of the source, a device that has no room for the heads, and a model with experts: few samples visit each.
     pub fn new(
         config: &'a Config,
         source: &dyn Source,
@@ -58,9 +58,10 @@ impl<'a> Calibration<'a> {
     ) -> Result<Self> {
         if matches!(config.mlp, MlpKind::Experts { .. }) {
             let what = "calibrating a model with experts";
-            return Err(Error::unsupported(what, "quantize it while loading, with --quantize"));
+            return Err(Error::unsupported(what, "quantize it without samples, with --quantize alone"));
         }
         let loader = Loader { config, source, store, quantizer: None, device };
+        loader.check()?;
         let embedding = loader.embedding()?;
         let rope = rope_tables(config, passes.iter().map(Tokens::longest).max().unwrap_or(0));
         let on_the_way = |tokens: &Tokens| OnTheWay {

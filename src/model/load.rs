@@ -102,11 +102,8 @@ impl Gpt {
         quantizer: Option<Quantizer>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        if let Some(device) = device.filter(|_| config.head_size > LARGEST_HEAD) {
-            let what = format!("heads of {} channels on {}", config.head_size, device.name());
-            return Err(Error::unsupported(what, "use --accelerator cpu"));
-        }
         let loader = Loader { config, source, store, quantizer, device };
+        loader.check()?;
         let embedding = Arc::new(loader.embedding()?);
         let mut blocks = Vec::with_capacity(config.n_layer);
         for layer in 0..config.n_layer {
@@ -138,6 +135,18 @@ pub(super) struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// # Errors
+    /// When the kernels of the device have no room for a head.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.device.filter(|_| self.config.head_size > LARGEST_HEAD) {
+            Some(device) => {
+                let what = format!("heads of {} channels on {}", self.config.head_size, device.name());
+                Err(Error::unsupported(what, "use --accelerator cpu"))
+            }
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn embedding(&self) -> Result<Weight> {
         self.weight(&[("model.embed_tokens".to_owned(), self.config.vocab_size)], self.config.n_embd)
     }

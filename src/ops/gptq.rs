@@ -25,16 +25,17 @@ const SCALES: usize = 20;
 /// What is known of the inputs of a matrix.
 #[derive(Debug)]
 pub struct Inputs {
-    /// Mean square of each, damped.
+    /// Sum of squares of each, times that factor, damped.
     power: Vec<f32>,
     /// Columns by their power, ascending.
     order: Vec<usize>,
-    /// `L`, in this order: (cols, cols), row after row; nothing is above the diagonal.
+    /// `L`, in this order: (cols, cols), row after row; what is above the diagonal means nothing.
     factor: Vec<f32>,
 }
 
 impl Inputs {
-    /// From the Gram matrix of inputs, times any positive factor. `None`: it holds numbers that are not finite.
+    /// From the Gram matrix of inputs, times any positive factor. `None`: it holds numbers that are not finite, or none of
+    /// such a matrix.
     ///
     /// # Shapes
     /// `gram`: (cols, cols), on the host.
@@ -126,7 +127,7 @@ impl Inputs {
                         let factor = &self.factor[place * cols + first..][..=i];
                         let at = row * cols + column;
                         let (value, scale) = (values[at], scales[at / QUANT_BLOCK]);
-                        let code = kind.code((value + shifts[i] / factor[i]) / scale.max(SMALLEST_ABSMAX));
+                        let code = kind.code((value + shifts[i] / factor[i]) / divisor(scale));
                         let error = value - kind.levels()[usize::from(code)] * scale;
                         (codes[column], errors[place]) = (code, error);
                         shifts[..i].iter_mut().zip(factor).for_each(|(shift, l)| *shift += error * l);
@@ -136,6 +137,11 @@ impl Inputs {
         }
         codes
     }
+}
+
+/// A scale that may be divided by. One that was quantized may have come out below 0.
+fn divisor(scale: f32) -> f32 {
+    if scale.abs() < SMALLEST_ABSMAX { SMALLEST_ABSMAX } else { scale }
 }
 
 fn best_scale(block: &[f32; QUANT_BLOCK], power: &[f32; QUANT_BLOCK], kind: Kind4) -> f32 {
@@ -286,9 +292,16 @@ mod tests {
     #[test]
     fn each_code_is_the_best_given_those_before_it() {
         let (rows, cols) = (3, 128);
-        let (x, values) = (inputs(400, cols), random(rows * cols, 6));
+        let (x, mut values) = (inputs(400, cols), random(rows * cols, 6));
+        values[..QUANT_BLOCK].fill(0.0);
+        values[QUANT_BLOCK] = 40.0;
         let inputs = Inputs::new(&gram(&x)).unwrap();
-        let quantized = inputs.quantize(&values, Kind4::Nf4, false);
+        [false, true].iter().for_each(|double| each_code_is_best(&inputs, &values, rows, *double));
+    }
+
+    fn each_code_is_best(inputs: &Inputs, values: &[f32], rows: usize, double: bool) {
+        let cols = values.len() / rows;
+        let quantized = inputs.quantize(values, Kind4::Nf4, double);
         let mut decoded = vec![0.0; values.len()];
         quantized.dequantize_into(&mut decoded).unwrap();
         for row in 0..rows {
@@ -302,7 +315,7 @@ mod tests {
                 let off = |level: f32| (target - f64::from(level) * scale).abs();
                 let least = Kind4::Nf4.levels().iter().map(|l| off(*l)).fold(f64::INFINITY, f64::min);
                 let got = (target - f64::from(decoded[at(i)])).abs();
-                assert!(got <= least + 1e-4 * scale, "row {row}, place {i}: {got} for {least}");
+                assert!(got <= least + 1e-4 * scale.abs(), "row {row}, place {i}: {got} for {least}");
             }
         }
     }

@@ -220,10 +220,10 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "NAME", overrides_with = "data")]
     pub data: Option<String>,
     /// How many samples of --data are looked at
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one, overrides_with = "calibration_samples")]
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one, overrides_with = "calibration_samples", requires = "data")]
     pub calibration_samples: usize,
     /// Longest sample, in tokens
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one, overrides_with = "max_seq_length")]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one, overrides_with = "max_seq_length", requires = "data")]
     pub max_seq_length: usize,
     /// Where samples are looked at: auto (a GPU if there is one), cpu, cuda
     #[arg(long, value_name = "NAME", default_value = "auto", overrides_with = "accelerator")]
