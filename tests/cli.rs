@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::util::{copy_tiny, finetune, litgpt, names, root, tensors, tiny, write_tensors};
 
-const COMMANDS: [&str; 6] = ["chat", "download", "finetune_lora", "generate", "merge_lora", "validate"];
+const COMMANDS: [&str; 7] = ["chat", "download", "finetune_lora", "generate", "merge_lora", "quantize", "validate"];
 
 fn help(command: &str) -> String {
     let ran = litgpt(root(), command.split_whitespace().chain(["--help"])).ok();
