@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::Tokens;
 use crate::model::calibrate::Calibration;
 use crate::model::config::Mlp;
+use crate::ops::matrix::release_buffers;
 use crate::ops::quantized::Quantizer;
 use crate::train::settings::FinetuneSettings;
 use serde_json::json;
@@ -127,6 +128,8 @@ pub(super) fn base_of_run(
             let out = settings.out_dir.join(&folder);
             let calibration = calibration(checkpoint, quantizer, compute, &samples, ui)?;
             write(checkpoint, quantizer, Some(calibration), &out, ui)?;
+            // Training has other lengths.
+            release_buffers();
             out
         }
     };
@@ -148,14 +151,37 @@ fn calibration<'a>(
         tokens
     };
     let passes: Vec<Tokens> = pack(&lengths, PASS).into_iter().map(tokens).collect();
-    ui.note(&format!(
-        "{}: codes chosen by {} samples, {} tokens, on {}",
-        quantizer.name(),
-        samples.len(),
-        lengths.iter().sum::<usize>(),
-        compute.place()
-    ));
+    let (all, longest) = (lengths.iter().sum(), passes.iter().map(|pass| pass.ids.len()).max().unwrap_or(0));
+    let (name, place) = (quantizer.name(), compute.place());
+    ui.note(&format!("{name}: codes chosen by {} samples, {all} tokens, on {place}", samples.len()));
+    check_memory(
+        Calibration::bytes(&checkpoint.config, compute.store(), compute.device.is_some(), all, longest),
+        compute,
+        ui,
+    )?;
     Calibration::new(&checkpoint.config, checkpoint, compute.device.as_ref(), compute.store(), &passes)
+}
+
+/// Says where choosing codes takes more memory than there is: on a GPU that is an error, on the processor, whose memory can be
+/// swapped and freed by others, a warning.
+fn check_memory([there, host]: [usize; 2], compute: &Compute, ui: &Ui) -> Result<()> {
+    let gb = |bytes: usize| bytes as f64 / 1e9;
+    let on_device = compute.device.is_some();
+    if let Some(free) = compute.free_memory().filter(|free| on_device && there > *free) {
+        let place = compute.place();
+        let message =
+            format!("choosing codes takes about {:.1} GB of {place}, of which {:.1} are free", gb(there), gb(free));
+        return Err(Error::refused(message, "take fewer --calibration_samples, or --accelerator cpu"));
+    }
+    let host = if on_device { host } else { host + there };
+    if let Some(free) = super::ui::available_memory().filter(|free| host > *free) {
+        ui.note(&format!(
+            "warning: choosing codes takes about {:.1} GB, and {:.1} GB are free; fewer --calibration_samples take less",
+            gb(host),
+            gb(free)
+        ));
+    }
+    Ok(())
 }
 
 /// `count` of the samples, from all over them.

@@ -73,6 +73,22 @@ impl<'a> Calibration<'a> {
         Ok(Self { config, device, store, rope, parameters: Matrix::new(1, 0), passes })
     }
 
+    /// About how many bytes it takes where the samples are, and what choosing the codes takes on the host. `tokens`: of all
+    /// passes; `pass`: of the longest.
+    #[must_use]
+    pub fn bytes(config: &Config, store: Store, on_device: bool, tokens: usize, pass: usize) -> [usize; 2] {
+        let (n_embd, q, kv, units) = (config.n_embd, config.q_cols(), config.kv_cols(), config.intermediate_size);
+        let matrices = if config.mlp == MlpKind::Plain { 2 } else { 3 };
+        let (widest, largest) = (n_embd.max(q).max(units), n_embd * q.max(units));
+        let block = n_embd * (2 * q + 2 * kv + matrices * units);
+        let gram = 4 * widest * widest;
+        let size = if on_device && store != Store::F32 { 2 } else { 4 };
+        let activations = tokens * n_embd + pass * (4 * n_embd + 2 * q + 2 * kv + matrices * units);
+        let there = size * (activations + block.max(config.vocab_size * n_embd)) + gram;
+        // A Gram matrix and its factor; values, errors and codes of a matrix; the block as its codes stand for it.
+        [there, 2 * gram + 9 * largest + 4 * block]
+    }
+
     fn block(&self, source: &dyn Source, layer: usize) -> Result<Block> {
         let Self { config, device, store, .. } = *self;
         Loader { config, source, store, quantizer: None, device }.block(layer)
