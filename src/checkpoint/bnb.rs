@@ -7,7 +7,7 @@
 use super::convert::{Export, Target};
 use super::safe::{Place, Shards};
 use super::write::{Entry, SHARD, Staging, sharded};
-use super::{AGAIN, Checkpoint, Dtype, Layout};
+use super::{AGAIN, Dtype, Layout};
 use crate::error::{Error, Result};
 use crate::model::Source;
 use crate::model::block::Site;
@@ -291,7 +291,12 @@ pub fn write(
         put(state, "U8", vec![STATE_BYTES], 1, Content::State { dtype: info.dtype, shape });
     }
     let mut codes: Option<Codes> = None;
-    let mut calibrated = calibration.map(|calibration| Calibrated::new(export, quantizer, &targets, calibration));
+    let mut calibrated = match (calibration, quantizer) {
+        (Some(calibration), Quantizer::Four { kind, double }) => {
+            Some(Calibrated { export, kind, double, targets: &targets, calibration, codes: HashMap::new() })
+        }
+        _ => None,
+    };
     sharded(staging, SHARD, &entries, |index| {
         Ok(match &contents[index] {
             Content::Whole(number) => {
@@ -334,58 +339,41 @@ fn nearest(export: &Export<'_>, quantizer: Quantizer, target: &Target) -> Result
 /// quantized blocks before it.
 struct Calibrated<'a> {
     export: &'a Export<'a>,
-    quantizer: Quantizer,
+    kind: Kind4,
+    double: bool,
     targets: &'a [Target],
     calibration: Calibration<'a>,
-    /// Blocks that are quantized.
-    done: usize,
     /// Codes that were not taken yet, by the number of their target.
     codes: HashMap<usize, Codes>,
 }
 
-impl<'a> Calibrated<'a> {
-    fn new(export: &'a Export<'a>, quantizer: Quantizer, targets: &'a [Target], calibration: Calibration<'a>) -> Self {
-        Self { export, quantizer, targets, calibration, done: 0, codes: HashMap::new() }
-    }
-
+impl Calibrated<'_> {
     /// The codes of the target of that number; blocks are asked for in their order.
     fn take(&mut self, number: usize) -> Result<Codes> {
-        while !self.codes.contains_key(&number) && self.done < self.export.checkpoint.config.n_layer {
-            self.block()?;
+        while !self.codes.contains_key(&number) && self.calibration.layer() < self.export.checkpoint.config.n_layer {
+            Site::ALL.into_iter().try_for_each(|site| self.quantize(site))?;
+            self.calibration.advance()?;
         }
         Ok(self.codes.remove(&number).expect("every projection is at a site of its block"))
     }
 
-    /// Quantizes the next block: each of its projections by what the ones before it give.
-    fn block(&mut self) -> Result<()> {
-        let (layer, checkpoint) = (self.done, self.export.checkpoint);
-        let mut source = Decoded { checkpoint, matrices: HashMap::new() };
-        for site in Site::ALL {
-            let Seen { modules, gram } = self.calibration.see(&source, layer, site)?;
-            let inputs = gptq::Inputs::new(&gram).ok_or_else(|| not_finite(&modules))?;
-            drop(gram);
-            let ours = |name: &str| name.strip_suffix(".weight").is_some_and(|m| modules.iter().any(|n| n == m));
-            let is_of = |target: &Target| target.is_projection() && target.names().any(ours);
-            for (number, target) in self.targets.iter().enumerate().filter(|(_, target)| is_of(target)) {
-                let codes = self.choose(target, &inputs)?;
-                let mut values = vec![0.0; target.info.shape.iter().product()];
-                codes.decode_rows(0..codes.rows(), &mut values);
-                source.matrices.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
-                self.codes.insert(number, codes);
-            }
+    /// Quantizes some projections of the next block by what the ones before them give.
+    fn quantize(&mut self, site: Site) -> Result<()> {
+        let checkpoint = self.export.checkpoint;
+        let Seen { modules, gram } = self.calibration.see(checkpoint, site)?;
+        let inputs = gptq::Inputs::new(&gram).ok_or_else(|| not_finite(&modules))?;
+        drop(gram);
+        let ours = |name: &str| name.strip_suffix(".weight").is_some_and(|m| modules.iter().any(|n| n == m));
+        let is_of = |target: &Target| target.is_projection() && target.names().any(ours);
+        let mut matrices = HashMap::new();
+        for (number, target) in self.targets.iter().enumerate().filter(|(_, target)| is_of(target)) {
+            let mut values = values(self.export, target)?;
+            let codes = Codes::Four(inputs.quantize(&values, self.kind, self.double));
+            codes.decode_rows(0..codes.rows(), &mut values);
+            matrices.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
+            self.codes.insert(number, codes);
         }
-        self.calibration.advance(&source, layer)?;
-        self.done += 1;
-        Ok(())
-    }
-
-    fn choose(&self, target: &Target, inputs: &gptq::Inputs) -> Result<Codes> {
-        match self.quantizer {
-            Quantizer::Four { kind, double } => {
-                Ok(Codes::Four(inputs.quantize(&values(self.export, target)?, kind, double)))
-            }
-            Quantizer::Int8 => nearest(self.export, self.quantizer, target),
-        }
+        self.calibration.replace(&Decoded(matrices), site)
     }
 }
 
@@ -394,20 +382,17 @@ fn not_finite(modules: &[String]) -> Error {
     Error::refused(message, "try the model with `litgpt generate`; without samples it can be quantized all the same")
 }
 
-/// A checkpoint with some matrices in place of its own.
-struct Decoded<'a> {
-    checkpoint: &'a Checkpoint,
-    matrices: HashMap<String, Vec<f32>>,
-}
+/// Matrices that their codes stand for, by name.
+struct Decoded(HashMap<String, Vec<f32>>);
 
-impl Source for Decoded<'_> {
+impl Source for Decoded {
     fn append(&self, name: &str, rows: usize, cols: usize, data: &mut Data) -> Result<()> {
-        debug_assert!(self.matrices.get(name).is_none_or(|values| values.len() == rows * cols));
-        match (self.matrices.get(name), data) {
-            (None, data) => return self.checkpoint.append(name, rows, cols, data),
-            (Some(values), Data::F32(data)) => data.extend_from_slice(values),
-            (Some(values), Data::Bf16(data)) => data.extend(values.iter().map(|v| half::bf16::from_f32(*v))),
-            (Some(values), Data::F16(data)) => data.extend(values.iter().map(|v| half::f16::from_f32(*v))),
+        let values = &self.0[name];
+        debug_assert_eq!(values.len(), rows * cols);
+        match data {
+            Data::F32(data) => data.extend_from_slice(values),
+            Data::Bf16(data) => data.extend(values.iter().map(|v| half::bf16::from_f32(*v))),
+            Data::F16(data) => data.extend(values.iter().map(|v| half::f16::from_f32(*v))),
         }
         Ok(())
     }

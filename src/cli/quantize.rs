@@ -1,9 +1,11 @@
 //! `litgpt quantize`: a copy of a model whose weights are kept in few bits, so that it is small on disk and loads at
 //! once, here and in transformers. With `--data`, its 4-bit codes are chosen by what samples of it make of them.
 
-use super::args::{FinetuneArgs, QuantizeArgs};
+use super::args::{CALIBRATION_LENGTH, FinetuneArgs, QuantizeArgs};
 use super::convert::refuse_existing;
+use super::finetune::encoder;
 use super::load::{Compute, PROMPT_STYLE, fitted, own_tokenizer, quantizer};
+use super::resume::hash_ids;
 use super::ui::Ui;
 use super::{download, recipe};
 use crate::checkpoint::bnb;
@@ -11,11 +13,10 @@ use crate::checkpoint::convert::Export;
 use crate::checkpoint::write::Staging;
 use crate::checkpoint::{Checkpoint, Layout, adapter};
 use crate::data::Origin;
-use crate::data::sft::{Encoder, Sample, pack};
+use crate::data::sft::{Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::Tokens;
 use crate::model::calibrate::Calibration;
-use crate::model::config::Mlp;
 use crate::ops::matrix::release_buffers;
 use crate::ops::quantized::Quantizer;
 use crate::train::settings::FinetuneSettings;
@@ -24,9 +25,6 @@ use std::path::{Path, PathBuf};
 
 /// Samples that go through a block at once have at most this many tokens together, but for one that is longer.
 const PASS: usize = 2048;
-
-/// Tokens of a sample beyond which a run does not look at it for its codes.
-const CALIBRATION_LENGTH: usize = 512;
 
 /// Runs the command.
 pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
@@ -38,14 +36,15 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let out = args.out_dir.clone().map_or_else(|| beside(&dir, &args.quantize), Ok)?;
     refuse_existing(&out)?;
     let checkpoint = Checkpoint::open(&dir)?;
-    if checkpoint.quantizer().is_some() {
-        let message = format!("`{}` is quantized already", dir.display());
-        return Err(Error::refused(message, "use it as it is").into());
-    }
+    check_whole(&checkpoint, "use it as it is")?;
     let quantizer = quantizer(Some(&args.quantize), &checkpoint)?.expect("a name was given");
     match args.data.as_deref() {
+        Some(_) if quantizer == Quantizer::Int8 => {
+            let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
+            return Err(Error::usage(message, "leave the samples out, or quantize to nf4").into());
+        }
         Some(data) => {
-            check(&checkpoint, Some(quantizer))?;
+            Calibration::serves(&checkpoint.config)?;
             let compute = Compute::find(args.accelerator, None)?;
             let samples = samples(args, data, &checkpoint, ui)?;
             let calibration = calibration(&checkpoint, quantizer, &compute, &samples, ui)?;
@@ -77,24 +76,25 @@ fn write(
     staging.commit()
 }
 
-/// Whether samples can choose the codes, before the work of reading them.
+/// # Errors
+/// When the checkpoint's weights are in few bits.
+fn check_whole(checkpoint: &Checkpoint, hint: &str) -> Result<()> {
+    if checkpoint.quantizer().is_none() {
+        return Ok(());
+    }
+    Err(Error::refused(format!("`{}` is quantized already", checkpoint.dir.display()), hint))
+}
+
+/// Whether a run can choose the codes of its base by samples, if it is to: found out before the work of reading them.
 ///
 /// # Errors
-/// When they cannot.
-pub(super) fn check(checkpoint: &Checkpoint, quantizer: Option<Quantizer>) -> Result<()> {
-    if checkpoint.quantizer().is_some() {
-        let message = format!("`{}` is quantized already: no samples can choose its codes", checkpoint.dir.display());
-        return Err(Error::refused(message, "leave --calibration_samples out, or take the model in whole"));
+/// When it cannot.
+pub(super) fn check_base(settings: &FinetuneSettings, checkpoint: &Checkpoint) -> Result<()> {
+    if settings.calibration_samples.is_none() {
+        return Ok(());
     }
-    if quantizer == Some(Quantizer::Int8) {
-        let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
-        return Err(Error::usage(message, "leave the samples out, or quantize to nf4"));
-    }
-    if matches!(checkpoint.config.mlp, Mlp::Experts { .. }) {
-        let what = "choosing the codes of a model with experts by samples";
-        return Err(Error::unsupported(what, "leave --data or --calibration_samples out"));
-    }
-    Ok(())
+    check_whole(checkpoint, "leave --calibration_samples out, or take the model in whole")?;
+    Calibration::serves(&checkpoint.config)
 }
 
 /// The quantized copy that a finetuning with `calibration_samples` trains on, in its output folder: made, unless it is there
@@ -104,21 +104,17 @@ pub(super) fn check(checkpoint: &Checkpoint, quantizer: Option<Quantizer>) -> Re
 /// When it cannot be made or read.
 pub(super) fn base_of_run(
     settings: &FinetuneSettings,
-    checkpoint: &Checkpoint,
+    (checkpoint, quantizer): (&Checkpoint, Option<Quantizer>),
     compute: &Compute,
     (train, resumed): (&[Sample], Option<&Path>),
     ui: &mut Ui,
 ) -> Result<Option<Checkpoint>> {
-    let (Some(count), Some(name)) = (settings.calibration_samples, &settings.quantize) else { return Ok(None) };
-    let Some(quantizer) = quantizer(Some(name), checkpoint)? else { return Ok(None) };
+    let (Some(count), Some(quantizer)) = (settings.calibration_samples, quantizer) else { return Ok(None) };
     let mut samples = chosen(train, count);
     samples.iter_mut().for_each(|sample| sample.input_ids.truncate(CALIBRATION_LENGTH));
     let mut hasher = blake3::Hasher::new();
     hasher.update(checkpoint.content_hash()?.as_bytes());
-    for sample in &samples {
-        hasher.update(&(sample.input_ids.len() as u64).to_le_bytes());
-        sample.input_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
-    }
+    samples.iter().for_each(|sample| hash_ids(&mut hasher, sample));
     let folder = format!("base-{}-{}", quantizer.name(), &hasher.finalize().to_hex()[..8]);
     let places = [Some(settings.out_dir.as_path()), resumed.and_then(Path::parent)];
     let found = places.into_iter().flatten().map(|dir| dir.join(&folder)).find(|dir| dir.is_dir());
@@ -192,18 +188,13 @@ fn chosen<T: Clone>(samples: &[T], count: usize) -> Vec<T> {
 
 /// Training samples of the dataset `data`.
 fn samples(args: &QuantizeArgs, data: &str, checkpoint: &Checkpoint, ui: &mut Ui) -> Result<Vec<Sample>> {
-    let given = vec![("checkpoint_dir", json!(checkpoint.dir)), ("data.name", json!(data))];
+    let length = ("train.max_seq_length", json!(args.max_seq_length));
+    let given = vec![("checkpoint_dir", json!(checkpoint.dir)), ("data.name", json!(data)), length];
     let settings = recipe::resolve(&FinetuneArgs { given, ..FinetuneArgs::default() })?;
     let tokenizer = fitted(own_tokenizer(checkpoint)?, checkpoint)?;
     let fetcher = download::Fetcher::new(args.access_token.clone(), ui)?;
     let dataset = crate::data::load(&settings.data, &tokenizer, &fetcher)?;
-    let encoder = Encoder {
-        tokenizer: &tokenizer,
-        style: &dataset.style,
-        mask_prompt: settings.data.mask_prompt,
-        ignore_index: settings.data.ignore_index,
-        max_seq_length: Some(args.max_seq_length.min(checkpoint.config.block_size)),
-    };
+    let encoder = encoder(&settings, checkpoint, &tokenizer, &dataset.style);
     let placed = |(row, error): (Origin, Error)| error.at(&dataset.locate(row));
     encoder.encode_all(&chosen(&dataset.train, args.calibration_samples), &|_| {}).map_err(placed)
 }

@@ -3,6 +3,7 @@
 use super::ui::Ui;
 use crate::checkpoint::write::Staging;
 use crate::checkpoint::{adapter, pointer, state};
+use crate::data::sft::Sample;
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::ops::Matrix;
@@ -81,8 +82,7 @@ impl MadeOf {
         for samples in [job.train, job.val] {
             hasher.update(&(samples.len() as u64).to_le_bytes());
             for sample in samples {
-                hasher.update(&(sample.input_ids.len() as u64).to_le_bytes());
-                sample.input_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+                hash_ids(&mut hasher, sample);
                 sample.labels.iter().for_each(|label| _ = hasher.update(&label.to_le_bytes()));
             }
         }
@@ -103,6 +103,12 @@ impl MadeOf {
         }
         changes
     }
+}
+
+/// Hashes a sample's tokens so that samples end to end are told apart.
+pub fn hash_ids(hasher: &mut blake3::Hasher, sample: &Sample) {
+    hasher.update(&(sample.input_ids.len() as u64).to_le_bytes());
+    sample.input_ids.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
 }
 
 fn differences(name: &str, old: &Value, new: &Value, found: &mut Vec<String>) {

@@ -36,7 +36,8 @@ use source::Parts;
 /// Validation share that LitGPT takes from a single file if none is given.
 const DEFAULT_VAL_SPLIT_FRACTION: f64 = 0.05;
 
-/// Which dataset, and how it becomes samples; LitGPT's names and defaults. Fields that a dataset does not have are `None` or default.
+/// Which dataset, and how it becomes samples; LitGPT's names and defaults. Fields that a dataset does not have are `None` or
+/// default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {

@@ -184,12 +184,12 @@ impl Block {
     /// # Panics
     /// When the block has experts.
     #[must_use]
-    pub fn at(&self, site: Site) -> &Linear {
-        match (site, &self.mlp) {
-            (Site::Qkv, _) => &self.attention.qkv,
-            (Site::Projection, _) => &self.attention.projection,
-            (Site::Up, Mlp::Dense(dense)) => &dense.up,
-            (Site::Down, Mlp::Dense(dense)) => &dense.down,
+    pub fn at(&mut self, site: Site) -> &mut Linear {
+        match (site, &mut self.mlp) {
+            (Site::Qkv, _) => &mut self.attention.qkv,
+            (Site::Projection, _) => &mut self.attention.projection,
+            (Site::Up, Mlp::Dense(dense)) => &mut dense.up,
+            (Site::Down, Mlp::Dense(dense)) => &mut dense.down,
             (_, Mlp::Experts(_)) => unreachable!("experts see rows of their own"),
         }
     }

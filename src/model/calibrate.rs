@@ -24,6 +24,9 @@ pub struct Calibration<'a> {
     /// Parameters of adapters: there are none.
     parameters: Matrix,
     passes: Vec<OnTheWay>,
+    layer: usize,
+    /// The next block, once something of it was seen.
+    block: Option<Block>,
 }
 
 /// Some samples, end to end, and the input of the next block: (T, n_embd).
@@ -48,7 +51,7 @@ impl<'a> Calibration<'a> {
     /// model's of `store`.
     ///
     /// # Errors
-    /// Those of the source, a device that has no room for the heads, and a model with experts: few samples visit each.
+    /// Those of the source and of [`Self::serves`], and a device that has no room for the heads.
     pub fn new(
         config: &'a Config,
         source: &dyn Source,
@@ -56,10 +59,7 @@ impl<'a> Calibration<'a> {
         store: Store,
         passes: &[Tokens],
     ) -> Result<Self> {
-        if matches!(config.mlp, MlpKind::Experts { .. }) {
-            let what = "calibrating a model with experts";
-            return Err(Error::unsupported(what, "quantize it without samples, with --quantize alone"));
-        }
+        Self::serves(config)?;
         let loader = Loader { config, source, store, quantizer: None, device };
         loader.check()?;
         let embedding = loader.embedding()?;
@@ -70,7 +70,20 @@ impl<'a> Calibration<'a> {
             x: embed(&embedding, config, &tokens.ids),
         };
         let passes = passes.iter().map(on_the_way).collect();
-        Ok(Self { config, device, store, rope, parameters: Matrix::new(1, 0), passes })
+        let parameters = Matrix::new(1, 0);
+        Ok(Self { config, device, store, rope, parameters, passes, layer: 0, block: None })
+    }
+
+    /// # Errors
+    /// When the model has experts, each of which few samples visit.
+    pub fn serves(config: &Config) -> Result<()> {
+        match config.mlp {
+            MlpKind::Experts { .. } => {
+                let what = "choosing the codes of a model with experts by samples";
+                Err(Error::unsupported(what, "quantize it without: leave --data or --calibration_samples out"))
+            }
+            MlpKind::Gated | MlpKind::Plain => Ok(()),
+        }
     }
 
     /// About how many bytes it takes where the samples are, and what choosing the codes takes on the host. `tokens`: of all
@@ -89,24 +102,35 @@ impl<'a> Calibration<'a> {
         [there, 2 * gram + 9 * largest + 4 * block]
     }
 
-    fn block(&self, source: &dyn Source, layer: usize) -> Result<Block> {
-        let Self { config, device, store, .. } = *self;
-        Loader { config, source, store, quantizer: None, device }.block(layer)
-    }
-
     fn pass<'b>(&'b self, at: &'b OnTheWay) -> Pass<'b> {
         let (parameters, OnTheWay { positions, spans, .. }) = (&self.parameters, at);
         Pass { parameters, exact: parameters, positions, spans, seed: None, rope: &self.rope, past: None, later: None }
     }
 
-    /// What some projections of block `layer`, before which the samples stand, are multiplied with.
+    fn loader<'b>(&'b self, source: &'b dyn Source) -> Loader<'b> {
+        let Self { config, device, store, .. } = *self;
+        Loader { config, source, store, quantizer: None, device }
+    }
+
+    /// Number of the block before which the samples stand.
+    #[must_use]
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// What some projections of the next block are multiplied with, for which those before them have their places.
     ///
     /// # Errors
     /// Those of the source and the device.
-    pub fn see(&self, source: &dyn Source, layer: usize, site: Site) -> Result<Seen> {
-        let block = self.block(source, layer)?;
+    pub fn see(&mut self, source: &dyn Source, site: Site) -> Result<Seen> {
+        let mut block = match self.block.take() {
+            Some(block) => block,
+            None => self.loader(source).block(self.layer)?,
+        };
         let linear = block.at(site);
-        let mut gram = self.zeros(linear.inputs());
+        let (modules, n) = (linear.parts.iter().map(|part| part.name.clone()).collect(), linear.inputs());
+        let mut gram =
+            self.device.map_or_else(|| Matrix::zeros(n, n), |device| Matrix::zeros_on(device, Dtype::F32, n, n));
         for at in &self.passes {
             in_pool(|| {
                 let x = block.input(&self.pass(at), &at.x, site);
@@ -114,31 +138,45 @@ impl<'a> Calibration<'a> {
             });
             self.check()?;
         }
-        let modules = linear.parts.iter().map(|part| part.name.clone()).collect();
+        self.block = Some(block);
         let seen = Seen { modules, gram: gram.to_host() };
         self.check()?;
         Ok(seen)
     }
 
-    /// Takes the samples through block `layer` of `source`.
+    /// Takes the matrices of `source` for some projections that were seen.
     ///
     /// # Errors
-    /// Those of the source and the device.
-    pub fn advance(&mut self, source: &dyn Source, layer: usize) -> Result<()> {
-        let block = self.block(source, layer)?;
+    /// Those of the source.
+    ///
+    /// # Panics
+    /// When nothing of the block was seen.
+    pub fn replace(&mut self, source: &dyn Source, site: Site) -> Result<()> {
+        let mut block = self.block.take().expect("a block that was seen");
+        let linear = block.at(site);
+        let parts: Vec<(String, usize)> =
+            linear.parts.iter().map(|part| (part.name.clone(), part.rows.len())).collect();
+        linear.set_weight(self.loader(source).projection(&parts, linear.inputs())?);
+        self.block = Some(block);
+        Ok(())
+    }
+
+    /// Takes the samples through the block.
+    ///
+    /// # Errors
+    /// Those of the device.
+    ///
+    /// # Panics
+    /// When nothing of the block was seen.
+    pub fn advance(&mut self) -> Result<()> {
+        let block = self.block.take().expect("a block that was seen");
         for number in 0..self.passes.len() {
             let at = &self.passes[number];
             let x = in_pool(|| block.forward(&self.pass(at), at.x.clone()).0);
             self.passes[number].x = x;
         }
+        self.layer += 1;
         self.check()
-    }
-
-    fn zeros(&self, n: usize) -> Matrix {
-        let Some(device) = self.device else { return Matrix::zeros(n, n) };
-        let mut zeros = Matrix::new_on(device, Dtype::F32, n, n);
-        zeros.zero();
-        zeros
     }
 
     fn check(&self) -> Result<()> {

@@ -90,6 +90,16 @@ impl Linear {
         &self.weight
     }
 
+    /// Puts another matrix of the same shape in place of the frozen one.
+    ///
+    /// # Panics
+    /// When it has another shape.
+    pub fn set_weight(&mut self, weight: Weight) {
+        let shape = |weight: &Weight| (weight.rows(), weight.cols());
+        assert_eq!(shape(&weight), shape(&self.weight), "linear: a weight of the same shape");
+        self.weight = Arc::new(weight);
+    }
+
     /// Whether a part has an adapter.
     #[must_use]
     pub fn adapted(&self) -> bool {

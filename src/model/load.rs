@@ -182,7 +182,7 @@ impl Loader<'_> {
     }
 
     /// The weight of a block's projection.
-    fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
+    pub(super) fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
         if let Some(stored) = self.stored(parts, cols)? {
             return Ok(stored);
         }

@@ -108,11 +108,16 @@ impl Dense {
         if self.gated() { glu::gated(self.activation, up) } else { glu::plain(self.activation, up) }
     }
 
+    /// What stands before the activation.
+    fn raise(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, LinearSaved) {
+        let mut up = x.new_like(x.rows(), self.up.outputs());
+        let h = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
+        (up, h)
+    }
+
     /// What `down` is multiplied with.
     pub(super) fn units(&self, pass: &Pass<'_>, x: &Matrix) -> Matrix {
-        let mut up = x.new_like(x.rows(), self.up.outputs());
-        self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
-        self.activate(&up)
+        self.activate(&self.raise(pass, x).0)
     }
 
     /// `y = down(units(x))`, added to `y` where `accumulate`.
@@ -120,8 +125,7 @@ impl Dense {
     /// # Shapes
     /// `x`, `y`: (T, n_embd).
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
-        let mut up = x.new_like(x.rows(), self.up.outputs());
-        let h_up = self.up.forward(pass.parameters, x, pass.seed, &mut up, false);
+        let (up, h_up) = self.raise(pass, x);
         let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
         DenseSaved { up: Parked::new(up, pass.seed.is_some() && self.up.weight().is_bf16()), h_up, h_down }
     }

@@ -53,11 +53,7 @@ impl Gpt {
         let keep = |block: &block::Block, saved: &block::Saved| layers.push(block.keys_and_values(saved));
         let (begun, loss) = self.forward(&parameters, tokens, None, &mut training, keep);
         let zeros = |kv: &Matrix| match kv.place() {
-            Some((device, _)) => {
-                let mut zeros = Matrix::new_on(device, Dtype::F32, kv.rows(), kv.cols());
-                zeros.zero();
-                zeros
-            }
+            Some((device, _)) => Matrix::zeros_on(device, Dtype::F32, kv.rows(), kv.cols()),
             None => kv.zeros_like(kv.rows(), kv.cols()),
         };
         let trained = if training.is_some() { self.lowest()..self.blocks.len() } else { 0..0 };

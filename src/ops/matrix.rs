@@ -181,6 +181,14 @@ impl Matrix {
         matrix
     }
 
+    /// Zeros of a type on a device.
+    #[must_use]
+    pub fn zeros_on(device: &Device, dtype: Dtype, rows: usize, cols: usize) -> Self {
+        let mut matrix = Self::new_on(device, dtype, rows, cols);
+        matrix.zero();
+        matrix
+    }
+
     /// A copy on `device`, in its type, where one is given; else on the host.
     #[must_use]
     pub fn to(&self, device: Option<(&Device, Dtype)>) -> Self {

@@ -196,6 +196,9 @@ impl ConvertFromArgs {
     }
 }
 
+/// Tokens of a sample beyond which it is not looked at for the codes of 4 bits.
+pub const CALIBRATION_LENGTH: usize = 512;
+
 /// Arguments of `litgpt quantize`.
 #[derive(Args, Clone, Debug)]
 #[command(
@@ -223,7 +226,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one, overrides_with = "calibration_samples", requires = "data")]
     pub calibration_samples: usize,
     /// Longest sample, in tokens
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one, overrides_with = "max_seq_length", requires = "data")]
+    #[arg(long, value_name = "N", default_value_t = CALIBRATION_LENGTH, value_parser = at_least_one, overrides_with = "max_seq_length", requires = "data")]
     pub max_seq_length: usize,
     /// Where samples are looked at: auto (a GPU if there is one), cpu, cuda
     #[arg(long, value_name = "NAME", default_value = "auto", overrides_with = "accelerator")]

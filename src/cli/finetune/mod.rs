@@ -25,7 +25,8 @@ use crate::train::tensorboard::TensorBoard;
 use crate::train::{FINAL, Job, Plan, fit, is_over, side_by_side};
 use outside::Run;
 use preflight::computed;
-use samples::{encoder, samples};
+pub(super) use samples::encoder;
+use samples::samples;
 use std::path::Path;
 
 /// Runs the command.
@@ -38,9 +39,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     check_out_dir(&settings.out_dir)?;
     let checkpoint = Checkpoint::open(&settings.checkpoint_dir)?;
     let quantizer = quantizer(settings.quantize.as_deref(), &checkpoint)?;
-    if settings.calibration_samples.is_some() {
-        quantize::check(&checkpoint, quantizer)?;
-    }
+    quantize::check_base(&settings, &checkpoint)?;
     let tokenizer = fitted(own_tokenizer(&checkpoint)?, &checkpoint)?.with_bos(add_bos(settings.add_bos));
     let fetcher = download::Fetcher::new(settings.access_token.clone(), ui)?;
     let mut dataset = crate::data::load(&settings.data, &tokenizer, &fetcher)?;
@@ -61,17 +60,16 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
     }
-    // Before the work that a run of its own quantized base begins with.
-    let lock = settings.calibration_samples.map(|_| resume::lock(&settings.out_dir)).transpose()?;
+    let _lock = resume::lock(&settings.out_dir)?;
     let from = resume::From::find(&settings, ui)?;
     let made = from.as_ref().map(|from| from.dir.as_path());
-    let checkpoint = quantize::base_of_run(&settings, &checkpoint, &compute, (&train, made), ui)?.unwrap_or(checkpoint);
+    let base = quantize::base_of_run(&settings, (&checkpoint, quantizer), &compute, (&train, made), ui)?;
+    let checkpoint = base.unwrap_or(checkpoint);
     let base_hash = checkpoint.content_hash()?;
     let mut gpt = trainable(&settings, &checkpoint, &compute, quantizer, ui)?;
     let mut job =
         Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing, prefix };
     let made_of = MadeOf::of(&job, &base_hash)?;
-    let _lock = lock.map_or_else(|| resume::lock(&settings.out_dir), Ok)?;
     if let Some(from) = &from {
         from.check(&made_of, settings.resume_force, ui)?;
     }

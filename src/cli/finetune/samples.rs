@@ -26,7 +26,7 @@ pub(super) fn samples(
 }
 
 /// How a run makes its samples.
-pub(super) fn encoder<'a>(
+pub(in crate::cli) fn encoder<'a>(
     settings: &FinetuneSettings,
     checkpoint: &Checkpoint,
     tokenizer: &'a Tokenizer,
