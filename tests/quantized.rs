@@ -96,7 +96,7 @@ fn a_copy_is_finetuned_and_merged() {
 
 #[test]
 fn what_bitsandbytes_wrote_is_read() {
-    for (folder, quantizer) in [("nf4-dq", "nf4-dq"), ("fp4", "fp4"), ("int8", "int8")] {
+    for (folder, quantizer) in [("nf4-dq", "nf4-dq"), ("fp4", "fp4"), ("int8", "int8"), ("nf4-skip", "nf4")] {
         let dir = root().join("tests/data/bnb").join(folder);
         assert_eq!(Checkpoint::open(&dir).unwrap().quantizer(), Quantizer::named(quantizer), "{folder}");
         let got = logits(&dir, None);
@@ -104,6 +104,62 @@ fn what_bitsandbytes_wrote_is_read() {
         let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         let off = got.iter().zip(&want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
         assert!(off <= 1e-4 * largest, "{folder}: off by {off} of {largest}");
+    }
+}
+
+/// Folders of which some matrices are left whole, as those that Unsloth calls dynamic: these compute with what the file has,
+/// beside others of the same input in few bits, and are merged as they are.
+#[test]
+fn what_a_folder_in_few_bits_keeps_whole_stays_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = tensors(&tiny().join("model.safetensors"));
+    for name in ["nf4-dq", "int8"] {
+        let copy = quantized(dir.path(), name);
+        let all = Checkpoint::open(&copy).unwrap();
+        let file = copy.join("model.safetensors");
+        let left = ["0.self_attn.v_proj", "0.mlp.gate_proj", "1.mlp.down_proj", "1.self_attn.o_proj"];
+        let left = left.map(|module| format!("model.layers.{module}"));
+        let mut mixed = tensors(&file);
+        for module in &left {
+            let weight = format!("{module}.weight");
+            mixed.retain(|name, _| !name.starts_with(&weight) && *name != format!("{module}.SCB"));
+            mixed.insert(weight.clone(), whole[&weight].clone());
+        }
+        let in_few_bits = Gpt::load(&all.config, &all, Store::F32, None, &mut |_| {}).unwrap();
+        write_tensors(&file, &mixed);
+        let checkpoint = Checkpoint::open(&copy).unwrap();
+        let elements: usize = left.iter().map(|m| whole[&format!("{m}.weight")].1.iter().product::<usize>()).sum();
+        assert_eq!(checkpoint.left_whole(), elements);
+        let quantizer = checkpoint.quantizer();
+        let load = |device: Option<&Device>| {
+            Gpt::load_on(device, &checkpoint.config, &checkpoint, Store::F32, quantizer, &mut |_| {}).unwrap()
+        };
+        let elements = |gpt: &Gpt| -> Vec<(String, Vec<f32>)> {
+            let parts = gpt.linears().flat_map(|linear| linear.parts.iter().map(move |part| (linear, part)));
+            let decoded = parts.map(|(linear, part)| {
+                let mut values = vec![0.0; part.rows.len() * linear.inputs()];
+                linear.weight().decode_rows(part.rows.clone(), &mut values);
+                (part.name.clone(), values)
+            });
+            decoded.collect()
+        };
+        let got = elements(&load(None));
+        for ((name, got), (_, coded)) in got.iter().zip(elements(&in_few_bits)) {
+            let want = if left.contains(name) { floats(&whole[&format!("{name}.weight")]) } else { coded };
+            assert!(*got == want, "{name} has other elements");
+        }
+        let there = emulated::device().map(|device| elements(&load(Some(&device))));
+        assert!(there.is_none_or(|there| there == got), "{name} on a device");
+        finetune(dir.path(), &copy, "--lora_r 4 --lora_mlp false").ok();
+        let unmerged = greedy(dir.path(), "out/final", "Name a colour.");
+        litgpt(dir.path(), ["merge_lora", "out/final", "--precision", "32-true", "--out_dir", "merged"]).ok();
+        assert_eq!(greedy(dir.path(), "merged", "Name a colour."), unmerged);
+        let merged = tensors(&dir.path().join("merged/model.safetensors"));
+        for module in left.iter().filter(|module| module.contains(".mlp.")) {
+            let weight = format!("{module}.weight");
+            assert!(floats(&merged[&weight]) == floats(&whole[&weight]), "{weight} was changed");
+        }
+        ["merged", "out"].iter().for_each(|folder| fs::remove_dir_all(dir.path().join(folder)).unwrap());
     }
 }
 

@@ -304,6 +304,13 @@ impl Checkpoint {
         self.shards.quantizer()
     }
 
+    /// Elements of the blocks' projections that stay whole where the others are in few bits.
+    #[must_use]
+    pub fn left_whole(&self) -> usize {
+        let left = |slot: &Slot| slot.is_projection() && self.stays_whole(&slot.name);
+        slots(&self.config).iter().filter(|slot| left(slot)).map(|slot| slot.rows * slot.cols).sum()
+    }
+
     /// Content of the file `name` that belongs to the model whatever its weights are, if it has one.
     ///
     /// # Errors
@@ -451,6 +458,11 @@ impl Source for Checkpoint {
             (Some(codes), Some(rows)) => codes.select(rows),
             (codes, _) => codes,
         })
+    }
+
+    fn stays_whole(&self, name: &str) -> bool {
+        // Of a folder in few bits, what is not is left so on purpose: rounding it would cost the most.
+        self.quantizer().is_some() && self.locate(name).iter().all(|piece| !self.shards.in_few_bits(&piece.tensor))
     }
 
     fn is_bf16(&self, name: &str) -> Result<bool> {

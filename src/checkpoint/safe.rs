@@ -357,6 +357,12 @@ impl Shards {
         self.bits.values().next().map(Bits::quantizer)
     }
 
+    /// Whether the tensor `name` is kept in few bits.
+    #[must_use]
+    pub fn in_few_bits(&self, name: &str) -> bool {
+        self.bits.contains_key(name)
+    }
+
     /// The tensor `name` in few bits, if it is kept so.
     ///
     /// # Errors

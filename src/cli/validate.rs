@@ -178,8 +178,16 @@ fn memory(checkpoint: &Checkpoint, rows: &[Row]) -> Result<String> {
     for (flags, _, store, quantize) in rows {
         let quantizer = quantize.and_then(Quantizer::named);
         let narrow = checkpoint.narrow(*store, false)?;
-        let computed =
-            Computed { store: *store, narrow, quantizer, on_device: false, tokens, checkpointing: false, prefix: 0 };
+        let computed = Computed {
+            store: *store,
+            narrow,
+            quantizer,
+            whole: 0,
+            on_device: false,
+            tokens,
+            checkpointing: false,
+            prefix: 0,
+        };
         let estimate = Estimate::of(config, &settings, computed);
         let cache = 4 * (2 * config.n_layer * config.kv_cols() * tokens + config.vocab_size);
         let (generate, finetune) = (estimate.weights + estimate.workspace + cache, estimate.total());

@@ -201,13 +201,13 @@ impl Linear {
     /// Whether `part` computes with another matrix than the checkpoint has.
     #[must_use]
     pub fn changes(&self, part: &Part) -> bool {
-        part.lora.is_some() || self.weight.is_quantized()
+        part.lora.is_some() || self.weight.is_quantized(part.rows.start)
     }
 
     /// Makes `weight`, the checkpoint's (out, in) matrix of `part`, the one that it computes with: `W + s B A`, where a
     /// quantized `W` is the decoded one.
     pub fn merge(&self, part: &Part, parameters: &[f32], weight: &mut [f32]) {
-        if self.weight.is_quantized() {
+        if self.weight.is_quantized(part.rows.start) {
             self.weight.decode_rows(part.rows.clone(), weight);
         }
         if let Some(lora) = &part.lora {

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::ops::attention::Attention as Core;
 use crate::ops::device::{Device, Dtype};
 use crate::ops::norm::{Kind, Norm};
-use crate::ops::quantized::{Codes, Quantizer};
+use crate::ops::quantized::{Codes, Quantizer, Rows};
 use crate::ops::resident::{Part, Resident};
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
@@ -33,6 +33,11 @@ pub trait Source {
     /// When it is broken.
     fn codes(&self, _name: &str) -> Result<Option<Codes>> {
         Ok(None)
+    }
+
+    /// Whether the matrix `name` stays whole where the model's projections are in few bits, as the source itself has it.
+    fn stays_whole(&self, _name: &str) -> bool {
+        false
     }
 
     /// Whether the matrix `name` is all bf16.
@@ -125,6 +130,15 @@ impl Gpt {
     }
 }
 
+/// How a projection is kept.
+enum Kept {
+    /// In the codes that the source has.
+    Codes(Codes),
+    /// Quantized as it is loaded.
+    Quantized(Quantizer),
+    Whole,
+}
+
 /// What parts of a model are made from.
 pub(super) struct Loader<'a> {
     pub(super) config: &'a Config,
@@ -152,8 +166,18 @@ impl Loader<'_> {
     }
 
     fn weight(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
-        let rows: usize = parts.iter().map(|p| p.1).sum();
-        let len = rows * cols;
+        let rows = parts.iter().map(|p| p.1).sum();
+        let (data, narrow) = self.elements(parts, cols)?;
+        Ok(match (self.device, data) {
+            (Some(device), data) => Weight::resident(Resident::whole(device, self.dtype(), rows, cols, &data)),
+            (None, Data::Bf16(elements)) if narrow => Weight::widened(rows, cols, elements),
+            (None, data) => Weight::new(rows, cols, data),
+        })
+    }
+
+    /// The elements of some matrices below one another, and whether they are kept narrower than the store is.
+    fn elements(&self, parts: &[(String, usize)], cols: usize) -> Result<(Data, bool)> {
+        let len = parts.iter().map(|p| p.1).sum::<usize>() * cols;
         let names = parts.iter().map(|(name, _)| format!("{name}.weight"));
         let narrow = narrow(self.source, self.store, self.device.is_some(), names)?;
         let mut data = match self.store {
@@ -165,11 +189,7 @@ impl Loader<'_> {
         for (name, rows) in parts {
             self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
         }
-        Ok(match (self.device, data) {
-            (Some(device), data) => Weight::resident(Resident::whole(device, self.dtype(), rows, cols, &data)),
-            (None, Data::Bf16(elements)) if narrow => Weight::widened(rows, cols, elements),
-            (None, data) => Weight::new(rows, cols, data),
-        })
+        Ok((data, narrow))
     }
 
     /// Type of the activations on a device.
@@ -183,36 +203,53 @@ impl Loader<'_> {
 
     /// The weight of a block's projection.
     pub(super) fn projection(&self, parts: &[(String, usize)], cols: usize) -> Result<Weight> {
-        if let Some(stored) = self.stored(parts, cols)? {
-            return Ok(stored);
+        let kept = parts.iter().map(|part| self.kept(part)).collect::<Result<Vec<Kept>>>()?;
+        if kept.iter().all(|kept| matches!(kept, Kept::Whole)) {
+            return self.weight(parts, cols);
         }
-        let Some(quantizer) = self.quantizer else { return self.weight(parts, cols) };
-        // Each by itself: its scales' mean and nested blocks are those that bitsandbytes finds.
-        let parts = parts.iter().map(|(name, rows)| {
-            let mut data = Data::F32(Vec::with_capacity(rows * cols));
-            self.source.append(&format!("{name}.weight"), *rows, cols, &mut data)?;
-            let Data::F32(values) = data else { unreachable!("`append` keeps the store") };
-            Ok((values, *rows))
-        });
+        let each = kept.into_iter().zip(parts);
         let Some(device) = self.device else {
-            let codes = parts.map(|part| part.map(|(values, rows)| Codes::new(quantizer, &values, rows, cols)));
-            return Ok(Weight::quantized(cols, codes.collect::<Result<_>>()?, self.store));
+            let rows = each.map(|(kept, part)| self.rows(kept, part, cols)).collect::<Result<_>>()?;
+            return Ok(Weight::quantized(cols, rows, self.store));
         };
-        let parts = parts.map(|part| part.map(|(values, rows)| Part::quantize(device, quantizer, &values, rows, cols)));
-        Ok(Weight::resident(Resident::quantized(device, self.dtype(), cols, parts.collect::<Result<_>>()?)))
+        let parts = each.map(|(kept, part)| self.part(device, kept, part, cols)).collect::<Result<_>>()?;
+        Ok(Weight::resident(Resident::quantized(device, self.dtype(), cols, parts)))
     }
 
-    /// The weight of a block's projection, where the source has all of it in few bits.
-    fn stored(&self, parts: &[(String, usize)], cols: usize) -> Result<Option<Weight>> {
-        let codes = parts.iter().map(|(name, _)| self.source.codes(&format!("{name}.weight")));
-        let codes = codes.collect::<Result<Vec<Option<Codes>>>>()?.into_iter().collect::<Option<Vec<Codes>>>();
-        Ok(codes.map(|codes| match self.device {
-            Some(device) => {
-                let parts = codes.iter().map(|codes| Part::upload(device, codes)).collect();
-                Weight::resident(Resident::quantized(device, self.dtype(), cols, parts))
+    /// How a projection is kept: as the source has it, else quantized by itself, since its scales' mean and nested blocks are
+    /// those that bitsandbytes finds.
+    fn kept(&self, (name, _): &(String, usize)) -> Result<Kept> {
+        let name = format!("{name}.weight");
+        if let Some(codes) = self.source.codes(&name)? {
+            return Ok(Kept::Codes(codes));
+        }
+        Ok(self.quantizer.filter(|_| !self.source.stays_whole(&name)).map_or(Kept::Whole, Kept::Quantized))
+    }
+
+    /// The rows of a projection on the host.
+    fn rows(&self, kept: Kept, part: &(String, usize), cols: usize) -> Result<Rows> {
+        Ok(match kept {
+            Kept::Codes(codes) => Rows::Codes(codes),
+            Kept::Quantized(quantizer) => Rows::Codes(Codes::new(quantizer, &self.values(part, cols)?, part.1, cols)),
+            Kept::Whole => Rows::Whole(self.weight(std::slice::from_ref(part), cols)?),
+        })
+    }
+
+    /// The rows of a projection on a device.
+    fn part(&self, device: &Device, kept: Kept, part: &(String, usize), cols: usize) -> Result<Part> {
+        Ok(match kept {
+            Kept::Codes(codes) => Part::upload(device, &codes),
+            Kept::Quantized(quantizer) => Part::quantize(device, quantizer, &self.values(part, cols)?, part.1, cols),
+            Kept::Whole => {
+                let (data, _) = self.elements(std::slice::from_ref(part), cols)?;
+                Part::whole(device, self.dtype(), part.1, &data)
             }
-            None => Weight::quantized(cols, codes, self.store),
-        }))
+        })
+    }
+
+    /// The source's own values of a projection.
+    fn values(&self, (name, rows): &(String, usize), cols: usize) -> Result<Vec<f32>> {
+        self.source.vector(&format!("{name}.weight"), rows * cols)
     }
 
     fn bias(&self, parts: &[(String, usize)], present: bool) -> Result<Option<Vec<f32>>> {

@@ -6,6 +6,7 @@
 //! so outliers among them do no harm. Half way goes to the even number, as bitsandbytes has it.
 
 use super::nf4::{Absmax, Kind4, QUANT_BLOCK, Quantized};
+use super::weight::Weight;
 use std::ops::Range;
 
 /// The largest code of 8 bits.
@@ -166,6 +167,46 @@ impl Codes {
         match self {
             Self::Four(four) => four.byte_count(),
             Self::Int8 { codes, absmax, .. } => codes.len() + size_of_val(absmax.as_slice()),
+        }
+    }
+}
+
+/// Some rows of a matrix of which others may be kept otherwise.
+#[derive(Debug, Clone)]
+pub enum Rows {
+    /// In few bits.
+    Codes(Codes),
+    /// As they are.
+    Whole(Weight),
+}
+
+impl Rows {
+    /// How many.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Codes(codes) => codes.rows(),
+            Self::Whole(weight) => weight.rows(),
+        }
+    }
+
+    /// Some of them in f32.
+    ///
+    /// # Panics
+    /// When they do not exist or `out` has another number of elements.
+    pub fn decode(&self, rows: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::Codes(codes) => codes.decode_rows(rows, out),
+            Self::Whole(weight) => weight.decode_rows(rows, out),
+        }
+    }
+
+    /// Bytes in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Codes(codes) => codes.bytes(),
+            Self::Whole(weight) => weight.bytes(),
         }
     }
 }

@@ -15,27 +15,32 @@ use std::sync::{Arc, OnceLock};
 /// fill the device.
 const PANEL: usize = 32 << 20;
 
-/// Consecutive rows of a matrix in few bits, quantized by themselves, in device memory.
+/// Consecutive rows of a matrix in few bits, quantized by themselves or not at all, in device memory.
 #[derive(Debug, Clone)]
 pub struct Part {
     rows: usize,
+    /// Codes, or whole elements.
     codes: Buffer,
-    /// Scales, or with double quantization the scales of their codes.
-    absmax: Buffer,
     scheme: Scheme,
 }
 
 #[derive(Debug, Clone)]
 enum Scheme {
-    /// 4 bits; with double quantization the codes of the scales, and the scales' mean.
-    Four {
-        kind: Kind4,
-        double: Option<(Buffer, f32)>,
-    },
-    Int8,
+    /// 4 bits and their scales; with double quantization the scales of the scales' codes, these codes, and the scales' mean.
+    Four { kind: Kind4, absmax: Buffer, double: Option<(Buffer, f32)> },
+    /// 8 bits and their scales.
+    Int8(Buffer),
+    /// Elements of the type of the matrix's products.
+    Whole,
 }
 
 impl Part {
+    /// Copies what stays whole, as `dtype`, the type of the matrix's products.
+    #[must_use]
+    pub fn whole(device: &Device, dtype: Dtype, rows: usize, data: &Data) -> Self {
+        Self { rows, codes: upload(device, data, dtype), scheme: Scheme::Whole }
+    }
+
     /// Copies what was quantized on the host.
     #[must_use]
     pub fn upload(device: &Device, codes: &Codes) -> Self {
@@ -48,14 +53,13 @@ impl Part {
                         (nested_absmax, Some((device.upload(codes), *offset)))
                     }
                 };
-                let scheme = Scheme::Four { kind: q.kind, double };
-                Self { rows: q.rows, codes: device.upload(&q.packed), absmax: floats(absmax), scheme }
+                let scheme = Scheme::Four { kind: q.kind, absmax: floats(absmax), double };
+                Self { rows: q.rows, codes: device.upload(&q.packed), scheme }
             }
             Codes::Int8 { codes, absmax, .. } => Self {
                 rows: absmax.len(),
                 codes: device.upload(bytemuck::cast_slice(codes)),
-                absmax: floats(absmax),
-                scheme: Scheme::Int8,
+                scheme: Scheme::Int8(floats(absmax)),
             },
         }
     }
@@ -73,7 +77,7 @@ impl Part {
         let args = [(&x).into(), (&codes).into(), (&absmax).into(), long(n), Fours::code_of(kind)];
         device.launch("nf4_quantize_f32", None, [blocks.div_ceil(8).min(16_384), 1, 1], [256, 1], 0, &args);
         if !double {
-            return Self { rows, codes, absmax, scheme: Scheme::Four { kind, double: None } };
+            return Self { rows, codes, scheme: Scheme::Four { kind, absmax, double: None } };
         }
         let mean = device.allocate(4);
         let args = [(&absmax).into(), (&mean).into(), long(blocks)];
@@ -87,21 +91,25 @@ impl Part {
         let mut offset = [0; 4];
         mean.read(&mut offset);
         let double = Some((scale_codes, f32::from_le_bytes(offset)));
-        Self { rows, codes, absmax: nested_absmax, scheme: Scheme::Four { kind, double } }
+        Self { rows, codes, scheme: Scheme::Four { kind, absmax: nested_absmax, double } }
     }
 
-    /// Its addresses, where it is in 4 bits.
-    fn four(&self) -> Four {
-        let (codes, offset) = match &self.scheme {
-            Scheme::Four { double: Some((codes, offset)), .. } => (codes.pointer(), *offset),
-            _ => (0, 0.0),
-        };
-        Four { rows: self.rows, packed: self.codes.pointer(), absmax: self.absmax.pointer(), codes, offset }
+    /// Its kind and addresses, where it is in 4 bits.
+    fn four(&self) -> Option<(Kind4, Four)> {
+        let Scheme::Four { kind, absmax, double } = &self.scheme else { return None };
+        let (codes, offset) = double.as_ref().map_or((0, 0.0), |(codes, offset)| (codes.pointer(), *offset));
+        Some((*kind, Four { rows: self.rows, packed: self.codes.pointer(), absmax: absmax.pointer(), codes, offset }))
     }
 
     fn bytes(&self) -> usize {
-        let double = if let Scheme::Four { double: Some((codes, _)), .. } = &self.scheme { codes.bytes() } else { 0 };
-        self.codes.bytes() + self.absmax.bytes() + double
+        let scales = match &self.scheme {
+            Scheme::Four { absmax, double, .. } => {
+                absmax.bytes() + double.as_ref().map_or(0, |(codes, _)| codes.bytes())
+            }
+            Scheme::Int8(absmax) => absmax.bytes(),
+            Scheme::Whole => 0,
+        };
+        self.codes.bytes() + scales
     }
 }
 
@@ -123,11 +131,10 @@ struct Parts {
 
 impl Parts {
     fn new(list: Vec<Part>, cols: usize) -> Self {
-        let mut kinds =
-            list.iter().map(|part| if let Scheme::Four { kind, .. } = part.scheme { Some(kind) } else { None });
-        let kind = kinds.next().flatten().filter(|kind| kinds.all(|other| other == Some(*kind)));
         let nested = Arc::new(Constant::from(nested_code().to_vec()));
-        let addresses = list.iter().map(Part::four).collect();
+        let fours = list.iter().map(Part::four).collect::<Option<Vec<_>>>().unwrap_or_default();
+        let kind = fours.first().map(|four| four.0).filter(|kind| fours.iter().all(|four| four.0 == *kind));
+        let addresses = fours.into_iter().map(|four| four.1).collect();
         let fours = kind.map(|kind| Fours::new(addresses, kind, cols, Arc::clone(&nested)));
         Self { list, nested, fours }
     }
@@ -197,10 +204,16 @@ impl Resident {
         (&self.device, self.dtype)
     }
 
-    /// Whether it is kept in few bits.
+    /// Whether the row is kept in few bits.
     #[must_use]
-    pub fn is_quantized(&self) -> bool {
-        !matches!(self.kept, Kept::Whole(_))
+    pub fn is_quantized(&self, row: usize) -> bool {
+        let Kept::Parts(parts) = &self.kept else { return false };
+        let mut end = 0;
+        let of_row = |part: &&Part| {
+            end += part.rows;
+            row < end
+        };
+        parts.list.iter().find(of_row).is_some_and(|part| !matches!(part.scheme, Scheme::Whole))
     }
 
     fn fours(&self) -> Option<&Fours> {
@@ -244,14 +257,9 @@ impl Resident {
     }
 
     fn decode(&self, rows: Range<usize>, to: u64) {
-        let n = rows.len() * self.cols;
         let address = |row: usize| to + ((row - rows.start) * self.cols * self.dtype.size()) as u64;
         match &self.kept {
-            Kept::Whole(table) => {
-                let from = table.pointer() + (rows.start * self.cols * self.dtype.size()) as u64;
-                let args = [from.into(), to.into(), long(n), 1f32.into(), int(0)];
-                self.device.launch_over("add", Some(self.dtype), n, &args);
-            }
+            Kept::Whole(table) => self.copy(table, rows, to),
             Kept::Parts(parts) => {
                 let mut first = 0;
                 for part in &parts.list {
@@ -270,24 +278,33 @@ impl Resident {
         }
     }
 
+    /// Copies some rows of whole elements.
+    fn copy(&self, elements: &Buffer, rows: Range<usize>, to: u64) {
+        let (first, n) = (rows.start * self.cols, rows.len() * self.cols);
+        let from = elements.pointer() + (first * self.dtype.size()) as u64;
+        let args = [from.into(), to.into(), long(n), 1f32.into(), int(0)];
+        self.device.launch_over("add", Some(self.dtype), n, &args);
+    }
+
     fn decode_part(&self, part: &Part, rows: Range<usize>, to: u64, nested: &Constant<f32>) {
         let (first, n) = (rows.start * self.cols, rows.len() * self.cols);
-        let (codes, absmax, to) = ((&part.codes).into(), (&part.absmax).into(), to.into());
+        let (codes, out) = ((&part.codes).into(), to.into());
         // Eight values a thread, and enough blocks for every multiprocessor to have some.
         let grid = [n.div_ceil(8 * 256).clamp(1, 16_384), 1, 1];
         match &part.scheme {
-            Scheme::Int8 => {
-                let args = [codes, absmax, to, long(rows.start), int(self.cols)];
+            Scheme::Whole => self.copy(&part.codes, rows, to),
+            Scheme::Int8(absmax) => {
+                let args = [codes, absmax.into(), out, long(rows.start), int(self.cols)];
                 self.device.launch("int8_dequantize", Some(self.dtype), [rows.len(), 1, 1], [128, 1], 0, &args);
             }
-            Scheme::Four { kind, double: None } => {
-                let args = [codes, absmax, to, long(first), long(n), Fours::code_of(*kind)];
+            Scheme::Four { kind, absmax, double: None } => {
+                let args = [codes, absmax.into(), out, long(first), long(n), Fours::code_of(*kind)];
                 self.device.launch("nf4_dequantize", Some(self.dtype), grid, [256, 1], 0, &args);
             }
-            Scheme::Four { kind, double: Some((scale_codes, offset)) } => {
+            Scheme::Four { kind, absmax, double: Some((scale_codes, offset)) } => {
                 let nested = nested.on(&self.device).into();
-                let scales = [scale_codes.into(), absmax, nested, (*offset).into()];
-                let args = [&[codes][..], &scales, &[to, long(first), long(n), Fours::code_of(*kind)]].concat();
+                let scales = [scale_codes.into(), absmax.into(), nested, (*offset).into()];
+                let args = [&[codes][..], &scales, &[out, long(first), long(n), Fours::code_of(*kind)]].concat();
                 self.device.launch("nf4_dequantize_double", Some(self.dtype), grid, [256, 1], 0, &args);
             }
         }

@@ -13,7 +13,7 @@ use super::matmul::{Side, Threads, ViewMut, matmul};
 #[cfg(target_arch = "x86_64")]
 use super::matrix::round;
 use super::matrix::{Matrix, View};
-use super::quantized::Codes;
+use super::quantized::Rows;
 use super::resident::Resident;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
@@ -117,10 +117,10 @@ enum Kept {
         data: Data,
         exact: bool,
     },
-    /// `parts` are consecutive rows, quantized by themselves. `bf16`: products of many rows round the decoded values to bf16,
+    /// `parts` are consecutive rows, quantized by themselves or not at all. `bf16`: products of many rows round the decoded values to bf16,
     /// as the rest of such a model is; else they are f32.
     Quantized {
-        parts: Vec<Codes>,
+        parts: Vec<Rows>,
         bf16: bool,
     },
     Resident(Resident),
@@ -186,11 +186,11 @@ impl Weight {
         Self::new(rows, cols, Data::F32(elements.iter().map(|v| v.to_f32()).collect()))
     }
 
-    /// A matrix in few bits, its rows those of `parts` one after another; in a model of bf16 weights (`store`) its
+    /// A matrix of which rows are in few bits, those of `parts` one after another; in a model of bf16 weights (`store`) its
     /// products may round the decoded elements to bf16.
     #[must_use]
-    pub fn quantized(cols: usize, parts: Vec<Codes>, store: Store) -> Self {
-        let rows = parts.iter().map(Codes::rows).sum();
+    pub fn quantized(cols: usize, parts: Vec<Rows>, store: Store) -> Self {
+        let rows = parts.iter().map(Rows::count).sum();
         Self { rows, cols, kept: Kept::Quantized { parts, bf16: store == Store::Bf16 } }
     }
 
@@ -207,12 +207,19 @@ impl Weight {
         if let Kept::Resident(resident) = &self.kept { Some(resident.place()) } else { None }
     }
 
-    /// Whether it is kept in few bits, so that its elements are no longer the checkpoint's.
+    /// Whether the row is kept in few bits, so that its elements are no longer the checkpoint's.
     #[must_use]
-    pub fn is_quantized(&self) -> bool {
+    pub fn is_quantized(&self, row: usize) -> bool {
         match &self.kept {
-            Kept::Quantized { .. } => true,
-            Kept::Resident(resident) => resident.is_quantized(),
+            Kept::Quantized { parts, .. } => {
+                let mut end = 0;
+                let of_row = |part: &&Rows| {
+                    end += part.count();
+                    row < end
+                };
+                matches!(parts.iter().find(of_row), Some(Rows::Codes(_)))
+            }
+            Kept::Resident(resident) => resident.is_quantized(row),
             Kept::Whole(_) => false,
             #[cfg(target_arch = "x86_64")]
             Kept::Panels { .. } => false,
@@ -262,7 +269,7 @@ impl Weight {
             Kept::Whole(data) => data.bytes(),
             #[cfg(target_arch = "x86_64")]
             Kept::Panels { data, .. } => data.bytes(),
-            Kept::Quantized { parts, .. } => parts.iter().map(Codes::bytes).sum(),
+            Kept::Quantized { parts, .. } => parts.iter().map(Rows::bytes).sum(),
             Kept::Resident(resident) => resident.bytes(),
         }
     }
@@ -284,15 +291,15 @@ impl Weight {
         }
     }
 
-    fn decode_parts(&self, parts: &[Codes], rows: Range<usize>, out: &mut [f32]) {
+    fn decode_parts(&self, parts: &[Rows], rows: Range<usize>, out: &mut [f32]) {
         let mut first = 0;
         for part in parts {
-            let here = rows.start.max(first)..rows.end.min(first + part.rows());
+            let here = rows.start.max(first)..rows.end.min(first + part.count());
             if !here.is_empty() {
                 let to = (here.start - rows.start) * self.cols..(here.end - rows.start) * self.cols;
-                part.decode_rows(here.start - first..here.end - first, &mut out[to]);
+                part.decode(here.start - first..here.end - first, &mut out[to]);
             }
-            first += part.rows();
+            first += part.count();
         }
     }
 
@@ -409,7 +416,7 @@ impl Weight {
     }
 
     /// `y = x Wᵀ` for few rows of x, each row of W decoded where its products need it.
-    fn forward_few(&self, parts: &[Codes], x: View<'_>, y: &mut Matrix, accumulate: bool) {
+    fn forward_few(&self, parts: &[Rows], x: View<'_>, y: &mut Matrix, accumulate: bool) {
         let t = x.rows;
         assert!(x.cols == self.cols && y.rows() == t && y.cols() == self.rows, "product: shapes do not fit");
         let mut products = Matrix::new(self.rows, t);
@@ -600,8 +607,14 @@ mod tests {
                     // Parts that end within a block of 64 and within a panel.
                     let (first, second) = w.split_at(out / 3 * inn);
                     let parts = [(first, out / 3), (second, out - out / 3)];
-                    let codes = parts.map(|(values, rows)| Codes::new(quantizer, values, rows, inn));
-                    let weight = Weight::quantized(inn, codes.to_vec(), store);
+                    let codes = parts.map(|(values, rows)| Rows::Codes(Codes::new(quantizer, values, rows, inn)));
+                    // And one that stays whole, below and above others.
+                    let whole = Rows::Whole(Weight::new(7, inn, Data::F32(random(7 * inn, 2))));
+                    let [one, two] = codes;
+                    let weight = Weight::quantized(inn, vec![whole.clone(), one, whole, two], store);
+                    let quantized = [0, 6, 7, 6 + out / 3, 7 + out / 3, 13 + out / 3, 14 + out / 3, out + 13];
+                    let quantized = quantized.map(|row| weight.is_quantized(row));
+                    assert_eq!(quantized, [false, false, true, true, false, false, true, true]);
                     check(&weight, t, 1e-5, true);
                     check(&weight, t, tolerance, false);
                 }
@@ -615,7 +628,7 @@ mod tests {
         let w = random(rows * cols, 1);
         let share = |name: &str| {
             let codes = Codes::new(Quantizer::named(name).unwrap(), &w, rows, cols);
-            let weight = Weight::quantized(cols, vec![codes], Store::Bf16);
+            let weight = Weight::quantized(cols, vec![Rows::Codes(codes)], Store::Bf16);
             weight.bytes() as f64 / (2 * rows * cols) as f64
         };
         let shares = QUANTIZERS.map(share);

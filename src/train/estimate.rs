@@ -20,6 +20,8 @@ pub struct Computed {
     pub narrow: bool,
     /// How the blocks' matrices are quantized.
     pub quantizer: Option<Quantizer>,
+    /// Elements of these that stay whole all the same.
+    pub whole: usize,
     /// Whether on a device, where activations have the type of the weights; on the host they are f32, but for the widest
     /// of a bf16 model (`model::mlp`).
     pub on_device: bool,
@@ -94,7 +96,9 @@ impl Estimate {
         let router = routed(config) * config.n_embd * 4;
         let block = projections(config).into_iter().map(matrix).sum::<usize>() + router;
         let tables = if config.tie_embeddings { 1 } else { 2 };
-        let weights = config.n_layer * block + tables * config.vocab_size * config.n_embd * weight_size;
+        let whole =
+            computed.quantizer.map_or(0, |q| computed.whole * weight_size - quantized_bytes(q, computed.whole, 1));
+        let weights = config.n_layer * block + whole + tables * config.vocab_size * config.n_embd * weight_size;
         let parameters = adapter_parameters(config, settings);
         // The parameters as the products read them, where these are of 16 bits.
         let copy = if computed.on_device && size == 2 { 2 } else { 0 };
@@ -218,6 +222,7 @@ mod tests {
             store: Store::Bf16,
             narrow: false,
             quantizer: None,
+            whole: 0,
             on_device: true,
             tokens,
             checkpointing: false,

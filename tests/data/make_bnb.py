@@ -19,6 +19,10 @@ SETTINGS = {
     "nf4-dq": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "fp4": dict(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
     "int8": dict(load_in_8bit=True),
+    # Some modules left whole, as Unsloth's dynamic 4-bit models have it.
+    "nf4-skip": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[
+        "lm_head", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj",
+    ]),
 }
 
 

@@ -34,6 +34,7 @@ pub(super) fn computed(
         store: compute.store(),
         narrow: checkpoint.narrow(compute.store(), compute.device.is_some())?,
         quantizer,
+        whole: checkpoint.left_whole(),
         on_device: compute.device.is_some(),
         tokens: longest_tokens(train, packs, settings.train.micro_batch_size),
         checkpointing: settings.train.activation_checkpointing == Switch::On,

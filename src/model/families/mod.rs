@@ -98,6 +98,14 @@ pub struct Slot {
     pub vector: bool,
 }
 
+impl Slot {
+    /// Whether it is the matrix of a block's projection.
+    #[must_use]
+    pub fn is_projection(&self) -> bool {
+        self.name.ends_with("_proj.weight")
+    }
+}
+
 /// The family of a config.json.
 ///
 /// # Errors
