@@ -498,7 +498,7 @@ impl Weight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::quantized::Quantizer;
+    use crate::ops::quantized::{Codes, Quantizer};
     use crate::ops::testing::{Oracle, assert_close, random};
 
     /// `tolerance`: products of bf16 weights may round the input to bf16.
