@@ -7,11 +7,12 @@ use crate::golden::{
     load_on, logits, root, within,
 };
 use litgpt::checkpoint::adapter;
+use litgpt::model::quantizer::Quantizer;
 use litgpt::ops::Matrix;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Device, Dtype};
 use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
-use litgpt::ops::quantized::Quantizer;
+use litgpt::ops::quantized::Format;
 use litgpt::ops::resident::{Part, Resident};
 use litgpt::ops::weight::{Data, Store, Weight};
 use std::path::Path;
@@ -87,7 +88,7 @@ fn other_types_on_a_device() {
         let golden = json(&dir.join("golden.json"));
         let base = root.join(golden["base_model"].as_str().unwrap());
         let rows = Fixture::read(&base.join("golden.safetensors")).rows("input_ids");
-        let kinds = [None, Some("nf4"), Some("nf4-dq"), Some("fp4"), Some("int8")];
+        let kinds = [None, Some("nf4"), Some("nf4-dq"), Some("nf4-mixed"), Some("fp4"), Some("int8")];
         for (store, limit) in [(Store::F32, 1e-4), (Store::Bf16, 0.25), (Store::F16, 0.03)] {
             for quantizer in kinds.map(|kind| kind.map(|kind| Quantizer::named(kind).unwrap())) {
                 let host = load_on(None, &base, Store::F32, quantizer);
@@ -139,14 +140,14 @@ fn products_in_4_bits() {
 
 fn check_product_in_4_bits(
     device: &Device,
-    quantizer: &str,
+    format: &str,
     rows: &[usize],
     cols: usize,
     tokens: usize,
     (dtype, rounding): (Dtype, f32),
 ) {
-    let quantizer = Quantizer::named(quantizer).unwrap();
-    let parts = rows.iter().map(|&rows| Part::quantize(device, quantizer, &noise(rows * cols, rows), rows, cols));
+    let format = Format::named(format).unwrap();
+    let parts = rows.iter().map(|&rows| Part::quantize(device, format, &noise(rows * cols, rows), rows, cols));
     let weight = Resident::quantized(device, dtype, cols, parts.collect());
     let all: usize = rows.iter().sum();
     // Exact sums of what is multiplied, so on the host.
@@ -168,7 +169,7 @@ fn check_product_in_4_bits(
         // Each element is rounded once, and its sum is in f32.
         let slack = 1e-4 * deviation(&want);
         let off = got.iter().zip(want.iter()).map(|(got, want)| (got - want).abs() / (rounding * want.abs() + slack));
-        let what = format!("{quantizer:?} {rows:?} x {cols}, {tokens} tokens, {dtype:?}, backward {backward}");
+        let what = format!("{format:?} {rows:?} x {cols}, {tokens} tokens, {dtype:?}, backward {backward}");
         within(&what, off.fold(0.0, f32::max), 1.0);
     }
 }

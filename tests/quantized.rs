@@ -10,8 +10,8 @@ use litgpt::checkpoint::{Checkpoint, bnb};
 use litgpt::error::Error;
 use litgpt::model::Gpt;
 use litgpt::model::calibrate::Calibration;
+use litgpt::model::quantizer::Quantizer;
 use litgpt::ops::device::Device;
-use litgpt::ops::quantized::Quantizer;
 use litgpt::ops::weight::Store;
 use safetensors::Dtype;
 use serde_json::Value;
@@ -22,7 +22,7 @@ use crate::util::{
     column, copy_tiny, finetune, floats, greedy, litgpt, names, result, root, tensors, tiny, write_tensors,
 };
 
-const NAMES: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
+const NAMES: [&str; 6] = ["nf4", "nf4-dq", "nf4-mixed", "fp4", "fp4-dq", "int8"];
 const IDS: [u32; 9] = [5, 17, 3, 99, 41, 8, 250, 7, 1];
 
 fn logits(dir: &Path, quantize: Option<&str>) -> Vec<f32> {
@@ -74,6 +74,24 @@ fn the_copy_has_transformers_names() {
     let config = &config["quantization_config"];
     assert_eq!((&config["quant_method"], &config["load_in_4bit"]), (&"bitsandbytes".into(), &true.into()));
     assert_eq!(config["bnb_4bit_use_double_quant"], true);
+}
+
+/// Values of all blocks are in 8 bits, and transformers, which cannot read such a folder, says so.
+#[test]
+fn a_mixed_copy_keeps_what_loses_most_in_8_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = quantized(dir.path(), "nf4-mixed");
+    let stored = tensors(&copy.join("model.safetensors"));
+    let dtype = |module: &str| stored[&format!("model.layers.1.{module}.weight")].0;
+    assert_eq!((dtype("self_attn.v_proj"), dtype("self_attn.q_proj")), (Dtype::I8, Dtype::U8));
+    assert!(stored.contains_key("model.layers.0.self_attn.v_proj.SCB"));
+    let projections = stored.iter().filter(|(name, _)| name.contains("_proj."));
+    let bytes: usize = projections.filter(|(name, _)| !name.contains("quant_")).map(|(_, tensor)| tensor.2.len()).sum();
+    let config = Checkpoint::open(&copy).unwrap().config;
+    assert!(bytes as f64 <= 0.30 * 2.0 * config.projected() as f64, "{bytes} bytes");
+    let config: Value = serde_json::from_slice(&fs::read(copy.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["quantization_config"]["quant_method"], "litgpt");
+    litgpt(dir.path(), ["generate", "nf4-mixed", "--quantize", "nf4-dq"]).refused(1, &["in nf4-mixed already"]);
 }
 
 #[test]
@@ -244,7 +262,7 @@ fn samples_choose_the_codes_of_every_family() {
             let got = golden::logits(&quantized, &rows);
             Some(got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt())
         };
-        for name in ["nf4", "fp4-dq"] {
+        for name in ["nf4", "fp4-dq", "nf4-mixed"] {
             let Some(chosen) = change(None, Store::F32, name, true) else { return };
             let nearest = change(None, Store::F32, name, false).unwrap();
             println!("{name}: {nearest} to {chosen}");

@@ -10,7 +10,7 @@ use litgpt::ops::head::{Gradient, Loss, Transform, cross_entropy};
 use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
 use litgpt::ops::norm::{Kind, Norm};
 use litgpt::ops::optimizer::{AdamW, Moments};
-use litgpt::ops::quantized::Quantizer;
+use litgpt::ops::quantized::Format;
 use litgpt::ops::resident::{Part, Resident};
 use litgpt::ops::rope::{Scaling, Tables};
 use litgpt::ops::rows::scale;
@@ -110,7 +110,7 @@ impl Bench {
         let out: usize = parts.iter().sum();
         let values: Vec<f32> = (0..out * inn).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
         let quantized = |name: &str| {
-            let quantizer = Quantizer::named(name).unwrap();
+            let quantizer = Format::named(name).unwrap();
             let mut at = 0;
             let part = |rows: &usize| {
                 at += rows;

@@ -2,7 +2,8 @@
 //! name, and beside it `.absmax`, `.quant_map` and `.quant_state.bitsandbytes__nf4` (a JSON object), with double
 //! quantization `.nested_absmax` and `.nested_quant_map`; of 8 bits `NAME.SCB`. Which of a model's matrices are kept so
 //! is told by the files; config.json has a `quantization_config` for transformers' sake.
-//! (bitsandbytes/functional.py `QuantState.as_dict`, nn/modules.py `Linear8bitLt._save_to_state_dict`.)
+//! (bitsandbytes/functional.py `QuantState.as_dict`, nn/modules.py `Linear8bitLt._save_to_state_dict`.) Of `nf4-mixed`,
+//! which transformers does not read, the matrices are in both of these forms, and the `quantization_config` says `litgpt`.
 
 use super::convert::{Export, Target};
 use super::safe::{Place, Shards};
@@ -12,10 +13,11 @@ use crate::error::{Error, Result};
 use crate::model::Source;
 use crate::model::block::Site;
 use crate::model::calibrate::{Calibration, Seen};
-use crate::model::config::Mlp;
+use crate::model::config::{Config, Mlp};
+use crate::model::quantizer::Quantizer;
 use crate::ops::gptq;
 use crate::ops::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, Quantized, nested_code};
-use crate::ops::quantized::{Codes, Quantizer};
+use crate::ops::quantized::{Codes, Format};
 use crate::ops::weight::Data;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -30,6 +32,8 @@ const BESIDE: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_q
 const STATE_BYTES: usize = 256;
 /// What a state's numbers may differ by from ours: code books are written in f32.
 const BOOK_TOLERANCE: f32 = 1e-6;
+/// The method of a `quantization_config` that transformers is to refuse.
+const OURS: &str = "litgpt";
 const HINT: &str = "choose the checkpoint that is not quantized, and quantize it with --quantize";
 
 /// The JSON of a 4-bit weight.
@@ -60,10 +64,10 @@ enum Scheme {
 
 impl Bits {
     /// How it is quantized.
-    pub(super) fn quantizer(&self) -> Quantizer {
+    pub(super) fn format(&self) -> Format {
         match &self.scheme {
-            Scheme::Four { kind, nested } => Quantizer::Four { kind: *kind, double: nested.is_some() },
-            Scheme::Eight => Quantizer::Int8,
+            Scheme::Four { kind, nested } => Format::Four { kind: *kind, double: nested.is_some() },
+            Scheme::Eight => Format::Int8,
         }
     }
 
@@ -240,7 +244,7 @@ enum Content {
 }
 
 /// Fills `staging` with the model of `export`, the matrices of its blocks quantized: a folder that transformers loads
-/// with bitsandbytes. One matrix at a time is in memory; with samples to choose the codes by, one block.
+/// with bitsandbytes, unless they are mixed. One matrix at a time is in memory; with samples to choose the codes by, one block.
 ///
 /// # Errors
 /// When the architecture has experts, or a file cannot be read or written.
@@ -257,6 +261,7 @@ pub fn write(
         return Err(Error::unsupported(what, "quantize it while loading, with --quantize"));
     }
     let targets = export.targets(Layout::HuggingFace)?;
+    let formats: Vec<Option<Format>> = targets.iter().map(|t| format_of(quantizer, &checkpoint.config, t)).collect();
     let (mut entries, mut contents) = (Vec::new(), Vec::new());
     let mut put = |name: String, dtype: &'static str, shape: Vec<usize>, size: usize, content: Content| {
         entries.push(Entry { name, dtype, bytes: shape.iter().product::<usize>() * size, size, shape });
@@ -264,12 +269,12 @@ pub fn write(
     };
     for (number, target) in targets.iter().enumerate() {
         let info = &target.info;
-        if !target.is_projection() {
+        let Some(format) = formats[number] else {
             put(info.name.clone(), info.dtype.name(), info.shape.clone(), info.dtype.size(), Content::Whole(number));
             continue;
-        }
+        };
         let (name, shape, n) = (&info.name, info.shape.clone(), info.shape.iter().product::<usize>());
-        let Quantizer::Four { kind, double } = quantizer else {
+        let Format::Four { kind, double } = format else {
             put(name.clone(), "I8", shape.clone(), 1, Content::Codes(number));
             let module = name.trim_end_matches(".weight");
             put(format!("{module}.SCB"), "F32", vec![shape[0]], 4, Content::Absmax);
@@ -291,12 +296,9 @@ pub fn write(
         put(state, "U8", vec![STATE_BYTES], 1, Content::State { dtype: info.dtype, shape });
     }
     let mut codes: Option<Codes> = None;
-    let mut calibrated = match (calibration, quantizer) {
-        (Some(calibration), Quantizer::Four { kind, double }) => {
-            Some(Calibrated { export, kind, double, targets: &targets, calibration, codes: HashMap::new() })
-        }
-        _ => None,
-    };
+    let (targets, formats) = (targets.as_slice(), formats.as_slice());
+    let calibrated = |calibration| Calibrated { export, targets, formats, calibration, codes: HashMap::new() };
+    let mut calibrated = calibration.map(calibrated);
     sharded(staging, SHARD, &entries, |index| {
         Ok(match &contents[index] {
             Content::Whole(number) => {
@@ -308,7 +310,12 @@ pub fn write(
                 progress(&target.info.name);
                 let quantized = match &mut calibrated {
                     Some(calibrated) => calibrated.take(*number)?,
-                    None => nearest(export, quantizer, target)?,
+                    None => Codes::new(
+                        formats[*number].expect("a projection's"),
+                        &values(export, target)?,
+                        target.info.shape[0],
+                        target.info.shape[1],
+                    ),
                 };
                 code_bytes(codes.insert(quantized))
             }
@@ -330,18 +337,20 @@ fn values(export: &Export<'_>, target: &Target) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// The codes of a matrix that bitsandbytes gives it.
-fn nearest(export: &Export<'_>, quantizer: Quantizer, target: &Target) -> Result<Codes> {
-    Ok(Codes::new(quantizer, &values(export, target)?, target.info.shape[0], target.info.shape[1]))
+/// How the matrix of a block's projections is kept: where it holds several that are to be kept otherwise, as most are.
+fn format_of(quantizer: Quantizer, config: &Config, target: &Target) -> Option<Format> {
+    let formats = || target.names().map(|name| quantizer.format(config, name.trim_end_matches(".weight")));
+    let first = formats().next().filter(|_| target.is_projection())?;
+    Some(if formats().all(|format| format == first) { first } else { quantizer.most() })
 }
 
 /// Codes that are chosen by samples, a block at a time: what its projections are multiplied with is what comes out of the
 /// quantized blocks before it.
 struct Calibrated<'a> {
     export: &'a Export<'a>,
-    kind: Kind4,
-    double: bool,
     targets: &'a [Target],
+    /// How each of these is kept.
+    formats: &'a [Option<Format>],
     calibration: Calibration<'a>,
     /// Codes that were not taken yet, by the number of their target.
     codes: HashMap<usize, Codes>,
@@ -368,7 +377,11 @@ impl Calibrated<'_> {
         let mut matrices = HashMap::new();
         for (number, target) in self.targets.iter().enumerate().filter(|(_, target)| is_of(target)) {
             let mut values = values(self.export, target)?;
-            let codes = Codes::Four(inputs.quantize(&values, self.kind, self.double));
+            let codes = match self.formats[number].expect("a projection's") {
+                Format::Four { kind, double } => Codes::Four(inputs.quantize(&values, kind, double)),
+                // Rounding to 8 bits changes next to nothing.
+                eight => Codes::new(eight, &values, target.info.shape[0], target.info.shape[1]),
+            };
             codes.decode_rows(0..codes.rows(), &mut values);
             matrices.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));
             self.codes.insert(number, codes);
@@ -439,8 +452,9 @@ fn state(codes: &Codes, dtype: Dtype, shape: &[usize]) -> Vec<u8> {
 /// The `quantization_config` of config.json; `head`: the name of the module that stays whole.
 fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
     let four = match quantizer {
-        Quantizer::Four { kind, double } => Some((kind, double)),
-        Quantizer::Int8 => None,
+        Quantizer::All(Format::Four { kind, double }) => Some((kind, double)),
+        Quantizer::All(Format::Int8) => None,
+        Quantizer::Mixed => return json!({ "quant_method": OURS, "format": quantizer.name() }),
     };
     let (kind, double) = four.unwrap_or((Kind4::Fp4, false));
     json!({
@@ -463,9 +477,9 @@ fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
 /// Refuses a model quantized by what is not read.
 ///
 /// # Errors
-/// When config.json names another method than bitsandbytes.
+/// When config.json names another method than bitsandbytes or ours.
 pub(super) fn check_method(config: Option<&Value>, path: &Path) -> Result<()> {
     let method = config.and_then(|config| config.get("quant_method")).and_then(Value::as_str);
-    let Some(other) = method.filter(|method| *method != "bitsandbytes") else { return Ok(()) };
+    let Some(other) = method.filter(|method| !["bitsandbytes", OURS].contains(method)) else { return Ok(()) };
     Err(Error::unsupported(format!("weights quantized by `{other}` (`{}`, quantization_config)", path.display()), HINT))
 }

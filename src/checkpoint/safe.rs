@@ -5,7 +5,8 @@ use super::bnb::{self, Bits};
 use super::gguf::{self, Metadata};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
-use crate::ops::quantized::{Codes, Quantizer};
+use crate::model::quantizer::Quantizer;
+use crate::ops::quantized::Codes;
 use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -351,10 +352,10 @@ impl Shards {
         &self.files[place.0].0
     }
 
-    /// How the tensors are quantized, where some are: one of them tells.
+    /// How the tensors are quantized, where some are.
     #[must_use]
     pub fn quantizer(&self) -> Option<Quantizer> {
-        self.bits.values().next().map(Bits::quantizer)
+        Quantizer::of(self.bits.values().map(Bits::format))
     }
 
     /// Whether the tensor `name` is kept in few bits.

@@ -17,8 +17,9 @@ use crate::data::sft::{Sample, pack};
 use crate::error::{Error, Result};
 use crate::model::Tokens;
 use crate::model::calibrate::Calibration;
+use crate::model::quantizer::Quantizer;
 use crate::ops::matrix::release_buffers;
-use crate::ops::quantized::Quantizer;
+use crate::ops::quantized::Format;
 use crate::train::settings::FinetuneSettings;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     check_whole(&checkpoint, "use it as it is")?;
     let quantizer = quantizer(Some(&args.quantize), &checkpoint)?.expect("a name was given");
     match args.data.as_deref() {
-        Some(_) if quantizer == Quantizer::Int8 => {
+        Some(_) if quantizer == Quantizer::All(Format::Int8) => {
             let message = "codes of 8 bits are not chosen by samples: rounding changes next to nothing";
             return Err(Error::usage(message, "leave the samples out, or quantize to nf4").into());
         }

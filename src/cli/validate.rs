@@ -7,7 +7,7 @@ use super::ui::Ui;
 use crate::checkpoint::{Checkpoint, Layout, adapter, litgpt, state};
 use crate::data::chat::ChatTemplate;
 use crate::error::{Error, Result};
-use crate::ops::quantized::Quantizer;
+use crate::model::quantizer::Quantizer;
 use crate::ops::weight::Store;
 use crate::train::estimate::{Computed, Estimate};
 use crate::train::settings::FinetuneSettings;

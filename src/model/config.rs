@@ -188,17 +188,32 @@ impl Config {
         self.n_query_groups * self.head_size
     }
 
+    /// Outputs of a block's router, 0 without one.
+    #[must_use]
+    pub fn routed(&self) -> usize {
+        if let Mlp::Experts { n_expert, .. } = self.mlp { n_expert } else { 0 }
+    }
+
+    /// A block's projections: (in, out) of q, k, v, o and the MLP's gate, up and down, and how often the block has each.
+    #[must_use]
+    pub fn projections(&self) -> [(usize, usize, usize); 7] {
+        let (c, q, kv, width) = (self.n_embd, self.q_cols(), self.kv_cols(), self.intermediate_size);
+        let experts = self.routed().max(1);
+        let gates = if self.mlp == Mlp::Plain { 0 } else { experts };
+        [(c, q, 1), (c, kv, 1), (c, kv, 1), (q, c, 1), (c, width, gates), (c, width, experts), (width, c, experts)]
+    }
+
+    /// Elements of all blocks' projections.
+    #[must_use]
+    pub fn projected(&self) -> usize {
+        self.n_layer * self.projections().iter().map(|(inputs, outputs, count)| inputs * outputs * count).sum::<usize>()
+    }
+
     /// Parameters of the base model, from its shapes.
     #[must_use]
     pub fn parameters(&self) -> usize {
-        let attention = self.n_embd * (2 * self.q_cols() + 2 * self.kv_cols());
-        let matrices = if self.mlp == Mlp::Plain { 2 } else { 3 };
-        let mlp = match self.mlp {
-            Mlp::Experts { n_expert, .. } => n_expert * (matrices * self.intermediate_size + 1) * self.n_embd,
-            _ => matrices * self.intermediate_size * self.n_embd,
-        };
         let embeddings = self.vocab_size * self.n_embd * if self.tie_embeddings { 1 } else { 2 };
-        self.n_layer * (attention + mlp + 2 * self.n_embd) + embeddings + self.n_embd
+        self.projected() + self.n_layer * (self.routed() + 2) * self.n_embd + embeddings + self.n_embd
     }
 
     /// Fills in the default attention scale and checks that the sizes fit together.

@@ -6,12 +6,13 @@ use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
 use super::experts::Experts;
 use super::linear::Linear;
 use super::mlp::{Dense, Mlp};
+use super::quantizer::Quantizer;
 use super::{Gpt, attention, device_error};
 use crate::error::{Error, Result};
 use crate::ops::attention::Attention as Core;
 use crate::ops::device::{Device, Dtype};
 use crate::ops::norm::{Kind, Norm};
-use crate::ops::quantized::{Codes, Quantizer, Rows};
+use crate::ops::quantized::{Codes, Format, Rows};
 use crate::ops::resident::{Part, Resident};
 use crate::ops::weight::{Data, Store, Weight};
 use std::sync::Arc;
@@ -135,7 +136,7 @@ enum Kept {
     /// In the codes that the source has.
     Codes(Codes),
     /// Quantized as it is loaded.
-    Quantized(Quantizer),
+    Quantized(Format),
     Whole,
 }
 
@@ -218,19 +219,20 @@ impl Loader<'_> {
 
     /// How a projection is kept: as the source has it, else quantized by itself, since its scales' mean and nested blocks are
     /// those that bitsandbytes finds.
-    fn kept(&self, (name, _): &(String, usize)) -> Result<Kept> {
-        let name = format!("{name}.weight");
+    fn kept(&self, (module, _): &(String, usize)) -> Result<Kept> {
+        let name = format!("{module}.weight");
         if let Some(codes) = self.source.codes(&name)? {
             return Ok(Kept::Codes(codes));
         }
-        Ok(self.quantizer.filter(|_| !self.source.stays_whole(&name)).map_or(Kept::Whole, Kept::Quantized))
+        let quantizer = self.quantizer.filter(|_| !self.source.stays_whole(&name));
+        Ok(quantizer.map_or(Kept::Whole, |quantizer| Kept::Quantized(quantizer.format(self.config, module))))
     }
 
     /// The rows of a projection on the host.
     fn rows(&self, kept: Kept, part: &(String, usize), cols: usize) -> Result<Rows> {
         Ok(match kept {
             Kept::Codes(codes) => Rows::Codes(codes),
-            Kept::Quantized(quantizer) => Rows::Codes(Codes::new(quantizer, &self.values(part, cols)?, part.1, cols)),
+            Kept::Quantized(format) => Rows::Codes(Codes::new(format, &self.values(part, cols)?, part.1, cols)),
             Kept::Whole => Rows::Whole(self.weight(std::slice::from_ref(part), cols)?),
         })
     }
@@ -239,7 +241,7 @@ impl Loader<'_> {
     fn part(&self, device: &Device, kept: Kept, part: &(String, usize), cols: usize) -> Result<Part> {
         Ok(match kept {
             Kept::Codes(codes) => Part::upload(device, &codes),
-            Kept::Quantized(quantizer) => Part::quantize(device, quantizer, &self.values(part, cols)?, part.1, cols),
+            Kept::Quantized(format) => Part::quantize(device, format, &self.values(part, cols)?, part.1, cols),
             Kept::Whole => {
                 let (data, _) = self.elements(std::slice::from_ref(part), cols)?;
                 Part::whole(device, self.dtype(), part.1, &data)

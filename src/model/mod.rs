@@ -18,6 +18,7 @@ pub mod load;
 pub mod lora;
 pub mod mlp;
 pub mod prefix;
+pub mod quantizer;
 mod tokens;
 
 pub use config::Config;

@@ -5,7 +5,7 @@
 //! `x ≈ q · absmax / 127` (the weights of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339). Inputs are not quantized,
 //! so outliers among them do no harm. Half way goes to the even number, as bitsandbytes has it.
 
-use super::nf4::{Absmax, Kind4, QUANT_BLOCK, Quantized};
+use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, Quantized};
 use super::weight::Weight;
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ const LARGEST: f32 = 127.0;
 
 /// A way to keep a matrix in few bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quantizer {
+pub enum Format {
     /// 4 bits a value and a scale for each 64; with `double`, the scales in 8 bits.
     Four {
         /// Which levels.
@@ -26,8 +26,8 @@ pub enum Quantizer {
     Int8,
 }
 
-impl Quantizer {
-    /// The quantizer of a name on the command line. With frozen weights, `int8-training` is `int8`.
+impl Format {
+    /// The format of a name on the command line. With frozen weights, `int8-training` is `int8`.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Some(match name {
@@ -41,7 +41,7 @@ impl Quantizer {
     }
 }
 
-impl Quantizer {
+impl Format {
     /// Its name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -51,6 +51,18 @@ impl Quantizer {
             Self::Four { kind: Kind4::Fp4, double: false } => "fp4",
             Self::Four { kind: Kind4::Fp4, double: true } => "fp4-dq",
             Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of a (rows, cols) matrix, which [`Codes::bytes`] has in the end.
+    #[must_use]
+    pub const fn bytes(self, rows: usize, cols: usize) -> usize {
+        let n = rows * cols;
+        let blocks = n.div_ceil(QUANT_BLOCK);
+        match self {
+            Self::Four { double: false, .. } => n.div_ceil(2) + blocks * 4,
+            Self::Four { double: true, .. } => n.div_ceil(2) + blocks + blocks.div_ceil(NESTED_BLOCK) * 4,
+            Self::Int8 => n + rows * 4,
         }
     }
 }
@@ -80,13 +92,13 @@ impl Codes {
     /// # Panics
     /// When `values` has another number of elements.
     #[must_use]
-    pub fn new(quantizer: Quantizer, values: &[f32], rows: usize, cols: usize) -> Self {
+    pub fn new(format: Format, values: &[f32], rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "quantize: values for ({rows}, {cols})");
-        match quantizer {
-            Quantizer::Four { kind, double } => {
+        match format {
+            Format::Four { kind, double } => {
                 Self::Four(Quantized::quantize(values, rows, cols, kind, double).expect("the length was checked"))
             }
-            Quantizer::Int8 => {
+            Format::Int8 => {
                 let mut codes = Vec::with_capacity(values.len());
                 let mut absmax = Vec::with_capacity(rows);
                 for row in values.chunks(cols.max(1)) {
@@ -218,7 +230,7 @@ mod tests {
 
     #[test]
     fn half_way_goes_to_the_even_number() {
-        let Codes::Int8 { codes, .. } = Codes::new(Quantizer::Int8, &[127.0, 0.5, 1.5, 2.5, -0.5, -3.5], 1, 6) else {
+        let Codes::Int8 { codes, .. } = Codes::new(Format::Int8, &[127.0, 0.5, 1.5, 2.5, -0.5, -3.5], 1, 6) else {
             panic!("8 bits were asked for")
         };
         assert_eq!(codes, [127, 0, 2, 2, 0, -4]);
@@ -229,7 +241,7 @@ mod tests {
         let (rows, cols) = (12, 32);
         let values = random(rows * cols, 1);
         for name in ["nf4", "nf4-dq", "fp4", "int8"] {
-            let codes = Codes::new(Quantizer::named(name).unwrap(), &values, rows, cols);
+            let codes = Codes::new(Format::named(name).unwrap(), &values, rows, cols);
             let mut all = vec![0.0; rows * cols];
             codes.decode_rows(0..rows, &mut all);
             let ranges = [8..12, 2..6];
@@ -246,8 +258,11 @@ mod tests {
         let mut values = random(rows * cols, 1);
         values[cols..2 * cols].iter_mut().for_each(|v| *v *= 1e-3);
         values[2 * cols..3 * cols].fill(0.0);
-        let codes = Codes::new(Quantizer::Int8, &values, rows, cols);
-        assert_eq!(codes.bytes(), rows * cols + 4 * rows);
+        let codes = Codes::new(Format::Int8, &values, rows, cols);
+        assert_eq!(codes.bytes(), Format::Int8.bytes(rows, cols));
+        for format in ["nf4", "nf4-dq"].map(|name| Format::named(name).unwrap()) {
+            assert_eq!(Codes::new(format, &values, rows, cols).bytes(), format.bytes(rows, cols));
+        }
         let mut out = vec![f32::NAN; 4 * cols];
         codes.decode_rows(1..5, &mut out);
         for (row, got) in values.chunks(cols).skip(1).zip(out.chunks(cols)) {

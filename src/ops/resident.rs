@@ -5,7 +5,7 @@ use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int,
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
 use super::nf4_product::{Four, Fours};
-use super::quantized::{Codes, Quantizer};
+use super::quantized::{Codes, Format};
 use super::weight::Data;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -66,9 +66,9 @@ impl Part {
 
     /// Quantizes `values`, the (rows, cols) elements of a part: 4 bits on the device, 8 bits on the host.
     #[must_use]
-    pub fn quantize(device: &Device, quantizer: Quantizer, values: &[f32], rows: usize, cols: usize) -> Self {
-        let Quantizer::Four { kind, double } = quantizer else {
-            return Self::upload(device, &Codes::new(quantizer, values, rows, cols));
+    pub fn quantize(device: &Device, format: Format, values: &[f32], rows: usize, cols: usize) -> Self {
+        let Format::Four { kind, double } = format else {
+            return Self::upload(device, &Codes::new(format, values, rows, cols));
         };
         let n = values.len();
         let blocks = n.div_ceil(QUANT_BLOCK);

@@ -498,7 +498,7 @@ impl Weight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::quantized::{Codes, Quantizer};
+    use crate::ops::quantized::{Codes, Format};
     use crate::ops::testing::{Oracle, assert_close, random};
 
     /// `tolerance`: products of bf16 weights may round the input to bf16.
@@ -595,19 +595,19 @@ mod tests {
         }
     }
 
-    const QUANTIZERS: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
+    const FORMATS: [&str; 5] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"];
 
     #[test]
     fn both_products_of_a_quantized_weight_are_those_of_its_decoded_elements() {
         // Odd sizes, few rows, and several panels.
         for (t, out, inn) in [(5, 123, 77), (1, 64, 32), (37, 700, 901), (3, 1203, 335)] {
             let w = random(out * inn, 1);
-            for quantizer in QUANTIZERS.map(|name| Quantizer::named(name).unwrap()) {
+            for format in FORMATS.map(|name| Format::named(name).unwrap()) {
                 for (store, tolerance) in [(Store::F32, 1e-5), (Store::Bf16, 1.2e-2)] {
                     // Parts that end within a block of 64 and within a panel.
                     let (first, second) = w.split_at(out / 3 * inn);
                     let parts = [(first, out / 3), (second, out - out / 3)];
-                    let codes = parts.map(|(values, rows)| Rows::Codes(Codes::new(quantizer, values, rows, inn)));
+                    let codes = parts.map(|(values, rows)| Rows::Codes(Codes::new(format, values, rows, inn)));
                     // And one that stays whole, below and above others.
                     let whole = Rows::Whole(Weight::new(7, inn, Data::F32(random(7 * inn, 2))));
                     let [one, two] = codes;
@@ -627,11 +627,11 @@ mod tests {
         let (rows, cols) = (96, 320);
         let w = random(rows * cols, 1);
         let share = |name: &str| {
-            let codes = Codes::new(Quantizer::named(name).unwrap(), &w, rows, cols);
+            let codes = Codes::new(Format::named(name).unwrap(), &w, rows, cols);
             let weight = Weight::quantized(cols, vec![Rows::Codes(codes)], Store::Bf16);
             weight.bytes() as f64 / (2 * rows * cols) as f64
         };
-        let shares = QUANTIZERS.map(share);
+        let shares = FORMATS.map(share);
         assert_eq!([shares[0], shares[2]], [0.28125; 2]);
         assert!(shares[1] < 0.26 && shares[3] < 0.26 && shares[4] < 0.51, "{shares:?}");
     }

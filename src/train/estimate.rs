@@ -6,7 +6,7 @@
 
 use super::settings::FinetuneSettings;
 use crate::model::config::{Config, Mlp};
-use crate::ops::quantized::Quantizer;
+use crate::model::quantizer::Quantizer;
 use crate::ops::weight::Store;
 
 /// How a run is computed.
@@ -48,39 +48,16 @@ pub struct Estimate {
     pub workspace: usize,
 }
 
-/// Columns of a block's projections: (in, out) of q, k, v, o and the MLP's, and how often the block has each.
-fn projections(config: &Config) -> Vec<(usize, usize, usize)> {
-    let (c, q, kv, width) = (config.n_embd, config.q_cols(), config.kv_cols(), config.intermediate_size);
-    let experts = routed(config).max(1);
-    let gates = if config.mlp == Mlp::Plain { 0 } else { experts };
-    vec![(c, q, 1), (c, kv, 1), (c, kv, 1), (q, c, 1), (c, width, gates), (c, width, experts), (width, c, experts)]
-}
-
 /// Parameters of all adapters.
 fn adapter_parameters(config: &Config, settings: &FinetuneSettings) -> usize {
     let lora = &settings.lora;
     let mlp = lora.lora_mlp;
     let wanted = [lora.lora_query, lora.lora_key, lora.lora_value, lora.lora_projection, mlp, mlp, mlp];
-    let block = projections(config).into_iter().zip(wanted).filter(|(_, wanted)| *wanted);
+    let block = config.projections().into_iter().zip(wanted).filter(|(_, wanted)| *wanted);
     let block: usize = block.map(|((inputs, outputs, count), _)| (inputs + outputs) * count * lora.lora_r).sum();
-    let router = if mlp && routed(config) > 0 { (config.n_embd + routed(config)) * lora.lora_r } else { 0 };
+    let router = if mlp && config.routed() > 0 { (config.n_embd + config.routed()) * lora.lora_r } else { 0 };
     let head = if lora.lora_head { (config.n_embd + config.vocab_size) * lora.lora_r } else { 0 };
     config.n_layer * (block + router) + head
-}
-
-/// Outputs of a block's router, 0 without one.
-fn routed(config: &Config) -> usize {
-    if let Mlp::Experts { n_expert, .. } = config.mlp { n_expert } else { 0 }
-}
-
-/// Bytes of a quantized (out, in) matrix.
-fn quantized_bytes(quantizer: Quantizer, outputs: usize, inputs: usize) -> usize {
-    let n = outputs * inputs;
-    match quantizer {
-        Quantizer::Four { double: false, .. } => n / 2 + n / 64 * 4,
-        Quantizer::Four { double: true, .. } => n / 2 + n / 64 + n / 64 / 256 * 4,
-        Quantizer::Int8 => n + outputs * 4,
-    }
 }
 
 impl Estimate {
@@ -89,16 +66,14 @@ impl Estimate {
     pub fn of(config: &Config, settings: &FinetuneSettings, computed: Computed) -> Self {
         let weight_size = if computed.store == Store::F32 && !computed.narrow { 4 } else { 2 };
         let size = if computed.on_device { weight_size } else { 4 };
-        let matrix = |(inputs, outputs, count): (usize, usize, usize)| {
-            count * computed.quantizer.map_or(inputs * outputs * weight_size, |q| quantized_bytes(q, outputs, inputs))
+        let blocks = match computed.quantizer {
+            Some(q) => q.bytes(config) + computed.whole * weight_size - q.most().bytes(1, computed.whole),
+            None => config.projected() * weight_size,
         };
         // A router stays in 32 bit.
-        let router = routed(config) * config.n_embd * 4;
-        let block = projections(config).into_iter().map(matrix).sum::<usize>() + router;
+        let routers = config.n_layer * config.routed() * config.n_embd * 4;
         let tables = if config.tie_embeddings { 1 } else { 2 };
-        let whole =
-            computed.quantizer.map_or(0, |q| computed.whole * weight_size - quantized_bytes(q, computed.whole, 1));
-        let weights = config.n_layer * block + whole + tables * config.vocab_size * config.n_embd * weight_size;
+        let weights = blocks + routers + tables * config.vocab_size * config.n_embd * weight_size;
         let parameters = adapter_parameters(config, settings);
         // The parameters as the products read them, where these are of 16 bits.
         let copy = if computed.on_device && size == 2 { 2 } else { 0 };

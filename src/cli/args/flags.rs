@@ -151,7 +151,7 @@ pub const FLAGS: &[Flag] = &[
     row("precision", Text, MODEL,
         "32-true, bf16-true, bf16-mixed, 16-true or 16-mixed [default: 32-true, on a GPU bf16-true]"),
     row("quantize", Text, MODEL,
-        "Frozen weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8, with or without bnb. in front"),
+        "Frozen weights of the blocks in few bits: nf4, nf4-dq, nf4-mixed, fp4, fp4-dq or int8, with or without bnb. in front"),
     row("calibration_samples", Whole, MODEL,
         "Choose the 4-bit codes by N training samples (GPTQ), which loses a fraction of what the nearest codes lose: the run \
          trains on a quantized copy in OUT_DIR, which it makes first"),

@@ -212,7 +212,7 @@ pub struct QuantizeArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArg,
-    /// nf4, nf4-dq, fp4, fp4-dq or int8
+    /// nf4, nf4-dq, nf4-mixed, fp4, fp4-dq or int8
     #[arg(long, value_name = "NAME", default_value = "nf4", value_parser = quantizer, overrides_with = "quantize")]
     pub quantize: String,
     /// Folder to write [default: beside the model, with the quantizer's name behind its own]

@@ -111,7 +111,7 @@ pub struct SamplingArgs {
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
 #[group(skip)]
 pub struct LoadArgs {
-    /// Weights of the blocks in few bits: nf4, nf4-dq, fp4, fp4-dq or int8 [default: as an adapter was trained]
+    /// Weights of the blocks in few bits: nf4, nf4-dq, nf4-mixed, fp4, fp4-dq or int8 [default: as an adapter was trained]
     #[arg(long, value_name = "NAME", value_parser = quantizer, overrides_with = "quantize")]
     pub quantize: Option<String>,
     /// 32-true, bf16-true or 16-true [default: 32-true, on a GPU bf16-true]

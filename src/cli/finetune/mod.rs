@@ -16,7 +16,7 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::Gpt;
 use crate::model::lora::{LoraConfig, Targets};
-use crate::ops::quantized::Quantizer;
+use crate::model::quantizer::Quantizer;
 use crate::train::estimate::Computed;
 use crate::train::page::Page;
 use crate::train::report::{Metrics, Summary};

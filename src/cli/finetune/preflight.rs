@@ -7,7 +7,7 @@ use crate::data::prefix;
 use crate::data::sft::Sample;
 use crate::error::{Error, Result};
 use crate::model::Config;
-use crate::ops::quantized::Quantizer;
+use crate::model::quantizer::Quantizer;
 use crate::train::estimate::{Computed, Estimate, ways_out};
 use crate::train::longest_tokens;
 use crate::train::settings::{FinetuneSettings, Switch};

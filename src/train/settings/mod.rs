@@ -126,7 +126,7 @@ impl FinetuneSettings {
         nonzero(&mut problems, "calibration_samples", self.calibration_samples);
         let few = self.quantize.as_deref().is_some_and(|name| !name.starts_with("int8"));
         check(&mut problems, few || self.calibration_samples.is_none(), || {
-            "`calibration_samples` choose codes of 4 bits: it goes with --quantize nf4, nf4-dq, fp4 or fp4-dq"
+            "`calibration_samples` choose codes of 4 bits: it goes with --quantize nf4, nf4-dq, nf4-mixed, fp4 or fp4-dq"
                 .to_owned()
         });
         check(&mut problems, LOGGERS.contains(&self.logger_name.as_str()), || {

@@ -75,7 +75,7 @@ impl<'de> Deserialize<'de> for Precision {
 }
 
 /// The ways to quantize frozen weights, without LitGPT's `bnb.` in front.
-pub const QUANTIZERS: [&str; 6] = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"];
+pub const QUANTIZERS: [&str; 7] = ["nf4", "nf4-dq", "nf4-mixed", "fp4", "fp4-dq", "int8", "int8-training"];
 
 /// The name of a quantizer without `bnb.` in front.
 ///
