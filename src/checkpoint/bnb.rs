@@ -21,7 +21,7 @@ use crate::ops::quantized::{Codes, Format};
 use crate::ops::weight::Data;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 /// Between a weight's name and the name of its 4-bit format.
@@ -32,7 +32,7 @@ const BESIDE: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_q
 const STATE_BYTES: usize = 256;
 /// What a state's numbers may differ by from ours: code books are written in f32.
 const BOOK_TOLERANCE: f32 = 1e-6;
-/// The method of a `quantization_config` that transformers is to refuse.
+/// The method of a `quantization_config` that transformers does not know: it says so, and that the shapes are not its own.
 const OURS: &str = "litgpt";
 const HINT: &str = "choose the checkpoint that is not quantized, and quantize it with --quantize";
 
@@ -131,13 +131,18 @@ impl Bits {
 /// When parts of one are missing or do not fit together, or it is in a form that is not read.
 pub(super) fn assemble(shards: &mut Shards) -> Result<()> {
     let names: Vec<String> = shards.whole_numbers.keys().cloned().collect();
+    // What bitsandbytes computes in with 8 bits, unless they stand beside 4.
+    let mut dtype = Dtype::F16;
     for name in &names {
         if let Some((weight, kind)) = name.split_once(STATE) {
-            four(shards, weight, kind, name)?;
-        } else if let Some(module) = name.strip_suffix(".weight") {
+            dtype = four(shards, weight, kind, name)?;
+        }
+    }
+    for name in &names {
+        if let Some(module) = name.strip_suffix(".weight") {
             let scales = format!("{module}.SCB");
             if shards.entries.contains_key(&scales) && shards.whole_numbers.contains_key(name) {
-                eight(shards, name, &scales)?;
+                eight(shards, name, &scales, dtype)?;
                 shards.whole_numbers.remove(&format!("{module}.weight_format"));
             }
         }
@@ -153,7 +158,8 @@ fn elements(shape: &[usize]) -> Option<(usize, usize, usize)> {
     Some((rows, cols, rows.checked_mul(cols).filter(|n| *n > 0)?))
 }
 
-fn four(shards: &mut Shards, name: &str, kind: &str, state_name: &str) -> Result<()> {
+/// Puts a weight of 4 bits together; returns its dtype.
+fn four(shards: &mut Shards, name: &str, kind: &str, state_name: &str) -> Result<Dtype> {
     let state = shards.take_numbers(state_name)?;
     let path = shards.path(&state).to_owned();
     let broken = |problem: String| Error::invalid(&path, format!("tensor `{name}`: {problem}"), AGAIN);
@@ -199,7 +205,7 @@ fn four(shards: &mut Shards, name: &str, kind: &str, state_name: &str) -> Result
     };
     let bits = Bits { rows, cols, codes, absmax, scheme: Scheme::Four { kind, nested } };
     shards.insert_bits(name, dtype, bits);
-    Ok(())
+    Ok(dtype)
 }
 
 /// Takes the code book `name` out, if it is there, and refuses one that is not `book`.
@@ -215,7 +221,7 @@ fn check_book(shards: &mut Shards, name: &str, book: &[f32]) -> Result<()> {
     if same { Ok(()) } else { Err(Error::unsupported(what(), HINT)) }
 }
 
-fn eight(shards: &mut Shards, name: &str, scales: &str) -> Result<()> {
+fn eight(shards: &mut Shards, name: &str, scales: &str, dtype: Dtype) -> Result<()> {
     let shape = shards.whole_numbers[name].shape.clone();
     let (codes, absmax) = (shards.take_numbers(name)?, shards.take_floats(scales)?);
     let fits = elements(&shape).filter(|(rows, _, n)| codes.1.len() == *n && absmax.1.len() == rows * 4);
@@ -223,8 +229,7 @@ fn eight(shards: &mut Shards, name: &str, scales: &str) -> Result<()> {
         let problem = format!("`{scales}` is not of the shape of `{name}`");
         return Err(Error::invalid(shards.path(&codes), problem, AGAIN));
     };
-    // What bitsandbytes computes in with them.
-    shards.insert_bits(name, Dtype::F16, Bits { rows, cols, codes, absmax, scheme: Scheme::Eight });
+    shards.insert_bits(name, dtype, Bits { rows, cols, codes, absmax, scheme: Scheme::Eight });
     Ok(())
 }
 
@@ -261,7 +266,7 @@ pub fn write(
         return Err(Error::unsupported(what, "quantize it while loading, with --quantize"));
     }
     let targets = export.targets(Layout::HuggingFace)?;
-    let formats: Vec<Option<Format>> = targets.iter().map(|t| format_of(quantizer, &checkpoint.config, t)).collect();
+    let formats = formats_of(quantizer, &checkpoint.config, &targets);
     let (mut entries, mut contents) = (Vec::new(), Vec::new());
     let mut put = |name: String, dtype: &'static str, shape: Vec<usize>, size: usize, content: Content| {
         entries.push(Entry { name, dtype, bytes: shape.iter().product::<usize>() * size, size, shape });
@@ -337,11 +342,16 @@ fn values(export: &Export<'_>, target: &Target) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// How the matrix of a block's projections is kept: where it holds several that are to be kept otherwise, as most are.
-fn format_of(quantizer: Quantizer, config: &Config, target: &Target) -> Option<Format> {
-    let formats = || target.names().map(|name| quantizer.format(config, name.trim_end_matches(".weight")));
-    let first = formats().next().filter(|_| target.is_projection())?;
-    Some(if formats().all(|format| format == first) { first } else { quantizer.most() })
+/// How each target is kept, if it is the matrix of a block's projections. Those that share one have one format.
+fn formats_of(quantizer: Quantizer, config: &Config, targets: &[Target]) -> Vec<Option<Format>> {
+    fn module(name: &str) -> &str {
+        name.trim_end_matches(".weight")
+    }
+    let alone: HashSet<&str> =
+        targets.iter().filter(|target| target.names().count() == 1).flat_map(Target::names).map(module).collect();
+    let formats = quantizer.formats(config, |name| alone.contains(name));
+    let format = |target: &Target| target.names().next().map(|name| formats.of(module(name)));
+    targets.iter().map(|target| format(target).filter(|_| target.is_projection())).collect()
 }
 
 /// Codes that are chosen by samples, a block at a time: what its projections are multiplied with is what comes out of the
@@ -474,12 +484,19 @@ fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
     })
 }
 
+/// The quantizer that a `quantization_config` of ours names, if that is one.
+pub(super) fn stated(config: Option<&Value>) -> Option<Quantizer> {
+    let config = config.filter(|config| config["quant_method"] == OURS)?;
+    Quantizer::named(config["format"].as_str()?)
+}
+
 /// Refuses a model quantized by what is not read.
 ///
 /// # Errors
-/// When config.json names another method than bitsandbytes or ours.
+/// When config.json names another method than bitsandbytes, or one of ours that is not known.
 pub(super) fn check_method(config: Option<&Value>, path: &Path) -> Result<()> {
     let method = config.and_then(|config| config.get("quant_method")).and_then(Value::as_str);
-    let Some(other) = method.filter(|method| !["bitsandbytes", OURS].contains(method)) else { return Ok(()) };
+    let known = |method: &str| method == "bitsandbytes" || stated(config).is_some();
+    let Some(other) = method.filter(|method| !known(method)) else { return Ok(()) };
     Err(Error::unsupported(format!("weights quantized by `{other}` (`{}`, quantization_config)", path.display()), HINT))
 }

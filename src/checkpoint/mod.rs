@@ -302,7 +302,8 @@ impl Checkpoint {
     /// How its matrices are quantized, where the files have them in few bits of bitsandbytes.
     #[must_use]
     pub fn quantizer(&self) -> Option<Quantizer> {
-        self.shards.quantizer()
+        let format = self.shards.format()?;
+        Some(bnb::stated(self.hf.get("quantization_config")).unwrap_or(Quantizer::All(format)))
     }
 
     /// Elements of the blocks' projections that stay whole where the others are in few bits.
@@ -463,7 +464,7 @@ impl Source for Checkpoint {
 
     fn stays_whole(&self, name: &str) -> bool {
         // Of a folder in few bits, what is not is left so on purpose: rounding it would cost the most.
-        self.quantizer().is_some() && self.locate(name).iter().all(|piece| !self.shards.in_few_bits(&piece.tensor))
+        self.locate(name).iter().all(|piece| self.shards.leaves_whole(&piece.tensor))
     }
 
     fn is_bf16(&self, name: &str) -> Result<bool> {

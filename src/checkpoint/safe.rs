@@ -5,8 +5,7 @@ use super::bnb::{self, Bits};
 use super::gguf::{self, Metadata};
 use super::{AGAIN, pickle};
 use crate::error::{Error, Result};
-use crate::model::quantizer::Quantizer;
-use crate::ops::quantized::Codes;
+use crate::ops::quantized::{Codes, Format};
 use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -352,16 +351,16 @@ impl Shards {
         &self.files[place.0].0
     }
 
-    /// How the tensors are quantized, where some are.
+    /// How the tensors are quantized, where some are: one of them tells.
     #[must_use]
-    pub fn quantizer(&self) -> Option<Quantizer> {
-        Quantizer::of(self.bits.values().map(Bits::format))
+    pub fn format(&self) -> Option<Format> {
+        self.bits.iter().min_by_key(|(name, _)| name.as_str()).map(|(_, bits)| bits.format())
     }
 
-    /// Whether the tensor `name` is kept in few bits.
+    /// Whether others than the tensor `name` are kept in few bits.
     #[must_use]
-    pub fn in_few_bits(&self, name: &str) -> bool {
-        self.bits.contains_key(name)
+    pub fn leaves_whole(&self, name: &str) -> bool {
+        !self.bits.is_empty() && !self.bits.contains_key(name)
     }
 
     /// The tensor `name` in few bits, if it is kept so.

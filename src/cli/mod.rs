@@ -56,7 +56,7 @@ enum Command {
     ConvertToLitgpt(args::ConvertToArgs),
     /// Write a Hugging Face folder from LitGPT's files (safetensors, where LitGPT wrote model.pth)
     ConvertFromLitgpt(args::ConvertFromArgs),
-    /// Write a copy of a model with its weights in few bits, which transformers reads too
+    /// Write a copy of a model with its weights in few bits, which transformers reads too, but for nf4-mixed
     Quantize(args::QuantizeArgs),
     /// Check a model's or an adapter's folder, and say what it can be used for
     Validate(args::ValidateArgs),

@@ -1,5 +1,5 @@
 //! `litgpt quantize`: a copy of a model whose weights are kept in few bits, so that it is small on disk and loads at
-//! once, here and in transformers. With `--data`, its 4-bit codes are chosen by what samples of it make of them.
+//! once, here and, but for `nf4-mixed`, in transformers. With `--data`, its 4-bit codes are chosen by what samples of it make of them.
 
 use super::args::{CALIBRATION_LENGTH, FinetuneArgs, QuantizeArgs};
 use super::convert::refuse_existing;

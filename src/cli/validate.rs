@@ -178,11 +178,12 @@ fn memory(checkpoint: &Checkpoint, rows: &[Row]) -> Result<String> {
     for (flags, _, store, quantize) in rows {
         let quantizer = quantize.and_then(Quantizer::named);
         let narrow = checkpoint.narrow(*store, false)?;
+        let whole = if quantizer == checkpoint.quantizer() { checkpoint.left_whole() } else { 0 };
         let computed = Computed {
             store: *store,
             narrow,
             quantizer,
-            whole: 0,
+            whole,
             on_device: false,
             tokens,
             checkpointing: false,

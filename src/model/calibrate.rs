@@ -60,7 +60,7 @@ impl<'a> Calibration<'a> {
         passes: &[Tokens],
     ) -> Result<Self> {
         Self::serves(config)?;
-        let loader = Loader { config, source, store, quantizer: None, device };
+        let loader = Loader { config, source, store, formats: None, device };
         loader.check()?;
         let embedding = loader.embedding()?;
         let rope = rope_tables(config, passes.iter().map(Tokens::longest).max().unwrap_or(0));
@@ -109,7 +109,7 @@ impl<'a> Calibration<'a> {
 
     fn loader<'b>(&'b self, source: &'b dyn Source) -> Loader<'b> {
         let Self { config, device, store, .. } = *self;
-        Loader { config, source, store, quantizer: None, device }
+        Loader { config, source, store, formats: None, device }
     }
 
     /// Number of the block before which the samples stand.

@@ -6,7 +6,7 @@ use super::config::{Config, Mlp as MlpKind, Placement, QkNorm};
 use super::experts::Experts;
 use super::linear::Linear;
 use super::mlp::{Dense, Mlp};
-use super::quantizer::Quantizer;
+use super::quantizer::{Formats, Quantizer};
 use super::{Gpt, attention, device_error};
 use crate::error::{Error, Result};
 use crate::ops::attention::Attention as Core;
@@ -108,7 +108,8 @@ impl Gpt {
         quantizer: Option<Quantizer>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let loader = Loader { config, source, store, quantizer, device };
+        let formats = quantizer.map(|quantizer| quantizer.formats(config, |_| true));
+        let loader = Loader { config, source, store, formats: formats.as_ref(), device };
         loader.check()?;
         let embedding = Arc::new(loader.embedding()?);
         let mut blocks = Vec::with_capacity(config.n_layer);
@@ -145,7 +146,8 @@ pub(super) struct Loader<'a> {
     pub(super) config: &'a Config,
     pub(super) source: &'a dyn Source,
     pub(super) store: Store,
-    pub(super) quantizer: Option<Quantizer>,
+    /// How projections are quantized that are not so in the source.
+    pub(super) formats: Option<&'a Formats>,
     pub(super) device: Option<&'a Device>,
 }
 
@@ -224,8 +226,8 @@ impl Loader<'_> {
         if let Some(codes) = self.source.codes(&name)? {
             return Ok(Kept::Codes(codes));
         }
-        let quantizer = self.quantizer.filter(|_| !self.source.stays_whole(&name));
-        Ok(quantizer.map_or(Kept::Whole, |quantizer| Kept::Quantized(quantizer.format(self.config, module))))
+        let formats = self.formats.filter(|_| !self.source.stays_whole(&name));
+        Ok(formats.map_or(Kept::Whole, |formats| Kept::Quantized(formats.of(module))))
     }
 
     /// The rows of a projection on the host.

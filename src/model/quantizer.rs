@@ -3,6 +3,7 @@
 use super::config::{Config, Mlp};
 use crate::ops::nf4::Kind4;
 use crate::ops::quantized::Format;
+use std::collections::HashSet;
 
 /// The most that `nf4-mixed` takes of what the same weights take in 16 bits.
 const MIXED_SHARE: f64 = 0.30;
@@ -14,7 +15,7 @@ const OUTER: usize = 6;
 pub enum Quantizer {
     /// All in one format.
     All(Format),
-    /// In `nf4-dq`, but for as many in 8 bits as [`MIXED_SHARE`] has room for.
+    /// In `nf4-dq`, but for as many in 8 bits as fit into 0.30 of what the same weights take in 16 bits.
     Mixed,
 }
 
@@ -37,19 +38,6 @@ impl Quantizer {
         }
     }
 
-    /// The quantizer of a model of whose matrices are in these formats; `None` where none is in few bits.
-    #[must_use]
-    pub fn of(formats: impl Iterator<Item = Format>) -> Option<Self> {
-        let mut found = [None; 2];
-        for format in formats {
-            found[usize::from(format == Format::Int8)] = Some(format);
-        }
-        match found {
-            [Some(Self::MOST), Some(_)] => Some(Self::Mixed),
-            [four, eight] => four.or(eight).map(Self::All),
-        }
-    }
-
     /// What most of the matrices are in.
     #[must_use]
     pub const fn most(self) -> Format {
@@ -59,18 +47,37 @@ impl Quantizer {
         }
     }
 
-    /// The format of a module of the model, as `model.layers.0.self_attn.v_proj`.
+    /// The format of each module. `alone`: whether one, as `model.layers.0.self_attn.v_proj`, can have a format of its own.
     #[must_use]
-    pub fn format(self, config: &Config, module: &str) -> Format {
-        let eight = self == Self::Mixed && eights(config).iter().any(|eight| eight.name == module);
-        if eight { Format::Int8 } else { self.most() }
+    pub fn formats(self, config: &Config, alone: impl Fn(&str) -> bool) -> Formats {
+        let eights = self.eights(config, alone).into_iter().map(|eight| eight.name).collect();
+        Formats { most: self.most(), eights }
     }
 
     /// Bytes of all projections of the blocks.
     #[must_use]
     pub fn bytes(self, config: &Config) -> usize {
-        let eights = if self == Self::Mixed { eights(config) } else { Vec::new() };
-        all_in(self.most(), config) + eights.iter().map(Projection::more).sum::<usize>()
+        all_in(self.most(), config) + self.eights(config, |_| true).iter().map(Projection::more).sum::<usize>()
+    }
+
+    fn eights(self, config: &Config, alone: impl Fn(&str) -> bool) -> Vec<Projection> {
+        if self == Self::Mixed { eights(config, alone) } else { Vec::new() }
+    }
+}
+
+/// The formats of a model's modules.
+#[derive(Debug)]
+pub struct Formats {
+    most: Format,
+    /// The modules in 8 bits where most are in 4.
+    eights: HashSet<String>,
+}
+
+impl Formats {
+    /// The format of a module, as `model.layers.0.self_attn.v_proj`.
+    #[must_use]
+    pub fn of(&self, module: &str) -> Format {
+        if self.eights.contains(module) { Format::Int8 } else { self.most }
     }
 }
 
@@ -94,12 +101,12 @@ impl Projection {
 }
 
 /// The modules of `nf4-mixed` that are kept in 8 bits: as many as there is room for of the values, of the outer blocks' MLPs,
-/// of the keys and of the other MLPs from the outside in.
+/// of the keys and of the other MLPs from the outside in, of those that stand `alone`.
 ///
 /// A fixed order, so that weights can be quantized as they are loaded. It is that in which SmolLM2-135M's matrices lose to 4
 /// bits for each byte (`benches/README.md`), and agrees with what llama.cpp gives more bits to in its `Q4_K_M` (values, and
 /// the way down in the outer blocks).
-fn eights(config: &Config) -> Vec<Projection> {
+fn eights(config: &Config, alone: impl Fn(&str) -> bool) -> Vec<Projection> {
     let (n_layer, n_embd) = (config.n_layer, config.n_embd);
     let attention = |name: &'static str| {
         (0..n_layer).map(move |layer| Projection {
@@ -131,7 +138,7 @@ fn eights(config: &Config) -> Vec<Projection> {
         room -= if fits { candidate.more() } else { 0 };
         fits
     };
-    candidates.filter(fits).collect()
+    candidates.filter(|candidate| alone(&candidate.name)).filter(fits).collect()
 }
 
 #[cfg(test)]
@@ -149,7 +156,8 @@ mod tests {
         let config = smollm2();
         let share = Quantizer::Mixed.bytes(&config) as f64 / (2.0 * config.projected() as f64);
         assert!((0.29..=0.30).contains(&share), "{share}");
-        let eight = |module: &str| Quantizer::Mixed.format(&config, &format!("model.layers.{module}")) == Format::Int8;
+        let formats = Quantizer::Mixed.formats(&config, |_| true);
+        let eight = |module: &str| formats.of(&format!("model.layers.{module}")) == Format::Int8;
         for module in
             ["0.self_attn.v_proj", "17.self_attn.v_proj", "29.self_attn.k_proj", "29.mlp.down_proj", "1.mlp.up_proj"]
         {
@@ -168,7 +176,9 @@ mod tests {
             (config.n_query_groups, config.mlp) = (groups, mlp);
             let share = Quantizer::Mixed.bytes(&config) as f64 / (2.0 * config.projected() as f64);
             assert!(share <= MIXED_SHARE, "{share}");
-            assert!(eights(&config).iter().any(|eight| eight.name.ends_with("v_proj")));
+            assert!(eights(&config, |_| true).iter().any(|eight| eight.name.ends_with("v_proj")));
+            let without = eights(&config, |name| !name.ends_with("v_proj"));
+            assert!(without.iter().all(|eight| !eight.name.ends_with("v_proj")));
         }
     }
 
@@ -177,9 +187,5 @@ mod tests {
         for name in ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "nf4-mixed"] {
             assert_eq!(Quantizer::named(name).map(Quantizer::name), Some(name));
         }
-        let [most, eight] = [Quantizer::MOST, Format::Int8];
-        assert_eq!(Quantizer::of([eight, most, eight].into_iter()), Some(Quantizer::Mixed));
-        assert_eq!(Quantizer::of([eight].into_iter()), Some(Quantizer::All(eight)));
-        assert_eq!(Quantizer::of(std::iter::empty()), None);
     }
 }

@@ -4,7 +4,7 @@
 use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int, long};
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
-use super::nf4_product::{Four, Fours};
+use super::nf4_product::{Four, Fours, in_sixteens};
 use super::quantized::{Codes, Format};
 use super::weight::Data;
 use half::{bf16, f16};
@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 /// fill the device.
 const PANEL: usize = 32 << 20;
 
-/// Consecutive rows of a matrix in few bits, quantized by themselves or not at all, in device memory.
+/// Consecutive rows of a matrix of which some are in few bits, each part quantized by itself, in device memory.
 #[derive(Debug, Clone)]
 pub struct Part {
     rows: usize,
@@ -125,18 +125,30 @@ struct Parts {
     list: Vec<Part>,
     /// The code book of double quantization.
     nested: Arc<Constant<f32>>,
-    /// The addresses in `list`, where all are in 4 bits of one kind.
-    fours: Option<Fours>,
+    /// Rows that are multiplied at once, with their addresses where all of them are in 4 bits of one kind: all of `list`, or
+    /// where it holds others as well each part by itself.
+    runs: Vec<(Range<usize>, Option<Fours>)>,
 }
 
 impl Parts {
     fn new(list: Vec<Part>, cols: usize) -> Self {
         let nested = Arc::new(Constant::from(nested_code().to_vec()));
-        let fours = list.iter().map(Part::four).collect::<Option<Vec<_>>>().unwrap_or_default();
-        let kind = fours.first().map(|four| four.0).filter(|kind| fours.iter().all(|four| four.0 == *kind));
-        let addresses = fours.into_iter().map(|four| four.1).collect();
-        let fours = kind.map(|kind| Fours::new(addresses, kind, cols, Arc::clone(&nested)));
-        Self { list, nested, fours }
+        let run = |parts: &[Part]| {
+            let fours = parts.iter().map(Part::four).collect::<Option<Vec<_>>>()?;
+            let kind = fours.first().map(|four| four.0).filter(|kind| fours.iter().all(|four| four.0 == *kind))?;
+            let addresses = fours.into_iter().map(|four| four.1).collect();
+            Some(Fours::new(addresses, kind, cols, Arc::clone(&nested)))
+        };
+        let all = run(&list);
+        let size = if all.is_some() { list.len() } else { 1 };
+        let mut end = 0;
+        let runs = list.chunks(size.max(1)).map(|parts| {
+            let first = end;
+            end += parts.iter().map(|part| part.rows).sum::<usize>();
+            (first..end, run(parts))
+        });
+        let runs = runs.collect();
+        Self { list, nested, runs }
     }
 }
 
@@ -216,8 +228,11 @@ impl Resident {
         parts.list.iter().find(of_row).is_some_and(|part| !matches!(part.scheme, Scheme::Whole))
     }
 
-    fn fours(&self) -> Option<&Fours> {
-        if let Kept::Parts(parts) = &self.kept { parts.fours.as_ref() } else { None }
+    /// Rows that are multiplied at once, and what they are multiplied by where that is their codes.
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, Option<&Fours>)> {
+        let runs = if let Kept::Parts(parts) = &self.kept { parts.runs.as_slice() } else { &[] };
+        let whole = runs.is_empty().then_some((0..self.rows, None));
+        runs.iter().map(|(rows, fours)| (rows.clone(), fours.as_ref())).chain(whole)
     }
 
     /// Bytes of memory.
@@ -310,17 +325,17 @@ impl Resident {
         }
     }
 
-    /// Calls `each` with rows and their elements until all rows were given: at once, or decoded a panel at a time.
-    fn each_panel(&self, mut each: impl FnMut(Range<usize>, Operand)) {
+    /// Calls `each` with rows and their elements until all of `rows` were given: at once, or decoded a panel at a time.
+    fn each_panel(&self, rows: Range<usize>, mut each: impl FnMut(Range<usize>, Operand)) {
         let operand = |pointer| Operand { pointer, stride: self.cols, dtype: self.dtype, transposed: false };
         if let Kept::Whole(table) = &self.kept {
-            return each(0..self.rows, operand(table.pointer()));
+            return each(rows, operand(table.pointer()));
         }
         // Panels begin where cuBLAS's fastest products want the columns of y to begin.
-        let panel = (decoded_at_a_time() / self.cols.max(1) / 128 * 128).max(128).min(self.rows.max(1));
+        let panel = (decoded_at_a_time() / self.cols.max(1) / 128 * 128).max(128).min(rows.len().max(1));
         let scratch = self.device.allocate(panel * self.cols * self.dtype.size());
-        for from in (0..self.rows).step_by(panel) {
-            let rows = from..(from + panel).min(self.rows);
+        for from in rows.clone().step_by(panel) {
+            let rows = from..(from + panel).min(rows.end);
             self.decode(rows.clone(), scratch.pointer());
             each(rows, operand(scratch.pointer()));
         }
@@ -331,17 +346,23 @@ impl Resident {
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
-        if let Some(fours) = self.fours()
-            && fours.forward(&self.device, self.dtype, x, y.view(), accumulate)
-        {
-            return;
+        for (rows, fours) in self.runs() {
+            let out = y.columns(rows.clone());
+            if self.serves(out) && fours.is_some_and(|f| f.forward(&self.device, self.dtype, x, out, accumulate)) {
+                continue;
+            }
+            self.each_panel(rows, |rows, w| {
+                let out = operand(y.columns(rows.clone()));
+                let (m, n, k) = (x.rows, rows.len(), self.cols);
+                let rhs = Operand { transposed: true, ..w };
+                self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs: operand(x), rhs });
+            });
         }
-        self.each_panel(|rows, w| {
-            let out = operand(y.columns(rows.clone()));
-            let (m, n, k) = (x.rows, rows.len(), self.cols);
-            let rhs = Operand { transposed: true, ..w };
-            self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs: operand(x), rhs });
-        });
+    }
+
+    /// Whether the products with codes can write or read `part` of y: all of it, or columns that begin where vectors do.
+    fn serves(&self, part: View<'_>) -> bool {
+        part.cols == self.rows || in_sixteens(part)
     }
 
     /// `dx = dy W`, added to `dx` where `accumulate`.
@@ -349,17 +370,20 @@ impl Resident {
     /// # Shapes
     /// `dy`: (T, out); `dx`: (T, in).
     pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
-        if let Some(fours) = self.fours()
-            && fours.backward(&self.device, self.dtype, dy, dx.view(), accumulate)
-        {
-            return;
+        for (rows, fours) in self.runs() {
+            let (accumulate, part) = (accumulate || rows.start > 0, dy.slice_cols(rows.clone()));
+            if self.serves(part)
+                && fours.is_some_and(|f| f.backward(&self.device, self.dtype, part, dx.view(), accumulate))
+            {
+                continue;
+            }
+            self.each_panel(rows.clone(), |panel, rhs| {
+                let (m, n, k) = (dy.rows, self.cols, panel.len());
+                let accumulate = accumulate || panel.start > rows.start;
+                let (out, lhs) = (operand(dx.view()), operand(dy.slice_cols(panel)));
+                self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs, rhs });
+            });
         }
-        self.each_panel(|rows, rhs| {
-            let (m, n, k) = (dy.rows, self.cols, rows.len());
-            let accumulate = accumulate || rows.start > 0;
-            let (out, lhs) = (operand(dx.view()), operand(dy.slice_cols(rows)));
-            self.device.product(&Product { m, n, k, alpha: 1.0, accumulate, out, lhs, rhs });
-        });
     }
 }
 

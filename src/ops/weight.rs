@@ -117,8 +117,8 @@ enum Kept {
         data: Data,
         exact: bool,
     },
-    /// `parts` are consecutive rows, quantized by themselves or not at all. `bf16`: products of many rows round the decoded values to bf16,
-    /// as the rest of such a model is; else they are f32.
+    /// `parts` are consecutive rows, some of them in few bits, each quantized by itself. `bf16`: products of many rows round the
+    /// decoded values to bf16, as the rest of such a model is; else they are f32.
     Quantized {
         parts: Vec<Rows>,
         bf16: bool,
