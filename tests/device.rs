@@ -12,7 +12,7 @@ use litgpt::ops::Matrix;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Device, Dtype};
 use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
-use litgpt::ops::quantized::Format;
+use litgpt::ops::quantized::{Codes, Format, Rows};
 use litgpt::ops::resident::{Part, Resident};
 use litgpt::ops::weight::{Data, Store, Weight};
 use std::path::Path;
@@ -171,6 +171,40 @@ fn check_product_in_4_bits(
         let off = got.iter().zip(want.iter()).map(|(got, want)| (got - want).abs() / (rounding * want.abs() + slack));
         let what = format!("{format:?} {rows:?} x {cols}, {tokens} tokens, {dtype:?}, backward {backward}");
         within(&what, off.fold(0.0, f32::max), 1.0);
+    }
+}
+
+/// A few rows times weights in 8 bits, whose codes are multiplied as they are, and one row too many for that: next to what the
+/// codes stand for, in f32.
+#[test]
+fn products_in_8_bits() {
+    let Some(device) = emulated::device() else { return };
+    let int8 = Format::named("int8").unwrap();
+    let mut cases = vec![(vec![136, 64], 192), (vec![24, 5], 100)];
+    if emulated::is_real() {
+        cases.push((vec![4096, 1024, 1024], 4096));
+    }
+    for ((rows, cols), tokens) in cases.iter().flat_map(|case| [1, 3, 8, 9].map(|tokens| (case, tokens))) {
+        let codes = rows.iter().map(|&rows| Codes::new(int8, &noise(rows * cols, rows), rows, *cols));
+        let codes: Vec<_> = codes.collect();
+        let all: usize = rows.iter().sum();
+        let exact = Weight::quantized(*cols, codes.iter().cloned().map(Rows::Codes).collect(), Store::F32);
+        for (dtype, rounding) in [(Dtype::F32, 1e-6), (Dtype::Bf16, 1.0 / 256.0), (Dtype::F16, 1.0 / 2048.0)] {
+            let parts = codes.iter().map(|codes| Part::upload(&device, codes));
+            let weight = Resident::quantized(&device, dtype, *cols, parts.collect());
+            let on_device = |values: &[f32], cols| Matrix::from_slice(tokens, cols, values).to(Some((&device, dtype)));
+            let (x, mut y) = (on_device(&noise(tokens * cols, 1), *cols), on_device(&noise(tokens * all, 2), all));
+            let (host, mut want) = (x.to_host(), y.to_host());
+            weight.forward(x.view(), &mut y, true);
+            exact.forward(host.view(), &mut want, true);
+            let got = y.to_host();
+            device.check().unwrap();
+            // For nine rows the weights are rounded, too: by up to half of `rounding` each, of 100 and more in a sum.
+            let slack = if tokens > 8 { 2.0 * rounding } else { 1e-4 } * deviation(&want);
+            let off =
+                got.iter().zip(want.iter()).map(|(got, want)| (got - want).abs() / (rounding * want.abs() + slack));
+            within(&format!("{rows:?} x {cols}, {tokens} tokens, {dtype:?}"), off.fold(0.0, f32::max), 1.0);
+        }
     }
 }
 

@@ -105,7 +105,7 @@ impl Bench {
         self.row("asking: product", 0.0, 0.0, || weight.forward(x.view(), &mut y, false));
     }
 
-    /// Products with a weight whose rows are those of `parts`, whole and in 4 bits.
+    /// Products with a weight whose rows are those of `parts`, whole and in few bits.
     fn products(&self, model: &str, op: &str, parts: &[usize], inn: usize) {
         let out: usize = parts.iter().sum();
         let values: Vec<f32> = (0..out * inn).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
@@ -122,6 +122,7 @@ impl Bench {
             ("bf16", Resident::whole(&self.device, DTYPE, out, inn, &Data::F32(values.clone()))),
             ("nf4", quantized("nf4")),
             ("nf4-dq", quantized("nf4-dq")),
+            ("int8", quantized("int8")),
         ];
         for (kind, weight) in kinds {
             for tokens in [1, 8, 32, 96, 160, 256, 512, 1024] {

@@ -61,7 +61,7 @@ const std::map<std::string, Entry>& kernels() {
         ONE(add_f32_to_bf16) ONE(add_f32_to_f16) ONE(add_bf16_to_f32) ONE(add_f16_to_f32)
         HALF(lora_down) HALF(lora_up) HALF(lora_down_grad) HALF(lora_gradients)
         TYPED(gather_rows) TYPED(scatter_add_rows) TYPED(scale_rows) TYPED(dot_rows) TYPED(copy_rows)
-        TYPED(nf4_quantize) TYPED(nf4_dequantize) TYPED(nf4_dequantize_double) TYPED(int8_dequantize)
+        TYPED(nf4_quantize) TYPED(nf4_dequantize) TYPED(nf4_dequantize_double) TYPED(int8_dequantize) TYPED(int8_product)
         ONE(nf4_absmax_mean) ONE(nf4_quantize_absmax)
         TYPED(nf4_product) HALF(nf4_product_mma)
         HALF(nf4_product_many) HALF(nf4_product_many_backward)

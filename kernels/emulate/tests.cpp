@@ -11,6 +11,7 @@
 #include "../nf4_product.cu"
 #include "../norm.cu"
 #include "../optimizer.cu"
+#include "../quantized.cu"
 #include "../rope.cu"
 
 using check::Buffer;
@@ -44,6 +45,8 @@ struct Kernels;
         static constexpr auto nf4_dequantize = nf4_dequantize_##type;                         \
         static constexpr auto nf4_dequantize_double = nf4_dequantize_double_##type;           \
         static constexpr auto nf4_product = nf4_product_##type;                               \
+        static constexpr auto int8_dequantize = int8_dequantize_##type;                       \
+        static constexpr auto int8_product = int8_product_##type;                             \
     };
 FOR_EACH_TYPE(NAMES)
 
@@ -552,6 +555,46 @@ void test_nf4_products_many(Kernel forward, Kernel backward) {
     test_nf4_product_many<T>("nf4_product_many", forward, false, 20, 1, 1, {Weight4(131, 128, 0, false)}, false);
 }
 
+// Any codes, -128 among them: the largest magnitude of a row is 127 only in what was quantized here.
+template <class T>
+void test_int8(int n, int rows, int cols, int shift, bool accumulate) {
+    const i64 ldx = cols + 8, ldy = rows + 3;
+    const auto x = random<T>(n * ldx, 3), old = random<T>(n * ldy, 4);
+    const auto absmax = random<float>(rows, 5);
+    Buffer<signed char> all(size_t(rows) * cols + shift);
+    std::mt19937 rng(rows);
+    for (signed char& code : all) code = static_cast<signed char>(rng());
+    const signed char* codes = all.data() + shift;
+    Buffer<T> y(old), decoded(size_t(rows - 1) * cols), plain(size_t(rows - 1) * cols);
+    emulate::launch(dim3(rows - 1), dim3(64), 0, [&] { Kernels<T>::int8_dequantize(codes, absmax.data(), decoded.data(), 1, cols); });
+    for (size_t i = 0; i < plain.size(); ++i) plain[i] = check::rounded<T>(codes[cols + i] * (absmax[1 + i / cols] / 127.0f));
+    const std::string sizes = with("", {{"n", n}, {"rows", rows}, {"cols", cols}, {"shift", shift}, {"accumulate", accumulate}});
+    check::equal("int8_dequantize" + sizes, reinterpret_cast<const uint8_t*>(decoded.data()), reinterpret_cast<const uint8_t*>(plain.data()),
+                 plain.size() * sizeof(T));
+    emulate::launch(dim3((rows + INT8_WARPS - 1) / INT8_WARPS), dim3(32 * INT8_WARPS), 0, [&] {
+        Kernels<T>::int8_product(codes, absmax.data(), x.data(), y.data(), n, rows, cols, ldx, ldy, accumulate);
+    });
+    Reference want(n * ldy);
+    for (size_t i = 0; i < want.size(); ++i) want[i] = real(old[i]);
+    for (int t = 0; t < n; ++t)
+        for (int row = 0; row < rows; ++row) {
+            double sum = 0;
+            for (int col = 0; col < cols; ++col) sum += codes[i64(row) * cols + col] * real(x[t * ldx + col]);
+            double& out = want[t * ldy + row];
+            out = (accumulate ? out : 0.0) + sum * absmax[row] / 127.0;
+        }
+    close("int8_product" + sizes, y.data(), want, 2e-5);
+}
+
+template <class T>
+void test_int8s() {
+    // Every number of rows of x; rows of W that end within a block; columns of which all, some and none are read 16 at a time.
+    for (int n = 1; n <= INT8_ROWS; ++n) test_int8<T>(n, 6 + n, n % 2 ? 560 : 1200, 0, n > 4);
+    test_int8<T>(3, 9, 301, 0, false);
+    test_int8<T>(2, 4, 8, 0, true);
+    test_int8<T>(2, 5, 64, 1, false);
+}
+
 // The limits are the midpoints as f32 rounds them.
 void test_nf4_limits() {
     for (int kind : {0, 1})
@@ -589,6 +632,7 @@ void test_type() {
     test_heads<T>();
     test_loras<T>();
     test_nf4s<T>();
+    test_int8s<T>();
     test_attentions<T>();
 }
 

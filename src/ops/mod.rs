@@ -16,7 +16,7 @@
 //! | frozen product | [`weight`] | `y = x Wᵀ` | `x` |
 //! | frozen product in few bits | [`quantized`], [`nf4`] | decoded for [`weight`] | |
 //! | 4-bit codes for known inputs | [`gptq`] | least change of the product | |
-//! | frozen product on a device | [`resident`], [`nf4_product`] | `y = x Wᵀ` | `x` |
+//! | frozen product on a device | [`resident`], [`nf4_product`], [`int8_product`] | `y = x Wᵀ` | `x` |
 //! | rows moved, added, scaled | [`rows`] | gather, scatter | |
 //! | adapter | [`lora`] | `y += s drop(x) Aᵀ Bᵀ` | `A`, `B`, `x` |
 //! | RMS and layer norm | [`norm`] | one scale a row | `x` |
@@ -40,6 +40,7 @@ pub mod device;
 pub mod glu;
 pub mod gptq;
 pub mod head;
+pub mod int8_product;
 pub mod lora;
 pub mod math;
 pub mod matmul;

@@ -152,7 +152,7 @@ impl Fours {
 }
 
 /// Whether rows can be read 16 bytes at a time, of two bytes an element.
-pub fn in_sixteens(x: View<'_>) -> bool {
+fn in_sixteens(x: View<'_>) -> bool {
     x.stride.is_multiple_of(8) && x.pointer().is_multiple_of(16)
 }
 

@@ -1,10 +1,11 @@
 //! Frozen matrices in device memory and their products; `weight` has them on the host. A quantized matrix is decoded some
-//! rows at a time into a scratch, of which cuBLAS takes the product; a few rows are multiplied by its codes themselves.
+//! rows at a time into a scratch, of which cuBLAS takes the product; few rows of x are multiplied by its codes themselves.
 
 use super::device::{Arg, Buffer, Constant, Device, Dtype, Operand, Product, int, long};
+use super::int8_product::Eight;
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
-use super::nf4_product::{Four, Fours, in_sixteens};
+use super::nf4_product::{Four, Fours};
 use super::quantized::{Codes, Format};
 use super::weight::Data;
 use half::{bf16, f16};
@@ -125,19 +126,48 @@ struct Parts {
     list: Vec<Part>,
     /// The code book of double quantization.
     nested: Arc<Constant<f32>>,
-    /// Rows that are multiplied at once, with their addresses where all of them are in 4 bits of one kind: all of `list`, or
-    /// where it holds others as well each part by itself.
-    runs: Vec<(Range<usize>, Option<Fours>)>,
+    /// Rows that are multiplied at once, with their codes where these have products: all of `list` where it is in 4 bits of one
+    /// kind, else each part by itself.
+    runs: Vec<(Range<usize>, Option<Fused>)>,
+}
+
+/// Rows whose codes are multiplied as they are.
+#[derive(Debug)]
+enum Fused {
+    Four(Fours),
+    Eight(Eight),
+}
+
+impl Fused {
+    /// As [`Fours::forward`].
+    fn forward(&self, device: &Device, dtype: Dtype, x: View<'_>, y: View<'_>, accumulate: bool) -> bool {
+        match self {
+            Self::Four(fours) => fours.forward(device, dtype, x, y, accumulate),
+            Self::Eight(eight) => eight.forward(device, dtype, x, y, accumulate),
+        }
+    }
+
+    /// As [`Fours::backward`].
+    fn backward(&self, device: &Device, dtype: Dtype, dy: View<'_>, dx: View<'_>, accumulate: bool) -> bool {
+        match self {
+            Self::Four(fours) => fours.backward(device, dtype, dy, dx, accumulate),
+            Self::Eight(_) => false,
+        }
+    }
 }
 
 impl Parts {
     fn new(list: Vec<Part>, cols: usize) -> Self {
         let nested = Arc::new(Constant::from(nested_code().to_vec()));
         let run = |parts: &[Part]| {
+            if let [Part { rows, codes, scheme: Scheme::Int8(absmax) }] = parts {
+                let (codes, absmax) = (codes.pointer(), absmax.pointer());
+                return Some(Fused::Eight(Eight { rows: *rows, cols, codes, absmax }));
+            }
             let fours = parts.iter().map(Part::four).collect::<Option<Vec<_>>>()?;
             let kind = fours.first().map(|four| four.0).filter(|kind| fours.iter().all(|four| four.0 == *kind))?;
             let addresses = fours.into_iter().map(|four| four.1).collect();
-            Some(Fours::new(addresses, kind, cols, Arc::clone(&nested)))
+            Some(Fused::Four(Fours::new(addresses, kind, cols, Arc::clone(&nested))))
         };
         let all = run(&list);
         let size = if all.is_some() { list.len() } else { 1 };
@@ -229,10 +259,10 @@ impl Resident {
     }
 
     /// Rows that are multiplied at once, and what they are multiplied by where that is their codes.
-    fn runs(&self) -> impl Iterator<Item = (Range<usize>, Option<&Fours>)> {
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, Option<&Fused>)> {
         let runs = if let Kept::Parts(parts) = &self.kept { parts.runs.as_slice() } else { &[] };
         let whole = runs.is_empty().then_some((0..self.rows, None));
-        runs.iter().map(|(rows, fours)| (rows.clone(), fours.as_ref())).chain(whole)
+        runs.iter().map(|(rows, fused)| (rows.clone(), fused.as_ref())).chain(whole)
     }
 
     /// Bytes of memory.
@@ -346,9 +376,9 @@ impl Resident {
     /// # Shapes
     /// `x`: (T, in); `y`: (T, out).
     pub fn forward(&self, x: View<'_>, y: &mut Matrix, accumulate: bool) {
-        for (rows, fours) in self.runs() {
+        for (rows, fused) in self.runs() {
             let out = y.columns(rows.clone());
-            if self.serves(out) && fours.is_some_and(|f| f.forward(&self.device, self.dtype, x, out, accumulate)) {
+            if fused.is_some_and(|f| f.forward(&self.device, self.dtype, x, out, accumulate)) {
                 continue;
             }
             self.each_panel(rows, |rows, w| {
@@ -360,21 +390,14 @@ impl Resident {
         }
     }
 
-    /// Whether the products with codes can write or read `part` of y: all of it, or columns that begin where vectors do.
-    fn serves(&self, part: View<'_>) -> bool {
-        part.cols == self.rows || in_sixteens(part)
-    }
-
     /// `dx = dy W`, added to `dx` where `accumulate`.
     ///
     /// # Shapes
     /// `dy`: (T, out); `dx`: (T, in).
     pub fn backward(&self, dy: View<'_>, dx: &mut Matrix, accumulate: bool) {
-        for (rows, fours) in self.runs() {
+        for (rows, fused) in self.runs() {
             let (accumulate, part) = (accumulate || rows.start > 0, dy.slice_cols(rows.clone()));
-            if self.serves(part)
-                && fours.is_some_and(|f| f.backward(&self.device, self.dtype, part, dx.view(), accumulate))
-            {
+            if fused.is_some_and(|f| f.backward(&self.device, self.dtype, part, dx.view(), accumulate)) {
                 continue;
             }
             self.each_panel(rows.clone(), |panel, rhs| {
