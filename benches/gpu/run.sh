@@ -11,6 +11,7 @@ SEQ_LENS=${SEQ_LENS:-0}
 WARMUP=${WARMUP:-16}
 ITERATIONS=${ITERATIONS:-320}
 EXTRA=${EXTRA:-}
+CPU=${CPU:-}
 LIMIT=${LIMIT:-560}
 TESTS=${TESTS:-1}
 OPS=${OPS:-1}
@@ -64,7 +65,7 @@ for model in $MODELS; do
     began=$SECONDS
     # shellcheck disable=SC2086
     timeout $((LIMIT - SECONDS)) "$here/gpu" --checkpoint "$WORK/$model" --data "$DATA" --setting "$setting" \
-      --seq-len "$seq_len" --warmup "$WARMUP" --iterations "$ITERATIONS" --json "$OUT/results.jsonl" $EXTRA >>"$log" 2>&1
+      --seq-len "$seq_len" --warmup "$WARMUP" --iterations "$ITERATIONS" --json "$OUT/results.jsonl" $EXTRA ${CPU:+--cpu} >>"$log" 2>&1
     code=$?
     echo "ours $model $setting $seq_len: exit $code after $((SECONDS - began)) s"
     [ $code = 0 ] || tail -3 "$log" | cut -c1-400

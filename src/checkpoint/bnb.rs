@@ -315,12 +315,7 @@ pub fn write(
                 progress(&target.info.name);
                 let quantized = match &mut calibrated {
                     Some(calibrated) => calibrated.take(*number)?,
-                    None => Codes::new(
-                        formats[*number].expect("a projection's"),
-                        &values(export, target)?,
-                        target.info.shape[0],
-                        target.info.shape[1],
-                    ),
+                    None => nearest(formats[*number].expect("a projection's"), &values(export, target)?, target),
                 };
                 code_bytes(codes.insert(quantized))
             }
@@ -340,6 +335,11 @@ fn values(export: &Export<'_>, target: &Target) -> Result<Vec<f32>> {
     let mut values = vec![0.0; target.info.shape.iter().product()];
     target.info.dtype.decode(&export.content(target)?, &mut values);
     Ok(values)
+}
+
+/// The codes nearest to a matrix's values.
+fn nearest(format: Format, values: &[f32], target: &Target) -> Codes {
+    Codes::new(format, values, target.info.shape[0], target.info.shape[1])
 }
 
 /// How each target is kept, if it is the matrix of a block's projections. Those that share one have one format.
@@ -390,7 +390,7 @@ impl Calibrated<'_> {
             let codes = match self.formats[number].expect("a projection's") {
                 Format::Four { kind, double } => Codes::Four(inputs.quantize(&values, kind, double)),
                 // Rounding to 8 bits changes next to nothing.
-                eight => Codes::new(eight, &values, target.info.shape[0], target.info.shape[1]),
+                eight => nearest(eight, &values, target),
             };
             codes.decode_rows(0..codes.rows(), &mut values);
             matrices.extend(target.split(&values).map(|(name, values)| (name.to_owned(), values)));

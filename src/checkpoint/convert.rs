@@ -7,7 +7,7 @@ use super::merge::check_finite;
 use super::write::{SHARD, Staging, TensorInfo, sharded};
 use super::{Checkpoint, Dtype, EMBEDDING, HEAD, Layout, pickle};
 use crate::error::{Error, Result};
-use crate::model::families::{HfConfig, Piece, Slot, slots};
+use crate::model::families::{HfConfig, Piece, Slot, is_projection, slots};
 use crate::model::{Gpt, Source};
 use crate::ops::weight::Data;
 use serde_json::{Value, json};
@@ -36,7 +36,7 @@ pub(super) struct Target {
 impl Target {
     /// Whether it is the matrix of a block's projections.
     pub(super) fn is_projection(&self) -> bool {
-        self.info.shape.len() == 2 && self.parts.iter().all(|part| part.name.starts_with("model.layers."))
+        self.names().all(is_projection)
     }
 
     /// Our tensors that it is made of.

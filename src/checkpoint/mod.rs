@@ -21,7 +21,7 @@ pub use safe::{Dtype, Elements, Raw};
 
 use crate::error::{Error, Result};
 use crate::model::families::multimodal::{text_name, text_part};
-use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, slots};
+use crate::model::families::{Family, HfConfig, Piece, Slot, by_config, is_projection, slots};
 use crate::model::quantizer::Quantizer;
 use crate::model::{Config, Source, load};
 use crate::ops::quantized::Codes;
@@ -309,7 +309,7 @@ impl Checkpoint {
     /// Elements of the blocks' projections that stay whole where the others are in few bits.
     #[must_use]
     pub fn left_whole(&self) -> usize {
-        let left = |slot: &Slot| slot.is_projection() && self.stays_whole(&slot.name);
+        let left = |slot: &Slot| is_projection(&slot.name) && self.stays_whole(&slot.name);
         slots(&self.config).iter().filter(|slot| left(slot)).map(|slot| slot.rows * slot.cols).sum()
     }
 

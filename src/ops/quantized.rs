@@ -184,6 +184,15 @@ impl Codes {
     }
 }
 
+/// The part that a row is of, where the `rows` of each stand one after another.
+pub fn part_of<T>(parts: &[T], row: usize, rows: impl Fn(&T) -> usize) -> Option<&T> {
+    let mut end = 0;
+    parts.iter().find(|part| {
+        end += rows(part);
+        row < end
+    })
+}
+
 /// Some rows of a matrix of which others may be kept otherwise.
 #[derive(Debug, Clone)]
 pub enum Rows {

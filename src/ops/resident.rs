@@ -6,7 +6,7 @@ use super::int8_product::Eight;
 use super::matrix::{Matrix, View};
 use super::nf4::{Absmax, Kind4, NESTED_BLOCK, QUANT_BLOCK, nested_code};
 use super::nf4_product::{Four, Fours};
-use super::quantized::{Codes, Format};
+use super::quantized::{Codes, Format, part_of};
 use super::weight::Data;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -250,12 +250,7 @@ impl Resident {
     #[must_use]
     pub fn is_quantized(&self, row: usize) -> bool {
         let Kept::Parts(parts) = &self.kept else { return false };
-        let mut end = 0;
-        let of_row = |part: &&Part| {
-            end += part.rows;
-            row < end
-        };
-        parts.list.iter().find(of_row).is_some_and(|part| !matches!(part.scheme, Scheme::Whole))
+        part_of(&parts.list, row, |part| part.rows).is_some_and(|part| !matches!(part.scheme, Scheme::Whole))
     }
 
     /// Rows that are multiplied at once, and what they are multiplied by where that is their codes.

@@ -13,7 +13,7 @@ use super::matmul::{Side, Threads, ViewMut, matmul};
 #[cfg(target_arch = "x86_64")]
 use super::matrix::round;
 use super::matrix::{Matrix, View};
-use super::quantized::Rows;
+use super::quantized::{Rows, part_of};
 use super::resident::Resident;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
@@ -211,14 +211,7 @@ impl Weight {
     #[must_use]
     pub fn is_quantized(&self, row: usize) -> bool {
         match &self.kept {
-            Kept::Quantized { parts, .. } => {
-                let mut end = 0;
-                let of_row = |part: &&Rows| {
-                    end += part.count();
-                    row < end
-                };
-                matches!(parts.iter().find(of_row), Some(Rows::Codes(_)))
-            }
+            Kept::Quantized { parts, .. } => matches!(part_of(parts, row, Rows::count), Some(Rows::Codes(_))),
             Kept::Resident(resident) => resident.is_quantized(row),
             Kept::Whole(_) => false,
             #[cfg(target_arch = "x86_64")]

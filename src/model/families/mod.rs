@@ -98,12 +98,10 @@ pub struct Slot {
     pub vector: bool,
 }
 
-impl Slot {
-    /// Whether it is the matrix of a block's projection.
-    #[must_use]
-    pub fn is_projection(&self) -> bool {
-        self.name.ends_with("_proj.weight")
-    }
+/// Whether a tensor of ours is the matrix of a block's projection.
+#[must_use]
+pub fn is_projection(name: &str) -> bool {
+    name.ends_with("_proj.weight")
 }
 
 /// The family of a config.json.
