@@ -12,7 +12,8 @@
 // Launch: block (32, n) takes n short rows, a warp each; block (32 m, 1) takes one row. Grid: ceil(rows / blockDim.y).
 #include "common.cuh"
 
-__device__ __forceinline__ i64 row_start(i64 row, int c, int heads, i64 ld) {
+// Divided in 32 bits: in 64 it is a function that takes longer than a short row.
+__device__ __forceinline__ i64 row_start(int row, int c, int heads, i64 ld) {
     return heads == 1 ? row * ld : row / heads * ld + row % heads * c;
 }
 
@@ -91,15 +92,15 @@ __device__ __forceinline__ void norm_bwd_row(const T* dy, const T* x, const floa
 template <bool centred, class T>
 __device__ void norm_fwd(const T* x, const float* weight, const float* bias, T* y, T* copy, int rows, int c, int heads, int weights,
                          i64 ld_x, i64 ld_y, float eps) {
-    const i64 row = i64(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int row = int(blockIdx.x * blockDim.y + threadIdx.y);
     if (row >= rows) return;
     const bool in_packs = wide<T>(c, ld_x) && wide<T>(c, ld_y) && aligned(x) && aligned(weight) && aligned(bias) && aligned(y) &&
                           aligned(copy);
     x += row_start(row, c, heads, ld_x);
     if (copy) copy += row_start(row, c, heads, ld_x);
     y += row_start(row, c, heads, ld_y);
-    weight += row % weights * c;
-    if (bias) bias += row % weights * c;
+    weight += i64(row % weights) * c;
+    if (bias) bias += i64(row % weights) * c;
     if (in_packs)
         norm_fwd_row<WIDE<T>, centred>(x, weight, bias, y, copy, c, eps);
     else
@@ -110,14 +111,14 @@ __device__ void norm_fwd(const T* x, const float* weight, const float* bias, T* 
 template <bool centred, class T>
 __device__ void norm_bwd(const T* dy, const T* x, const float* weight, T* dx, int rows, int c, int heads, int weights, i64 ld_dy,
                          i64 ld_x, i64 ld_dx, float eps, int accumulate) {
-    const i64 row = i64(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int row = int(blockIdx.x * blockDim.y + threadIdx.y);
     if (row >= rows) return;
     const bool in_packs = wide<T>(c, ld_dy) && wide<T>(c, ld_x) && wide<T>(c, ld_dx) && aligned(dy) && aligned(x) &&
                           aligned(weight) && aligned(dx);
     dy += row_start(row, c, heads, ld_dy);
     x += row_start(row, c, heads, ld_x);
     dx += row_start(row, c, heads, ld_dx);
-    weight += row % weights * c;
+    weight += i64(row % weights) * c;
     if (in_packs)
         norm_bwd_row<WIDE<T>, centred>(dy, x, weight, dx, c, eps, accumulate);
     else

@@ -3,20 +3,29 @@
 //     x ≈ q · absmax / 127        the weights of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339
 #include "common.cuh"
 
-// y (rows, c) = rows first.. of codes (all rows, c). Launch: a block per row.
-template <class T>
-__device__ void int8_dequantize(const signed char* codes, const float* absmax, T* y, i64 first, int c) {
-    const i64 row = first + blockIdx.x;
-    const float scale = absmax[row] / 127.0f;
-    codes += row * c;
-    y += i64(blockIdx.x) * c;
-    for (int i = threadIdx.x; i < c; i += blockDim.x) y[i] = from_float<T>(float(codes[i]) * scale);
-}
-
 // The four codes of a word. Above 128 each is the last byte of a float from 2^23 on: conversions of bytes are a quarter as fast.
 __device__ __forceinline__ void floats_of(uint32_t word, float* out) {
     word ^= 0x80808080u;
     for (int i = 0; i < 4; ++i) out[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - 8388736.0f;
+}
+
+// y (rows, c) = rows first.. of codes (all rows, c). Launch: a block per row.
+template <class T>
+__device__ void int8_dequantize(const signed char* codes, const float* absmax, T* y, i64 first, int c) {
+    constexpr int CODES = 8;  // of a thread at a time
+    const i64 row = first + blockIdx.x;
+    const float scale = absmax[row] / 127.0f;
+    codes += row * c;
+    y += i64(blockIdx.x) * c;
+    const int wide_cols = reinterpret_cast<uintptr_t>(codes) % CODES == 0 && aligned(y) ? c / CODES * CODES : 0;
+    for (int i = threadIdx.x * CODES; i < wide_cols; i += blockDim.x * CODES) {
+        const auto words = *reinterpret_cast<const Pack<uint32_t, CODES / 4>*>(codes + i);
+        float v[CODES];
+        for (int j = 0; j < CODES / 4; ++j) floats_of(words.v[j], v + 4 * j);
+        for (int j = 0; j < CODES; ++j) v[j] *= scale;
+        store<CODES>(y + i, v);
+    }
+    for (int i = wide_cols + threadIdx.x; i < c; i += blockDim.x) y[i] = from_float<T>(float(codes[i]) * scale);
 }
 
 // A few rows of x, as in decoding: y (n, rows) = or += x (n, cols) Wᵀ for n <= INT8_ROWS. x and y may be parts of wider matrices: their

@@ -200,7 +200,7 @@ fn products_in_8_bits() {
             let got = y.to_host();
             device.check().unwrap();
             // For nine rows the weights are rounded, too: by up to half of `rounding` each, of 100 and more in a sum.
-            let slack = if tokens > 8 { 2.0 * rounding } else { 1e-4 } * deviation(&want);
+            let slack = if tokens > 8 { (2.0 * rounding).max(1e-4) } else { 1e-4 } * deviation(&want);
             let off =
                 got.iter().zip(want.iter()).map(|(got, want)| (got - want).abs() / (rounding * want.abs() + slack));
             within(&format!("{rows:?} x {cols}, {tokens} tokens, {dtype:?}"), off.fold(0.0, f32::max), 1.0);
@@ -219,8 +219,9 @@ fn adapters_on_a_device() {
     }
     for (tokens, cols, ranks) in cases {
         for dropout in [None, Some(Dropout { p: 0.25, seed: 7 })] {
-            // h and dh are rounded to the type between two products.
-            for (dtype, limit) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 1.0 / 32.0), (Dtype::F16, 1.0 / 256.0)] {
+            // h and dh are rounded to the type between two products. A library's f32 sums of 11,008 are off by 1e-5 and more.
+            let of_f32 = if cols > 2000 { 1e-4 } else { 1e-5 };
+            for (dtype, limit) in [(Dtype::F32, of_f32), (Dtype::Bf16, 1.0 / 32.0), (Dtype::F16, 1.0 / 256.0)] {
                 let what = format!("{tokens} tokens, {cols} columns, ranks {ranks:?}, {dropout:?}, {dtype:?}");
                 check_adapters(&what, (&device, dtype, limit), (tokens, cols), ranks, dropout);
             }
