@@ -17,9 +17,12 @@ template <int D>
 constexpr int FORWARD_TILE = D == 256 ? 32 : 64;
 template <int D>
 constexpr int BACKWARD_TILE = D == 64 ? 64 : 32;
-// Elements from a row to the next in shared memory: 16 bytes more, so that 8 rows of a matrix lie in different banks.
+// Where a row of D channels has one of them in shared memory. Each of 8 rows has its chunks of 16 bytes in another order, so that
+// one chunk of all lies in different banks; without room between rows, two blocks fit where there are 100 KB (sm_86, sm_89).
 template <int D>
-constexpr int STRIDE = D + 8;
+__device__ __forceinline__ int place(int row, int channel) {
+    return row * D + (channel ^ row % 8 * 8);
+}
 
 // Starts copying rows first.. of a head; what lies beyond `end` or head_size becomes zero.
 template <int D, int ROWS, class T>
@@ -28,7 +31,7 @@ __device__ __forceinline__ void copy_rows(T* shared, const T* head, i64 ld, int 
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 128) {
         const int row = i / CHUNKS, channel = i % CHUNKS * 8;
         const bool valid = first + row < end && channel < head_size;
-        copy_async(shared + row * STRIDE<D> + channel, valid ? head + (first + row) * ld + channel : head, valid);
+        copy_async(shared + place<D>(row, channel), valid ? head + (first + row) * ld + channel : head, valid);
     }
 }
 
@@ -42,11 +45,11 @@ __device__ __forceinline__ void multiply_rows(float (&out)[N / 8][4], const T* o
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
         uint32_t a[4];
-        load_matrices<false>(a, own + lane % 16 * STRIDE<D> + k + lane / 16 * 8);
+        load_matrices<false>(a, own + place<D>(lane % 16, k ^ lane / 16 * 8));
 #pragma unroll
         for (int n = 0; n < N; n += 16) {
             uint32_t b[4];
-            load_matrices<false>(b, tile + (n + lane / 16 * 8 + lane % 8) * STRIDE<D> + k + lane / 8 % 2 * 8);
+            load_matrices<false>(b, tile + place<D>(n + lane / 16 * 8 + lane % 8, k ^ lane / 8 % 2 * 8));
             mma_16x8x16<T>(out[n / 8], a, b[0], b[1]);
             mma_16x8x16<T>(out[n / 8 + 1], a, b[2], b[3]);
         }
@@ -66,7 +69,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[C / 8][4], const floa
 #pragma unroll
         for (int c = 0; c < C; c += 16) {
             uint32_t b[4];
-            load_matrices<true>(b, tile + (k + lane % 16) * STRIDE<D> + c + lane / 16 * 8);
+            load_matrices<true>(b, tile + place<D>(k + lane % 16, c ^ lane / 16 * 8));
             mma_16x8x16<T>(acc[c / 8], a, b[0], b[1]);
             mma_16x8x16<T>(acc[c / 8 + 1], a, b[2], b[3]);
         }
@@ -119,7 +122,7 @@ __device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, 
     }
 }
 
-// Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · (D + 8) · 2 bytes.
+// Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · D · 2 bytes.
 template <int D, class T>
 __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
                                   int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k,
@@ -127,8 +130,8 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
     constexpr int TILE = FORWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
-    T* k_tile = q_rows + OWN_ROWS * STRIDE<D>;
-    T* v_tile = k_tile + TILE * STRIDE<D>;
+    T* k_tile = q_rows + OWN_ROWS * D;
+    T* v_tile = k_tile + TILE * D;
     const int first = int(gridDim.x - 1 - blockIdx.x) * OWN_ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16, keys = tokens + offset;
     k += i64(group) * head_size;
@@ -153,7 +156,7 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
         copy_rows<D, TILE>(v_tile, v, ld_v, key0, keys, head_size);
         copy_commit();
         float p[TILE / 8][4];
-        multiply_rows<D, TILE>(p, q_rows + own * STRIDE<D>, k_tile);
+        multiply_rows<D, TILE>(p, q_rows + own * D, k_tile);
         float new_top[2] = {top[0], top[1]};
         with_rule(by_all.has_all(key0, TILE), soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
@@ -199,7 +202,7 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
     store_rows<D>(o + i64(head) * head_size, ld_o, first + own, tokens, 0, head_size, acc, 1.0f / sum[0], 1.0f / sum[1]);
 }
 
-// Grid (ceil(tokens / 64), n_head), block 128, shared memory (128 + 2 · BACKWARD_TILE) · (D + 8) · 2 bytes.
+// Grid (ceil(tokens / 64), n_head), block 128, shared memory (128 + 2 · BACKWARD_TILE) · D · 2 bytes.
 template <int D, class T>
 __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,
                                      const int* segment_start, int tokens, int offset, int prefix, int n_head,
@@ -208,9 +211,9 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
     constexpr int TILE = BACKWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
-    T* do_rows = q_rows + OWN_ROWS * STRIDE<D>;
-    T* k_tile = do_rows + OWN_ROWS * STRIDE<D>;
-    T* v_tile = k_tile + TILE * STRIDE<D>;
+    T* do_rows = q_rows + OWN_ROWS * D;
+    T* k_tile = do_rows + OWN_ROWS * D;
+    T* v_tile = k_tile + TILE * D;
     const int first = int(gridDim.x - 1 - blockIdx.x) * OWN_ROWS, head = blockIdx.y, group = head / (n_head / n_query_groups);
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
     const int keys = tokens + offset;
@@ -236,8 +239,8 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
         copy_wait();
         __syncthreads();
         float s[TILE / 8][4], ds[TILE / 8][4];
-        multiply_rows<D, TILE>(s, q_rows + own * STRIDE<D>, k_tile);
-        multiply_rows<D, TILE>(ds, do_rows + own * STRIDE<D>, v_tile);
+        multiply_rows<D, TILE>(s, q_rows + own * D, k_tile);
+        multiply_rows<D, TILE>(ds, do_rows + own * D, v_tile);
         with_rule(by_all.has_all(key0, TILE), soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
             for (int j = 0; j < TILE / 8; ++j)
@@ -266,9 +269,9 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
     constexpr int TILE = BACKWARD_TILE<D>, C = D == 256 ? 128 : D;
     DYNAMIC_SHARED(T, shared);
     T* k_rows = shared;
-    T* v_rows = k_rows + OWN_ROWS * STRIDE<D>;
-    T* q_tile = v_rows + OWN_ROWS * STRIDE<D>;
-    T* do_tile = q_tile + TILE * STRIDE<D>;
+    T* v_rows = k_rows + OWN_ROWS * D;
+    T* q_tile = v_rows + OWN_ROWS * D;
+    T* do_tile = q_tile + TILE * D;
     const int first = blockIdx.x * OWN_ROWS, group = blockIdx.y, heads = n_head / n_query_groups, from = blockIdx.z * C;
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
 
@@ -299,8 +302,8 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
             copy_wait();
             __syncthreads();
             float p[TILE / 8][4], ds[TILE / 8][4];
-            multiply_rows<D, TILE>(p, k_rows + own * STRIDE<D>, q_tile);
-            multiply_rows<D, TILE>(ds, v_rows + own * STRIDE<D>, do_tile);
+            multiply_rows<D, TILE>(p, k_rows + own * D, q_tile);
+            multiply_rows<D, TILE>(ds, v_rows + own * D, do_tile);
             with_rule(by_all, soft_cap > 0.0f, [&](auto all, auto capped) {
 #pragma unroll
                 for (int j = 0; j < TILE / 8; ++j)

@@ -282,7 +282,7 @@ void test_attentions() {
 // p and ds are rounded before their products: the error of a sum is below a rounding of its largest terms.
 template <class T, int D>
 AttentionLaunch mma_launch() {
-    const size_t row = (D + 8) * 2;
+    const size_t row = D * 2;
     return {"attention_mma", 64, 64, (64 + 2 * FORWARD_TILE<D>) * row, (128 + 2 * BACKWARD_TILE<D>) * row, 128, D == 256 ? 2u : 1u,
             check::ROUNDING<T>};
 }

@@ -30,8 +30,8 @@ impl Variant {
     fn shared(&self, head_size: usize, backward: bool) -> usize {
         let tile = if backward { self.backward_tile() } else { self.forward_tile() };
         match (self.mma, backward) {
-            (true, false) => (64 + 2 * tile) * (self.d + 8) * 2,
-            (true, true) => (128 + 2 * tile) * (self.d + 8) * 2,
+            (true, false) => (64 + 2 * tile) * self.d * 2,
+            (true, true) => (128 + 2 * tile) * self.d * 2,
             (false, false) => (16 * head_size + 32 * (head_size | 1)) * 4,
             (false, true) => (32 * head_size + 64 * (head_size | 1)) * 4,
         }
