@@ -122,11 +122,45 @@ __device__ __forceinline__ void store_rows(T* head, i64 ld, int first, int end, 
     }
 }
 
-// Grid (ceil(tokens / 64), n_head), block 128, shared memory (64 + 2 · FORWARD_TILE) · D · 2 bytes.
+// Gives what this block has of its rows to the last block of them, which goes on with what all have together: true there.
+template <int N>
+__device__ __forceinline__ bool add_shares(float (&acc)[N][4], float (&top)[2], float (&sum)[2], float* partial, int* done) {
+    constexpr int VALUES = N * 4 + 4;
+    const int shares = gridDim.z, rows = blockIdx.y * gridDim.x + blockIdx.x;
+    partial += i64(rows) * shares * VALUES * 128 + threadIdx.x;
+    const auto at = [&](int share, int value) { return partial + (share * VALUES + value) * 128; };
+#pragma unroll
+    for (int i = 0; i < N * 4; ++i) *at(blockIdx.z, i) = acc[i / 4][i % 4];
+    for (int half = 0; half < 2; ++half) {
+        *at(blockIdx.z, N * 4 + half) = top[half];
+        *at(blockIdx.z, N * 4 + 2 + half) = sum[half];
+    }
+    if (!is_last_share(done + rows, shares)) return false;
+    for (int half = 0; half < 2; ++half)
+        for (int s = 0; s < shares; ++s) top[half] = fmaxf(top[half], __ldcg(at(s, N * 4 + half)));
+    sum[0] = sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N * 4; ++i) acc[i / 4][i % 4] = 0.0f;
+    for (int s = 0; s < shares; ++s) {
+        float factor[2];
+        for (int half = 0; half < 2; ++half) {
+            const float its_top = __ldcg(at(s, N * 4 + half));
+            factor[half] = its_top > MINUS_INFINITY ? __expf(its_top - top[half]) : 0.0f;
+            sum[half] += factor[half] * __ldcg(at(s, N * 4 + 2 + half));
+        }
+#pragma unroll
+        for (int i = 0; i < N * 4; ++i) acc[i / 4][i % 4] += factor[i % 4 / 2] * __ldcg(at(s, i));
+    }
+    return true;
+}
+
+// Grid (ceil(tokens / 64), n_head, shares), block 128, shared memory (64 + 2 · FORWARD_TILE) · D · 2 bytes. With more than one share,
+// as for a few queries of many keys, each passes over its part of the tiles; what they have goes through `partial`
+// (gridDim.x · gridDim.y · shares · 128 · (D / 2 + 4)), and the last block of some rows puts it together; `done`, a zero for each, counts.
 template <int D, class T>
 __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens,
                                   int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k,
-                                  i64 ld_v, i64 ld_o, float scale, float soft_cap, int window) {
+                                  i64 ld_v, i64 ld_o, float scale, float soft_cap, int window, float* partial, int* done) {
     constexpr int TILE = FORWARD_TILE<D>;
     DYNAMIC_SHARED(T, shared);
     T* q_rows = shared;
@@ -147,10 +181,15 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
     }
     const Seen by_all = seen_by_all(segment_start, first + own, 16, tokens, offset, window);
     copy_rows<D, OWN_ROWS>(q_rows, q + i64(head) * head_size, ld_q, first, tokens, head_size);
-    const int start = prefix > 0 ? 0 : begin;
+    const int shares = gridDim.z, share = blockIdx.z;
+    const auto after = [&](int key0, int tiles) {
+        for (; tiles > 0; --tiles) key0 = next_tile(key0, TILE, prefix, begin);
+        return key0;
+    };
+    const int start = after(prefix > 0 ? 0 : begin, share);
     copy_rows<D, TILE>(k_tile, k, ld_k, start, keys, head_size);
     copy_commit();
-    for (int key0 = start; key0 < end; key0 = next_tile(key0, TILE, prefix, begin)) {
+    for (int key0 = start; key0 < end; key0 = after(key0, shares)) {
         copy_wait();
         __syncthreads();  // keys are there, and everyone is done with the last tile's values
         copy_rows<D, TILE>(v_tile, v, ld_v, key0, keys, head_size);
@@ -190,10 +229,14 @@ __device__ void attention_mma_fwd(const T* q, const T* k, const T* v, T* o, floa
             }
         copy_wait();
         __syncthreads();  // values are there, and everyone is done with the keys
-        const int next = next_tile(key0, TILE, prefix, begin);
+        const int next = after(key0, shares);
         if (next < end) copy_rows<D, TILE>(k_tile, k, ld_k, next, keys, head_size);
         copy_commit();
         multiply_tile<D, TILE, D>(acc, p, v_tile);
+    }
+    if (shares > 1) {
+        copy_wait();  // copies that no tile came for must not outlive the block
+        if (!add_shares(acc, top, sum, partial, done)) return;
     }
     for (int half = 0; half < 2; ++half) {
         sum[half] = quad_sum(sum[half]);
@@ -258,28 +301,31 @@ __device__ void attention_mma_bwd_dq(const T* q, const T* k, const T* v, const T
     store_rows<D>(dq + i64(head) * head_size, ld_dq, first + own, tokens, 0, head_size, acc, 1.0f, 1.0f);
 }
 
-// Grid (ceil(keys / 64), n_query_groups, D == 256 ? 2 : 1), block 128, shared memory as for dq. The block owns keys and
-// passes over the queries of every head that reads them. With 256 channels each of two blocks sums half of them: all
-// would not fit in registers.
+// Grid (ceil(keys / 64), n_query_groups · shares, D == 256 ? 2 : 1), block 128, shared memory as for dq. The block owns keys and
+// passes over the queries of a share of the heads that read them. With 256 channels each of two blocks sums half of them: all
+// would not fit in registers. With more than one share, where there are few groups, sums go through `partial` (gridDim.x · gridDim.y ·
+// gridDim.z · 128 · channels of a block), and the last block of a group adds them up in their order; `done`, a zero for each, counts.
 template <int D, class T>
 __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk,
                                       T* dv, const int* segment_start, int tokens, int offset, int prefix, int n_head,
                                       int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk,
-                                      i64 ld_dv, float scale, float soft_cap, int window) {
+                                      i64 ld_dv, float scale, float soft_cap, int window, float* partial, int* done) {
     constexpr int TILE = BACKWARD_TILE<D>, C = D == 256 ? 128 : D;
     DYNAMIC_SHARED(T, shared);
     T* k_rows = shared;
     T* v_rows = k_rows + OWN_ROWS * D;
     T* q_tile = v_rows + OWN_ROWS * D;
     T* do_tile = q_tile + TILE * D;
-    const int first = blockIdx.x * OWN_ROWS, group = blockIdx.y, heads = n_head / n_query_groups, from = blockIdx.z * C;
+    const int shares = gridDim.y / n_query_groups, group = blockIdx.y / shares, share = blockIdx.y % shares;
+    const int first = blockIdx.x * OWN_ROWS, heads = n_head / n_query_groups, from = blockIdx.z * C;
+    const int first_head = group * heads + share * heads / shares, end_head = group * heads + (share + 1) * heads / shares;
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
 
     float acc_k[C / 8][4] = {}, acc_v[C / 8][4] = {};
     const int keys = tokens + offset, begin = max(0, first - offset) / TILE * TILE;
     copy_rows<D, OWN_ROWS>(k_rows, k + i64(group) * head_size, ld_k, first, keys, head_size);
     copy_rows<D, OWN_ROWS>(v_rows, v + i64(group) * head_size, ld_v, first, keys, head_size);
-    for (int head = group * heads; head < (group + 1) * heads; ++head) {
+    for (int head = first_head; head < end_head; ++head) {
         for (int row0 = begin; row0 < tokens; row0 += TILE) {
             // From the first tile on whose queries see none of these keys, no later one does; the prefix any may see.
             if (first >= prefix && first_key(segment_start, row0, offset, window) >= first + OWN_ROWS) break;
@@ -331,19 +377,36 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
             multiply_tile<D, TILE, C>(acc_k, ds, q_tile + from);
         }
     }
-    store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, keys, from, head_size, acc_k, 1.0f, 1.0f);
-    store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, keys, from, head_size, acc_v, 1.0f, 1.0f);
     copy_commit();
     copy_wait();  // copies of rows that no query came for must not outlive the block
+    if (shares > 1) {
+        const int sum = (blockIdx.z * n_query_groups + group) * gridDim.x + blockIdx.x;
+        partial += i64(sum) * shares * 128 * C + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < C; ++i) {
+            const float(&acc)[C / 8][4] = i < C / 2 ? acc_k : acc_v;
+            partial[(share * C + i) * 128] = acc[i % (C / 2) / 4][i % 4];
+        }
+        if (!is_last_share(done + sum, shares)) return;
+#pragma unroll
+        for (int i = 0; i < C; ++i) {
+            float(&acc)[C / 8][4] = i < C / 2 ? acc_k : acc_v;
+            float all = 0.0f;
+            for (int s = 0; s < shares; ++s) all += __ldcg(partial + (s * C + i) * 128);
+            acc[i % (C / 2) / 4][i % 4] = all;
+        }
+    }
+    store_rows<C>(dk + i64(group) * head_size, ld_dk, first + own, keys, from, head_size, acc_k, 1.0f, 1.0f);
+    store_rows<C>(dv + i64(group) * head_size, ld_dv, first + own, keys, from, head_size, acc_v, 1.0f, 1.0f);
 }
 
 #define INSTANTIATE_SIZE(T, type, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attention_mma_fwd_##type##_d##D(                                        \
         const T* q, const T* k, const T* v, T* o, float* lse, const int* segment_start, int tokens, int offset, int prefix,   \
         int n_head, int n_query_groups, int head_size, i64 ld_q, i64 ld_k, i64 ld_v, i64 ld_o, float scale, float soft_cap,   \
-        int window) {                                                                                                         \
+        int window, float* partial, int* done) {                                                                              \
         attention_mma_fwd<D>(q, k, v, o, lse, segment_start, tokens, offset, prefix, n_head, n_query_groups, head_size, ld_q, \
-                              ld_k, ld_v, ld_o, scale, soft_cap, window);                                                     \
+                              ld_k, ld_v, ld_o, scale, soft_cap, window, partial, done);                                      \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dq_##type##_d##D(                                     \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dq,                        \
@@ -356,10 +419,11 @@ __device__ void attention_mma_bwd_dkv(const T* q, const T* k, const T* v, const 
     extern "C" __global__ void __launch_bounds__(128) attention_mma_bwd_dkv_##type##_d##D(                                    \
         const T* q, const T* k, const T* v, const T* d_o, const float* lse, const float* delta, T* dk, T* dv,                 \
         const int* segment_start, int tokens, int offset, int prefix, int n_head, int n_query_groups, int head_size, i64 ld_q,\
-        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window) {                       \
+        i64 ld_k, i64 ld_v, i64 ld_do, i64 ld_dk, i64 ld_dv, float scale, float soft_cap, int window, float* partial,         \
+        int* done) {                                                                                                          \
         attention_mma_bwd_dkv<D>(q, k, v, d_o, lse, delta, dk, dv, segment_start, tokens, offset, prefix, n_head,             \
                                  n_query_groups, head_size, ld_q, ld_k, ld_v, ld_do, ld_dk, ld_dv, scale, soft_cap,           \
-                                 window);                                                                                     \
+                                 window, partial, done);                                                                      \
     }
 #define INSTANTIATE(T, type)      \
     INSTANTIATE_SIZE(T, type, 64) \

@@ -134,10 +134,16 @@ struct AttentionKernels;
 #define ATTENTION_SIZE(T, type, D)                                          \
     template <>                                                             \
     struct AttentionKernels<T, D> {                                         \
-        static constexpr auto fwd = attention_fwd_##type##_d##D;            \
+        template <class... A>                                               \
+        static void fwd(float*, int*, A... args) {                          \
+            attention_fwd_##type##_d##D(args...);                           \
+        }                                                                   \
         static constexpr auto delta = attention_bwd_delta_##type;           \
         static constexpr auto dq = attention_bwd_dq_##type##_d##D;          \
-        static constexpr auto dkv = attention_bwd_dkv_##type##_d##D;        \
+        template <class... A>                                               \
+        static void dkv(float*, int*, A... args) {                          \
+            attention_bwd_dkv_##type##_d##D(args...);                       \
+        }                                                                   \
     };
 #define ATTENTION_NAMES(T, type) ATTENTION_SIZE(T, type, 64) ATTENTION_SIZE(T, type, 128) ATTENTION_SIZE(T, type, 256)
 FOR_EACH_TYPE(ATTENTION_NAMES)
@@ -148,10 +154,16 @@ struct MmaKernels;
 #define MMA_SIZE(T, type, D)                                                \
     template <>                                                             \
     struct MmaKernels<T, D> {                                               \
-        static constexpr auto fwd = attention_mma_fwd_##type##_d##D;        \
+        template <class... A>                                               \
+        static void fwd(float* partial, int* done, A... args) {             \
+            attention_mma_fwd_##type##_d##D(args..., partial, done);        \
+        }                                                                   \
         static constexpr auto delta = attention_bwd_delta_##type;           \
         static constexpr auto dq = attention_mma_bwd_dq_##type##_d##D;      \
-        static constexpr auto dkv = attention_mma_bwd_dkv_##type##_d##D;    \
+        template <class... A>                                               \
+        static void dkv(float* partial, int* done, A... args) {             \
+            attention_mma_bwd_dkv_##type##_d##D(args..., partial, done);    \
+        }                                                                   \
     };
 #define MMA_NAMES(T, type) MMA_SIZE(T, type, 64) MMA_SIZE(T, type, 128) MMA_SIZE(T, type, 256)
 MMA_NAMES(__nv_bfloat16, bf16)
@@ -164,6 +176,8 @@ struct AttentionLaunch {
     size_t fwd_bytes, bwd_bytes;    // shared memory
     unsigned threads, dkv_blocks;   // dkv_blocks: grid.z of dkv
     double slack;                   // beyond rounding the result, relative to its largest value
+    int shares = 1;                 // of a group's heads, in dkv
+    int key_shares = 1;             // of the tiles of keys, forward
 };
 
 // Rows of `heads` heads, `gap` wider than they need be, from dense values.
@@ -212,17 +226,23 @@ void test_attention(const AttentionCase& c, const AttentionLaunch& launch) {
     const i64 ld_h = i64(H) * D + c.gap, ld_g = i64(G) * D + c.gap;
     const std::vector<int> starts = c.starts();
     const int* segment_start = c.segments.empty() ? nullptr : starts.data();
+    const int padded = D <= 64 ? 64 : D <= 128 ? 128 : 256;
     dense.backward(c);
 
     check::Buffer<T> o(q.size());
     check::Buffer<float> lse(size_t(T_) * H);
-    emulate::launch(dim3((T_ + launch.rows - 1) / launch.rows, H), dim3(launch.threads), launch.fwd_bytes, [&] {
-        Kernels::fwd(q.data(), k.data(), v.data(), o.data(), lse.data(), segment_start, T_, c.offset, c.prefix, H, G, D, ld_h,
+    const unsigned row_blocks = (T_ + launch.rows - 1) / launch.rows;
+    check::Buffer<float> parts(launch.key_shares > 1 ? row_blocks * H * launch.key_shares * 128 * (padded / 2 + 4) : 0);
+    const std::vector<int> no_rows(row_blocks * H);
+    std::vector<int> done_rows(no_rows);
+    emulate::launch(dim3(row_blocks, H, launch.key_shares), dim3(launch.threads), launch.fwd_bytes, [&] {
+        Kernels::fwd(parts.data(), done_rows.data(), q.data(), k.data(), v.data(), o.data(), lse.data(), segment_start, T_, c.offset, c.prefix, H, G, D, ld_h,
                      ld_g, ld_g, ld_h, c.scale(), c.soft_cap, c.window);
     });
     const std::string what = c.name(launch.name);
     attention_close(what + " o", o, dense.o, H * D, c.gap, launch.slack);
     check::close(what + " lse", lse.data(), dense.lse, 1e-5);
+    check::equal(what + " done rows", done_rows.data(), no_rows.data(), no_rows.size());
 
     // δ is compared for the rounded o that the kernel is given; what follows gets the exact δ and lse, so that its own
     // error is not hidden behind theirs.
@@ -239,13 +259,18 @@ void test_attention(const AttentionCase& c, const AttentionLaunch& launch) {
         Kernels::dq(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dq.data(), segment_start, T_, c.offset, c.prefix,
                     H, G, D, ld_h, ld_g, ld_g, ld_h, ld_h, c.scale(), c.soft_cap, c.window);
     });
-    emulate::launch(dim3((keys + launch.keys - 1) / launch.keys, G, launch.dkv_blocks), dim3(launch.threads), launch.bwd_bytes, [&] {
-        Kernels::dkv(q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dk.data(), dv.data(), segment_start, T_, c.offset,
+    const unsigned key_blocks = (keys + launch.keys - 1) / launch.keys, sums = key_blocks * G * launch.dkv_blocks;
+    check::Buffer<float> partial(launch.shares > 1 ? sums * launch.shares * 128 * std::min(padded, 128) : 0);
+    const std::vector<int> zeros(sums);
+    std::vector<int> done(zeros);
+    emulate::launch(dim3(key_blocks, G * launch.shares, launch.dkv_blocks), dim3(launch.threads), launch.bwd_bytes, [&] {
+        Kernels::dkv(partial.data(), done.data(), q.data(), k.data(), v.data(), d_o.data(), lse.data(), delta.data(), dk.data(), dv.data(), segment_start, T_, c.offset,
                      c.prefix, H, G, D, ld_h, ld_g, ld_g, ld_h, ld_g, ld_g, c.scale(), c.soft_cap, c.window);
     });
     attention_close(what + " dq", dq, dense.dq, H * D, c.gap, launch.slack);
     attention_close(what + " dk", dk, dense.dk, G * D, c.gap, launch.slack);
     attention_close(what + " dv", dv, dense.dv, G * D, c.gap, launch.slack);
+    check::equal(what + " done", done.data(), zeros.data(), zeros.size());
 }
 
 inline std::vector<AttentionCase> attention_cases() {
@@ -296,6 +321,16 @@ void test_attentions_mma() {
     test_attention<T, MmaKernels<T, 64>>({150, 2, 1, 32, 0.0f, 0, {0, 7, 90, 149}, 130, 8, 130}, mma_launch<T, 64>());
     test_attention<T, MmaKernels<T, 64>>({150, 1, 1, 16, 0.0f, 60, {0, 90}, 70, 0, 70}, mma_launch<T, 64>());
     test_attention<T, MmaKernels<T, 128>>({70, 2, 1, 80, 0.0f, 0, {}}, mma_launch<T, 128>());
+    // Heads of a group in shares, of one length and not; keys in shares, of which some have none, with a prefix and a window.
+    const auto in_shares = [](AttentionLaunch launch, int shares) {
+        launch.shares = launch.key_shares = shares;
+        return launch;
+    };
+    test_attention<T, MmaKernels<T, 64>>({3, 4, 2, 24, 0.0f, 0, {}, 300}, in_shares(mma_launch<T, 64>(), 2));
+    test_attention<T, MmaKernels<T, 64>>({5, 3, 1, 64, 2.0f, 90, {0, 2}, 400, 8, 150}, in_shares(mma_launch<T, 64>(), 3));
+    test_attention<T, MmaKernels<T, 64>>({70, 6, 2, 16, 0.0f, 0, {0, 20}}, in_shares(mma_launch<T, 64>(), 2));
+    test_attention<T, MmaKernels<T, 128>>({20, 3, 1, 72, 2.0f, 9, {}, 50}, in_shares(mma_launch<T, 128>(), 3));
+    test_attention<T, MmaKernels<T, 256>>({66, 4, 2, 136, 0.0f, 0, {}}, in_shares(mma_launch<T, 256>(), 2));
     test_attention<T, MmaKernels<T, 128>>({66, 1, 1, 128, 0.0f, 33, {0, 40}, 0, 16}, mma_launch<T, 128>());
     test_attention<T, MmaKernels<T, 256>>({67, 2, 1, 256, 5.0f, 0, {0, 3}}, mma_launch<T, 256>());
 }

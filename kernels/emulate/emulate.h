@@ -6,7 +6,7 @@
 // shows as a result that changes. Dynamic shared memory is NaN before every block and has a guarded end (static shared memory
 // keeps what the last block left). Asynchronous copies land when they are waited for, not before. Matrix products of
 // the tensor cores (`mma_16x8x16`, `load_matrices`) follow the fragment layouts of the PTX manual. Not covered:
-// streams, clusters, memory ordering, speed. Included by common.cuh when EMULATE is defined; C++17, -O1.
+// streams, clusters, memory ordering, speed but for the banks of `load_matrices`. Included by common.cuh when EMULATE is defined; C++17, -O1.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -337,6 +337,12 @@ inline Matrices load_matrices(const void* row, bool transposed, int line) {
     return with_warp(row, line, [&](auto read) {
         Matrices out;
         for (int m = 0; m < 4; ++m) {
+            unsigned banks = 0;
+            for (int r = 0; r < 8; ++r) banks |= 1u << reinterpret_cast<uintptr_t>(read(m * 8 + r)) / 16 % 8;
+            if (banks != 255) {
+                std::fprintf(stderr, "emulate: rows of a matrix that lie in the same banks, line %d\n", line);
+                std::abort();
+            }
             uint16_t two[2];
             for (int i = 0; i < 2; ++i) {
                 const int r = transposed ? lane() % 4 * 2 + i : lane() / 4;

@@ -1,8 +1,11 @@
 //! Attention on a device: which kernel of `kernels/attention.cu` and `kernels/attention_mma.cu`, with what.
 
 use super::{Attention, Saved, Spans};
-use crate::ops::device::{Arg, Device, Dtype, int, long};
+use crate::ops::device::{Arg, Buffer, COUNTERS, Device, Dtype, int, long};
 use crate::ops::{Matrix, View};
+
+/// Threads of a block.
+const THREADS: usize = 128;
 
 /// A kernel's variant: tensor cores where types, sizes and addresses allow, and the head size that tiles are padded to.
 struct Variant {
@@ -44,6 +47,23 @@ impl Variant {
     fn backward_tile(&self) -> usize {
         if self.d == 64 { 64 } else { 32 }
     }
+
+    /// Into how many shares, no more than `most`, the work of each of `blocks` is cut: as many as the device runs at once, two a
+    /// processor.
+    fn shares(&self, device: &Device, blocks: usize, most: usize) -> usize {
+        let fit = if self.mma && blocks <= COUNTERS { 2 * device.processors() / blocks.max(1) } else { 1 };
+        fit.min(most).max(1)
+    }
+
+    /// Where the shares of `blocks` blocks put `values` numbers a thread together, as two arguments of the kernels on tensor cores;
+    /// the buffer has to live until they are launched.
+    fn together(&self, device: &Device, blocks: usize, shares: usize, values: usize) -> (Buffer, Vec<Arg>) {
+        let floats = if shares > 1 { blocks * shares * values * THREADS } else { 0 };
+        let partial = device.allocate(floats * 4);
+        let done = if shares > 1 { device.counters() } else { 0 };
+        let args = if self.mma { vec![(&partial).into(), done.into()] } else { Vec::new() };
+        (partial, args)
+    }
 }
 
 impl Attention {
@@ -78,9 +98,15 @@ impl Attention {
         args.extend(self.heads());
         args.extend([q.stride, k.stride, v.stride, o.cols()].map(long));
         args.extend(self.rule());
-        let grid = [q.rows.div_ceil(variant.rows()), self.n_head, 1];
+        let blocks = q.rows.div_ceil(variant.rows());
+        // A share of one tile would wait longer for its keys than it multiplies.
+        let tiles = k.rows.div_ceil(variant.forward_tile());
+        let shares = variant.shares(device, blocks * self.n_head, tiles / 2);
+        let (_partial, more) = variant.together(device, blocks * self.n_head, shares, variant.d / 2 + 4);
+        args.extend(more);
         let shared = variant.shared(self.head_size, false);
-        device.launch(&variant.name("fwd", dtype), None, grid, [128, 1], shared, &args);
+        let grid = [blocks, self.n_head, shares];
+        device.launch(&variant.name("fwd", dtype), None, grid, [THREADS, 1], shared, &args);
         (o, Saved { lse })
     }
 
@@ -99,7 +125,7 @@ impl Attention {
         let mut args = vec![o.pointer().into(), d_o.pointer().into(), delta.pointer().into()];
         args.extend(sizes);
         let grid = [(rows * self.n_head).div_ceil(4), 1, 1];
-        device.launch("attention_bwd_delta", Some(dtype), grid, [128, 1], 0, &args);
+        device.launch("attention_bwd_delta", Some(dtype), grid, [THREADS, 1], 0, &args);
 
         let [q, k, v] = qkv;
         let past = k.rows - rows;
@@ -107,7 +133,7 @@ impl Attention {
         let dq = d.columns(0..q_cols).slice_rows(past..k.rows);
         let [dk, dv] = [q_cols..q_cols + kv_cols, q_cols + kv_cols..q_cols + 2 * kv_cols].map(|c| d.columns(c));
         let variant = Variant::of(dtype, self.head_size, &[q, k, v, d_o.view(), dq, dk, dv]);
-        let launch = |kernel: &str, grid: [usize; 3], outputs: &[View<'_>]| {
+        let launch = |kernel: &str, grid: [usize; 3], outputs: &[View<'_>], more: &[Arg]| {
             let mut args = qkv.map(|view| view.pointer().into()).to_vec();
             args.extend([d_o.pointer(), saved.lse.pointer(), delta.pointer()].map(Arg::from));
             args.extend(outputs.iter().map(|view| Arg::from(view.pointer())));
@@ -116,12 +142,17 @@ impl Attention {
             args.extend([q.stride, k.stride, v.stride, d_o.cols()].map(long));
             args.extend(outputs.iter().map(|view| long(view.stride)));
             args.extend(self.rule());
+            args.extend(more);
             let shared = variant.shared(self.head_size, true);
-            device.launch(&variant.name(kernel, dtype), None, grid, [128, 1], shared, &args);
+            device.launch(&variant.name(kernel, dtype), None, grid, [THREADS, 1], shared, &args);
         };
-        launch("bwd_dq", [rows.div_ceil(variant.rows()), self.n_head, 1], &[dq]);
+        launch("bwd_dq", [rows.div_ceil(variant.rows()), self.n_head, 1], &[dq], &[]);
+        let (key_blocks, groups) = (k.rows.div_ceil(variant.rows()), self.n_query_groups);
         let halves = if variant.mma && variant.d == 256 { 2 } else { 1 };
-        launch("bwd_dkv", [k.rows.div_ceil(variant.rows()), self.n_query_groups, halves], &[dk, dv]);
+        let blocks = key_blocks * groups * halves;
+        let shares = variant.shares(device, blocks, self.n_head / groups);
+        let (_partial, more) = variant.together(device, blocks, shares, variant.d / halves);
+        launch("bwd_dkv", [key_blocks, groups * shares, halves], &[dk, dv], &more);
         d
     }
 }
