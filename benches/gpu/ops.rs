@@ -15,12 +15,17 @@ use litgpt::ops::resident::{Part, Resident};
 use litgpt::ops::rope::{Scaling, Tables};
 use litgpt::ops::rows::scale;
 use litgpt::ops::weight::Data;
+use std::cell::Cell;
 use std::time::Instant;
 
 const DTYPE: Dtype = Dtype::Bf16;
 /// Repetitions between two waits, and how often; the least counts.
 const REPETITIONS: [usize; 2] = [20, 5];
 const RANK: usize = 8;
+/// Rows of x of the products.
+const TOKENS: [usize; 8] = [1, 8, 32, 96, 160, 256, 512, 1024];
+/// Bytes that no card's cache holds.
+const CACHED: usize = 150 << 20;
 
 /// Sizes of a model.
 struct Model {
@@ -105,7 +110,8 @@ impl Bench {
         self.row("asking: product", 0.0, 0.0, || weight.forward(x.view(), &mut y, false));
     }
 
-    /// Products with a weight whose rows are those of `parts`, whole and in few bits.
+    /// Products with a weight whose rows are those of `parts`, whole and in few bits: of several copies in turn, so that each
+    /// comes from memory, as in a step, and not from a cache.
     fn products(&self, model: &str, op: &str, parts: &[usize], inn: usize) {
         let out: usize = parts.iter().sum();
         let values: Vec<f32> = (0..out * inn).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
@@ -118,20 +124,25 @@ impl Bench {
             };
             Resident::quantized(&self.device, DTYPE, inn, parts.iter().map(part).collect())
         };
-        let kinds = [
-            ("bf16", Resident::whole(&self.device, DTYPE, out, inn, &Data::F32(values.clone()))),
-            ("nf4", quantized("nf4")),
-            ("nf4-dq", quantized("nf4-dq")),
-            ("int8", quantized("int8")),
-        ];
-        for (kind, weight) in kinds {
-            for tokens in [1, 8, 32, 96, 160, 256, 512, 1024] {
-                let name = |direction: &str| format!("{model} {op} {kind} {tokens} tokens {direction}");
+        let whole = || Resident::whole(&self.device, DTYPE, out, inn, &Data::F32(values.clone()));
+        for kind in ["bf16", "nf4", "nf4-dq", "int8"] {
+            let name = |tokens: usize, direction: &str| format!("{model} {op} {kind} {tokens} tokens {direction}");
+            let asked = |tokens| ["forward", "backward"].iter().any(|d| name(tokens, d).contains(&self.filter));
+            if !TOKENS.into_iter().any(asked) {
+                continue;
+            }
+            let make = || if kind == "bf16" { whole() } else { quantized(kind) };
+            let first = make();
+            let copies = CACHED.div_ceil(first.bytes().max(1)).max(1);
+            let weights: Vec<Resident> = std::iter::once(first).chain((1..copies).map(|_| make())).collect();
+            let turn = Cell::new(0);
+            let next = || &weights[turn.replace((turn.get() + 1) % weights.len())];
+            for tokens in TOKENS {
                 let (x, dy) = (self.matrix(tokens, inn), self.matrix(tokens, out));
                 let (mut y, mut dx) = (self.matrix(tokens, out), self.matrix(tokens, inn));
-                let (flops, bytes) = (2.0 * (tokens * out * inn) as f64, weight.bytes() as f64);
-                self.row(&name("forward"), flops, bytes, || weight.forward(x.view(), &mut y, false));
-                self.row(&name("backward"), flops, bytes, || weight.backward(dy.view(), &mut dx, false));
+                let (flops, bytes) = (2.0 * (tokens * out * inn) as f64, weights[0].bytes() as f64);
+                self.row(&name(tokens, "forward"), flops, bytes, || next().forward(x.view(), &mut y, false));
+                self.row(&name(tokens, "backward"), flops, bytes, || next().backward(dy.view(), &mut dx, false));
             }
         }
     }
