@@ -261,6 +261,9 @@ pub fn write(
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let checkpoint = export.checkpoint;
+    // transformers casts nothing of a folder in few bits: all that stays whole has one dtype, that of the projections.
+    let projection = export.targets(Layout::HuggingFace)?.into_iter().find(Target::is_projection);
+    let export = &Export { dtype: export.dtype.or(projection.map(|target| target.info.dtype)), ..*export };
     if matches!(checkpoint.config.mlp, Mlp::Experts { .. }) {
         let what = "a quantized copy of a model with experts, which bitsandbytes has no layers for";
         return Err(Error::unsupported(what, "quantize it while loading, with --quantize"));
@@ -467,6 +470,8 @@ fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
         Quantizer::Mixed => return json!({ "quant_method": OURS, "format": quantizer.name() }),
     };
     let (kind, double) = four.unwrap_or((Kind4::Fp4, false));
+    // transformers 5 may rename a head to this one while it loads it (GPT-NeoX's).
+    let skipped = if head == "lm_head" { vec![head] } else { vec![head, "lm_head"] };
     json!({
         "quant_method": "bitsandbytes",
         "_load_in_4bit": four.is_some(),
@@ -479,7 +484,7 @@ fn description(quantizer: Quantizer, dtype: Dtype, head: &str) -> Value {
         "bnb_4bit_use_double_quant": double,
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
-        "llm_int8_skip_modules": [head],
+        "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
     })
 }

@@ -98,7 +98,7 @@ pub fn run(args: &MergeArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let staging = Staging::new(&out_dir)?;
     let dtype = match args.precision {
         Some(precision) => Some(dtype(precision)?),
-        None => trained_dtype(args.format, manifest.as_ref()),
+        None => trained_dtype(args.format, manifest.as_ref()).filter(|_| checkpoint.quantizer().is_none()),
     };
     let export = Export { checkpoint: &checkpoint, adapters: Some(&gpt), dtype };
     if let Some(kind) = gguf {

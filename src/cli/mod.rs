@@ -70,6 +70,7 @@ enum Command {
 #[must_use]
 pub fn run(argv: Vec<OsString>) -> ExitCode {
     ui::report_panics();
+    signals::outlive_full_files();
     let mut ui = Ui::new();
     // What a panic leaves behind is not used again.
     let ran = std::panic::catch_unwind(AssertUnwindSafe(|| parsed_and_run(argv, &mut ui)));

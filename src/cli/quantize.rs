@@ -48,6 +48,7 @@ pub fn run(args: &QuantizeArgs, ui: &mut Ui) -> anyhow::Result<()> {
             Calibration::serves(&checkpoint.config)?;
             let compute = Compute::find(args.accelerator, None)?;
             let samples = samples(args, data, &checkpoint, ui)?;
+            check_memory(need(&checkpoint, &compute, &samples), &compute, ui)?;
             let calibration = calibration(&checkpoint, quantizer, &compute, &samples, ui)?;
             write(&checkpoint, quantizer, Some(calibration), &out, ui)?;
         }
@@ -111,13 +112,15 @@ pub(super) fn base_of_run(
     ui: &mut Ui,
 ) -> Result<Option<Checkpoint>> {
     let (Some(count), Some(quantizer)) = (settings.calibration_samples, quantizer) else { return Ok(None) };
-    let mut samples = chosen(train, count);
-    samples.iter_mut().for_each(|sample| sample.input_ids.truncate(CALIBRATION_LENGTH));
+    let samples = calibrated_by(train, count);
     let mut hasher = blake3::Hasher::new();
     hasher.update(checkpoint.content_hash()?.as_bytes());
     samples.iter().for_each(|sample| hash_ids(&mut hasher, sample));
+    // What the samples are computed in decides over codes, too.
+    hasher.update(format!("{:?}", compute.store()).as_bytes());
     let folder = format!("base-{}-{}", quantizer.name(), &hasher.finalize().to_hex()[..8]);
-    let places = [Some(settings.out_dir.as_path()), resumed.and_then(Path::parent)];
+    let resumed = resumed.and_then(|dir| dir.canonicalize().ok());
+    let places = [Some(settings.out_dir.as_path()), resumed.as_deref().and_then(Path::parent)];
     let found = places.into_iter().flatten().map(|dir| dir.join(&folder)).find(|dir| dir.is_dir());
     let out = match found {
         Some(found) => found,
@@ -141,22 +144,47 @@ fn calibration<'a>(
     samples: &[Sample],
     ui: &Ui,
 ) -> Result<Calibration<'a>> {
+    let passes = passes(samples);
+    let all: usize = passes.iter().map(|pass| pass.ids.len()).sum();
+    let (name, place) = (quantizer.name(), compute.place());
+    ui.note(&format!("{name}: codes chosen by {} samples, {all} tokens, on {place}", samples.len()));
+    Calibration::new(&checkpoint.config, checkpoint, compute.device.as_ref(), compute.store(), &passes)
+}
+
+/// The samples as they go through a block at once.
+fn passes(samples: &[Sample]) -> Vec<Tokens> {
     let lengths: Vec<usize> = samples.iter().map(|sample| sample.input_ids.len()).collect();
     let tokens = |rows: Vec<usize>| {
         let mut tokens = Tokens::default();
         rows.iter().for_each(|row| tokens.push(&samples[*row].input_ids, &[], 0));
         tokens
     };
-    let passes: Vec<Tokens> = pack(&lengths, PASS).into_iter().map(tokens).collect();
-    let (all, longest) = (lengths.iter().sum(), passes.iter().map(|pass| pass.ids.len()).max().unwrap_or(0));
-    let (name, place) = (quantizer.name(), compute.place());
-    ui.note(&format!("{name}: codes chosen by {} samples, {all} tokens, on {place}", samples.len()));
-    check_memory(
-        Calibration::bytes(&checkpoint.config, compute.store(), compute.device.is_some(), all, longest),
-        compute,
-        ui,
-    )?;
-    Calibration::new(&checkpoint.config, checkpoint, compute.device.as_ref(), compute.store(), &passes)
+    pack(&lengths, PASS).into_iter().map(tokens).collect()
+}
+
+/// Bytes that choosing codes by `samples` takes, of the device and of the host.
+fn need(checkpoint: &Checkpoint, compute: &Compute, samples: &[Sample]) -> [usize; 2] {
+    let lengths: Vec<usize> = passes(samples).iter().map(|pass| pass.ids.len()).collect();
+    let (all, longest) = (lengths.iter().sum(), lengths.iter().copied().max().unwrap_or(0));
+    Calibration::bytes(&checkpoint.config, compute.store(), compute.device.is_some(), all, longest)
+}
+
+/// Says what memory choosing the codes of a run's base takes, before anything is loaded.
+///
+/// # Errors
+/// When a GPU has less.
+pub(super) fn check_need(
+    settings: &FinetuneSettings,
+    checkpoint: &Checkpoint,
+    compute: &Compute,
+    train: &[Sample],
+    ui: &Ui,
+) -> Result<()> {
+    let Some(count) = settings.calibration_samples else { return Ok(()) };
+    let [there, host] = need(checkpoint, compute, &calibrated_by(train, count));
+    let gb = (there + host) as f64 / 1e9;
+    ui.note(&format!("memory to choose codes by samples, before training: about {gb:.2} GB"));
+    check_memory([there, host], compute, ui)
 }
 
 /// Says where choosing codes takes more memory than there is: on a GPU that is an error, on the processor, whose memory can be
@@ -187,6 +215,13 @@ fn chosen<T: Clone>(samples: &[T], count: usize) -> Vec<T> {
     (0..count).map(|number| samples[number * samples.len() / count].clone()).collect()
 }
 
+/// The training samples that choose a run's codes, as far as they are looked at.
+fn calibrated_by(train: &[Sample], count: usize) -> Vec<Sample> {
+    let mut samples = chosen(train, count);
+    samples.iter_mut().for_each(|sample| sample.input_ids.truncate(CALIBRATION_LENGTH));
+    samples
+}
+
 /// Training samples of the dataset `data`.
 fn samples(args: &QuantizeArgs, data: &str, checkpoint: &Checkpoint, ui: &mut Ui) -> Result<Vec<Sample>> {
     let length = ("train.max_seq_length", json!(args.max_seq_length));
@@ -203,6 +238,9 @@ fn samples(args: &QuantizeArgs, data: &str, checkpoint: &Checkpoint, ui: &mut Ui
 /// The folder beside `dir` that is named after it and the quantizer.
 fn beside(dir: &Path, quantizer: &str) -> Result<PathBuf> {
     let whole = dir.canonicalize().map_err(Error::io("read", dir))?;
-    let name = whole.file_name().unwrap_or_default().to_string_lossy();
-    Ok(dir.join("..").join(format!("{name}-{quantizer}")))
+    // `.` and `..` have no name of their own.
+    let named = if dir.file_name().is_some() { dir } else { &whole };
+    let name = if named.is_file() { named.file_stem() } else { named.file_name() };
+    let name = format!("{}-{quantizer}", name.unwrap_or_default().to_string_lossy());
+    Ok(named.parent().unwrap_or(Path::new("")).join(name))
 }

@@ -9,7 +9,7 @@ use crate::model::Gpt;
 use crate::ops::Matrix;
 use crate::ops::optimizer::Moments;
 use crate::train::settings::FinetuneSettings;
-use crate::train::{FINAL, Job, Progress, Snapshot};
+use crate::train::{FINAL, Progress, Snapshot};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::{self, File, TryLockError};
@@ -73,13 +73,13 @@ pub struct MadeOf {
 }
 
 impl MadeOf {
-    /// What `job` is made of.
+    /// What a run of these settings, training and validation samples and this base is made of.
     ///
     /// # Errors
     /// Never for settings that can be written.
-    pub fn of(job: &Job<'_>, base_hash: &str) -> anyhow::Result<Self> {
+    pub fn of(settings: &FinetuneSettings, samples: [&[Sample]; 2], base_hash: &str) -> anyhow::Result<Self> {
         let mut hasher = blake3::Hasher::new();
-        for samples in [job.train, job.val] {
+        for samples in samples {
             hasher.update(&(samples.len() as u64).to_le_bytes());
             for sample in samples {
                 hash_ids(&mut hasher, sample);
@@ -87,7 +87,7 @@ impl MadeOf {
             }
         }
         // Through text, as the recorded ones went: floats then compare equal.
-        let settings = serde_json::from_str(&serde_json::to_string(job.settings)?)?;
+        let settings = serde_json::from_str(&serde_json::to_string(settings)?)?;
         Ok(Self { settings, data_hash: hasher.finalize().to_hex().to_string(), base_hash: base_hash.to_owned() })
     }
 

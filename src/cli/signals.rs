@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP ask a run to stop; the second one of a kind ends the process at once. SIGXFSZ is caught, so
-//! that a write beyond the limit of file sizes fails as one to a full disk does. Under `nohup`, SIGHUP stays ignored.
+//! SIGINT, SIGTERM and SIGHUP ask a run to stop; the second one of a kind ends the process at once. SIGXFSZ is caught in all
+//! commands, so that a write beyond the limit of file sizes fails as one to a full disk does. Under `nohup`, SIGHUP stays ignored.
 
 use crate::error::{Error, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -26,11 +26,8 @@ impl Signals {
         let refused = |e: std::io::Error| Error::refused(format!("cannot listen to signals: {e}"), "");
         let mut all = vec![SIGINT, SIGTERM];
         #[cfg(unix)]
-        {
-            if !is_ignored(signal_hook::consts::SIGHUP) {
-                all.push(signal_hook::consts::SIGHUP);
-            }
-            flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).map_err(refused)?;
+        if !is_ignored(signal_hook::consts::SIGHUP) {
+            all.push(signal_hook::consts::SIGHUP);
         }
         for signal in all {
             let asked = Arc::new(AtomicBool::new(false));
@@ -48,6 +45,13 @@ impl Signals {
         let signal = self.0.load(Ordering::Relaxed);
         (signal != 0).then_some(Stopped(signal as u8))
     }
+}
+
+/// Has writes beyond the limit of file sizes fail, where they would end the process.
+pub fn outlive_full_files() {
+    // Where the system refuses, such a write still ends the process.
+    #[cfg(unix)]
+    let _ = flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
 }
 
 /// Whether this process was started with `signal` ignored, where the system tells.

@@ -175,10 +175,14 @@ fn memory(checkpoint: &Checkpoint, rows: &[Row]) -> Result<String> {
     let mut text = format!(
         "memory on the processor, about, for {tokens} tokens at once (finetuning: rank {rank} on query and value):\n"
     );
+    // What is in few bits stays as it is.
+    let own = checkpoint.quantizer();
+    let rows = rows.iter().filter(|row| own.is_none() || row.3.is_none() || rows.len() == 1);
+    let kept = own.map_or_else(String::new, |own| format!(" (blocks in {} already)", own.name()));
     for (flags, _, store, quantize) in rows {
-        let quantizer = quantize.and_then(Quantizer::named);
+        let quantizer = own.or(quantize.and_then(Quantizer::named));
         let narrow = checkpoint.narrow(*store, false)?;
-        let whole = if quantizer == checkpoint.quantizer() { checkpoint.left_whole() } else { 0 };
+        let whole = if own.is_some() { checkpoint.left_whole() } else { 0 };
         let computed = Computed {
             store: *store,
             narrow,
@@ -193,7 +197,7 @@ fn memory(checkpoint: &Checkpoint, rows: &[Row]) -> Result<String> {
         let cache = 4 * (2 * config.n_layer * config.kv_cols() * tokens + config.vocab_size);
         let (generate, finetune) = (estimate.weights + estimate.workspace + cache, estimate.total());
         text.push_str(&format!(
-            "  {flags}: generate {:.2} GB, finetune {:.2} GB\n",
+            "  {flags}{kept}: generate {:.2} GB, finetune {:.2} GB\n",
             generate as f64 / 1e9,
             finetune as f64 / 1e9
         ));

@@ -56,6 +56,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     }
     let Computed { checkpointing, prefix, .. } =
         computed(&mut settings, &checkpoint, &compute, quantizer, [&train, &val], &packs, ui)?;
+    quantize::check_need(&settings, &checkpoint, &compute, &train, ui)?;
     if settings.dry_run {
         ui.note("nothing was trained: --dry_run");
         return Ok(());
@@ -63,13 +64,19 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
     let _lock = resume::lock(&settings.out_dir)?;
     let from = resume::From::find(&settings, ui)?;
     let made = from.as_ref().map(|from| from.dir.as_path());
+    let recorded = from.as_ref().map_or("", |from| &from.state.made_of.base_hash);
+    let mut made_of = MadeOf::of(&settings, [&train, &val], recorded)?;
+    if let Some(from) = from.as_ref().filter(|_| !settings.resume_force) {
+        from.check(&made_of, false, ui)?; // before a base is made, which takes its time
+    }
+    let companions = checkpoint.companion_files()?;
     let base = quantize::base_of_run(&settings, (&checkpoint, quantizer), &compute, (&train, made), ui)?;
     let checkpoint = base.unwrap_or(checkpoint);
     let base_hash = checkpoint.content_hash()?;
     let mut gpt = trainable(&settings, &checkpoint, &compute, quantizer, ui)?;
     let mut job =
         Job { gpt: &mut gpt, train: &train, packs: &packs, val: &val, settings: &settings, checkpointing, prefix };
-    let made_of = MadeOf::of(&job, &base_hash)?;
+    made_of.base_hash.clone_from(&base_hash);
     if let Some(from) = &from {
         from.check(&made_of, settings.resume_force, ui)?;
     }
@@ -91,7 +98,7 @@ pub fn run(args: &FinetuneArgs, ui: &mut Ui) -> anyhow::Result<()> {
         settings: &settings,
         checkpoint: &checkpoint,
         base: checkpoint.dir.canonicalize().map_err(Error::io("read", &checkpoint.dir))?,
-        companions: checkpoint.companion_files()?,
+        companions,
         tokenizer: &tokenizer,
         dataset: &dataset,
         encoder,
