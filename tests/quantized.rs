@@ -39,6 +39,27 @@ fn quantized(cwd: &Path, name: &str) -> std::path::PathBuf {
     out
 }
 
+/// transformers casts nothing of a folder in few bits, so that all that stays whole has to have one dtype.
+#[test]
+fn what_stays_whole_has_the_dtype_of_the_projections() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_tiny(&dir.path().join("mixed"));
+    let path = dir.path().join("mixed/model.safetensors");
+    let mut mixed = tensors(&path);
+    for (_, tensor) in mixed.iter_mut().filter(|(name, _)| name.contains("norm")) {
+        let wide = floats(tensor).into_iter().flat_map(f32::to_le_bytes).collect();
+        *tensor = (Dtype::F32, tensor.1.clone(), wide);
+    }
+    write_tensors(&path, &mixed);
+    litgpt(dir.path(), ["quantize", "mixed", "--quantize", "nf4", "--out_dir", "copy"]).ok();
+    let copy = tensors(&dir.path().join("copy/model.safetensors"));
+    for name in ["model.norm.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"] {
+        assert_eq!(copy[name].0, Dtype::BF16, "{name}");
+    }
+    let said = litgpt(dir.path(), ["validate", "copy"]).ok().stdout;
+    assert!(said.contains("blocks in nf4 already") && !said.contains("--quantize"), "{said}");
+}
+
 #[test]
 fn the_copy_is_what_quantizing_while_loading_gives() {
     let dir = tempfile::tempdir().unwrap();
@@ -344,6 +365,13 @@ fn a_run_makes_its_own_base_by_its_samples() {
     assert_eq!((made(), result(&dir.path().join("out")), bases().len()), (first, adapter, 1), "the same base again");
     run("--train.max_steps 4 --resume auto --resume_force true").ok();
     assert_eq!(bases().len(), 1);
+    run("--calibration_samples 9 --resume auto").refused(1, &["would not be exact", "calibration_samples"]);
+    assert_eq!(bases().len(), 1, "refused before a base is made");
+    // What the samples are computed in decides over codes, too.
+    run("--precision bf16-true").ok();
+    assert_eq!(bases().len(), 2);
+    fs::remove_dir_all(dir.path().join("out")).unwrap();
+    run("").ok();
     run("--calibration_samples 9 --out_dir other").ok();
     let unmerged = greedy(dir.path(), "out/final", "Name a colour.");
     // The folder moves as a whole.
