@@ -102,7 +102,7 @@ impl HfConfig {
         self.keys.contains_key(key)
     }
 
-    fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
+    pub(super) fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {
         let value: String = value.to_string().chars().take(60).collect();
         Error::invalid(&self.path, format!("`{key}` is {value}, not {wanted}"), "download the checkpoint again")
     }
@@ -278,7 +278,8 @@ impl HfConfig {
     ) -> Result<()> {
         config.rotary_dim = config.head_size;
         config.rope_theta = default_theta;
-        let kinds = self.get("rope_parameters").filter(|p| p.get("full_attention").is_some());
+        let by_kind = |p: &&Value| p.get("full_attention").is_some() || p.get("sliding_attention").is_some();
+        let kinds = self.get("rope_parameters").filter(by_kind);
         if kinds.is_none() {
             self.rope(config)?;
             config.rope_local_theta = Some(local(config.rope_theta)?);
@@ -288,7 +289,9 @@ impl HfConfig {
             (self.nested("rope_parameters", "full_attention"), self.nested("rope_parameters", "sliding_attention"));
         full.keys.extend(self.object("rope_scaling")?.keys);
         config.rope_theta = full.number("rope_theta", self.number("rope_theta", default_theta)?)?;
-        config.rope_scaling = full.scaling(self, config.block_size)?;
+        // Here the kind's own goes before the model's.
+        let outer = if full.get(ORIGINAL_CONTEXT).is_some() { &full } else { self };
+        config.rope_scaling = full.scaling(outer, config.block_size)?;
         config.rope_local_theta = match windowed.number_if_any("rope_theta")? {
             Some(theta) => Some(theta),
             None => Some(local(config.rope_theta)?),
@@ -343,7 +346,8 @@ impl HfConfig {
                     beta_slow: self.number("beta_slow", 1.0)?,
                     original_context: original,
                     attention_factor: self.yarn_attention_factor(factor)?,
-                    truncate: self.flag("truncate", true)?,
+                    // Null is false to transformers, where other keys that are null have their default.
+                    truncate: self.flag("truncate", !self.has("truncate"))?,
                 })
             }
             "longrope" => self.longrope(original, context),

@@ -5,7 +5,6 @@ use super::{Family, HfConfig, Piece, renamed, same_names};
 use crate::error::Result;
 use crate::model::Config;
 use crate::model::config::Mlp;
-use serde_json::Value;
 
 /// `LlamaForCausalLM`.
 pub const LLAMA: Family = Family { model_types: &["llama"], config: llama, locate: same_names };
@@ -72,11 +71,16 @@ fn smollm3(hf: &HfConfig) -> Result<Config> {
         config.tie_embeddings = true;
     }
     let interval = hf.count_or("no_rope_layer_interval", 4)?.unwrap_or(4).max(1);
-    config.no_rope = match hf.get("no_rope_layers").and_then(Value::as_array) {
-        Some(list) if list.len() == config.n_layer => list.iter().map(|v| v.as_u64() == Some(0)).collect(),
-        _ => (0..config.n_layer).map(|i| (i + 1).is_multiple_of(interval)).collect(),
+    config.no_rope = match hf.get("no_rope_layers") {
+        Some(layers) => {
+            let list = layers.as_array().filter(|list| list.len() >= config.n_layer);
+            let list = list.ok_or_else(|| hf.wrong("no_rope_layers", layers, "a list with 0 or 1 for each layer"))?;
+            list[..config.n_layer].iter().map(|v| v.as_u64() == Some(0)).collect()
+        }
+        None => (0..config.n_layer).map(|i| (i + 1).is_multiple_of(interval)).collect(),
     };
-    let used = hf.flag("use_sliding_window", false)?;
+    // Layers that are listed have their window whether it is said to be used or not, in transformers as here.
+    let used = hf.flag("use_sliding_window", false)? || hf.get("layer_types").is_some();
     let window = hf.count_or("sliding_window", None)?.filter(|_| used);
     let no_rope = config.no_rope.clone();
     hf.windows(&mut config, window, |layer| no_rope[layer])?;

@@ -249,6 +249,37 @@ mod tests {
         (by_config(&hf)?.config)(&hf)
     }
 
+    /// What transformers 5.24 makes of them.
+    #[test]
+    fn keys_that_contradict_each_other_mean_what_they_mean_in_transformers() {
+        let sizes = r#", "intermediate_size": 96, "num_key_value_heads": 8"#;
+        let read = |model_type: &str, keys: &str| read(model_type, &format!("{sizes} {keys}"));
+        let smollm3 = |keys: &str| read("smollm3", keys);
+        let longer = smollm3(r#", "no_rope_layers": [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]"#).unwrap();
+        assert_eq!(longer.no_rope, [true, false, false, false, false, false, false, true]);
+        assert!(smollm3(r#", "no_rope_layers": [0, 1]"#).unwrap_err().to_string().contains("no_rope_layers"));
+        let kinds = ["sliding_attention", "full_attention"].repeat(4);
+        let listed = format!(r#", "sliding_window": 5, "use_sliding_window": false, "layer_types": {kinds:?}"#);
+        assert_eq!(smollm3(&listed).unwrap().windows[..2], [Some(5), None]);
+        let phi3 = read("phi3", &format!(r#", "sliding_window": 5, "layer_types": {kinds:?}"#)).unwrap();
+        assert_eq!(phi3.windows, vec![Some(5); 8]);
+        let neox = read("gpt_neox", r#", "rope_theta": 200.0, "partial_rotary_factor": 1.0"#).unwrap();
+        assert_eq!((neox.rope_theta, neox.rotary_dim), (10_000.0, 2));
+        let yarn = |keys: &str| {
+            let scaling = format!(r#"{{"rope_type": "yarn", "factor": 2.0 {keys}}}"#);
+            read("llama", &format!(r#", "rms_norm_eps": 1e-5, "rope_parameters": {scaling}"#)).unwrap().rope_scaling
+        };
+        let truncates = |scaling| matches!(scaling, Scaling::Yarn { truncate: true, .. });
+        assert_eq!(["", r#", "truncate": null"#].map(|keys| truncates(yarn(keys))), [true, false]);
+        let one_kind = r#", "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}"#;
+        let gemma3 = read("gemma3_text", one_kind).unwrap();
+        assert_eq!((gemma3.rope_theta, gemma3.rope_local_theta), (1_000_000.0, Some(300.0)));
+        let own = r#", "original_max_position_embeddings": 64, "rope_parameters": {"full_attention":
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}}"#;
+        let gemma3 = read("gemma3_text", own).unwrap();
+        assert!(matches!(gemma3.rope_scaling, Scaling::Yarn { original_context: 256.0, .. }));
+    }
+
     #[test]
     fn mixtral_defaults_are_those_of_transformers() {
         let config = read("mixtral", "").unwrap();

@@ -45,8 +45,8 @@ fn phi3(hf: &HfConfig) -> Result<Config> {
     config.activation = hf.activation("hidden_act", "silu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
     hf.partial_rope(&mut config, "rope_theta", "partial_rotary_factor", 1.0)?;
-    let window = hf.count_or("sliding_window", None)?;
-    hf.windows(&mut config, window, |_| true)?;
+    // One for all layers, whatever `layer_types` says.
+    config.windows = vec![hf.count_or("sliding_window", None)?; config.n_layer];
     config.finish(hf.path())
 }
 

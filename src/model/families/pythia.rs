@@ -19,9 +19,7 @@ fn config(hf: &HfConfig) -> Result<Config> {
     config.mlp = Mlp::Plain;
     config.activation = hf.activation("hidden_act", "gelu")?;
     config.tie_embeddings = hf.flag("tie_word_embeddings", false)?;
-    let theta = if hf.get("rotary_emb_base").is_some() { "rotary_emb_base" } else { "rope_theta" };
-    let share = if hf.get("rotary_pct").is_some() { "rotary_pct" } else { "partial_rotary_factor" };
-    hf.partial_rope(&mut config, theta, share, 0.25)?;
+    hf.partial_rope(&mut config, "rotary_emb_base", "rotary_pct", 0.25)?;
     let width = config.rotary_dim;
     if !width.is_multiple_of(2) {
         // An odd width w has (w + 1) / 2 frequencies θ^(-2i / w), which are those of w + 1 by a larger base.
