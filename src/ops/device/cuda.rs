@@ -44,8 +44,8 @@ const MODULES: [&[u8]; 14] = [
     module!("rows"),
 ];
 
-/// Dynamic shared memory that a kernel may have without asking.
-const SHARED_WITHOUT_ASKING: usize = 48 << 10;
+/// Dynamic shared memory that a kernel may have without asking: of 48 KB, which its static one counts into.
+const SHARED_WITHOUT_ASKING: usize = 32 << 10;
 /// Up to this size bytes are copied and kept while the device reads them, rather than waited for.
 const KEPT_ALIVE: usize = 64 << 10;
 /// Scratch of cuBLAS: what NVIDIA advises for Hopper. One of our own keeps its results the same from run to run.
