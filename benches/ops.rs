@@ -20,7 +20,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Tokens.
 const T: usize = 160;
 /// Repetitions of an op, of which the median counts.
-const REPS: usize = 15;
+const REPS: usize = 45;
+/// Bytes of the copies of a weight that a product takes in turn: in a model each comes from memory, not from a cache.
+const IN_MEMORY: usize = 256 << 20;
 
 /// Median duration of `f`, seconds.
 fn time(mut f: impl FnMut() + Send) -> f64 {
@@ -77,17 +79,28 @@ impl Bench {
     fn products(&self, name: &str, out: usize, inn: usize) {
         let w = values(out * inn);
         let half: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
-        for (store, data) in [("f32", Data::F32(w)), ("bf16", Data::Bf16(half))] {
-            let weight = Weight::new(out, inn, data);
+        let stores: [(&str, &dyn Fn() -> Weight); 3] = [
+            ("f32", &|| Weight::new(out, inn, Data::F32(w.clone()))),
+            ("f32 from bf16", &|| Weight::widened(out, inn, half.clone())),
+            ("bf16", &|| Weight::new(out, inn, Data::Bf16(half.clone()))),
+        ];
+        for (store, weight) in stores {
+            let first = weight();
+            let copies = (IN_MEMORY / first.bytes()).max(1);
+            let weights: Vec<Weight> = std::iter::once(first).chain((1..copies).map(|_| weight())).collect();
+            let (mut next, mut also) = (weights.iter().cycle(), weights.iter().cycle());
             let (x, dy) = (Matrix::from_slice(T, inn, &values(T * inn)), Matrix::from_slice(T, out, &values(T * out)));
             let (mut y, mut dx) = (Matrix::zeros(T, out), Matrix::zeros(T, inn));
             let flops = 2.0 * (T * out * inn) as f64;
-            self.row(&format!("{name} {store} forward"), flops, 0.0, || weight.forward(x.view(), &mut y, false));
-            self.row(&format!("{name} {store} backward"), flops, 0.0, || weight.backward(dy.view(), &mut dx, false));
+            let forward = || next.next().unwrap().forward(x.view(), &mut y, false);
+            self.row(&format!("{name} {store} forward"), flops, 0.0, forward);
+            let backward = || also.next().unwrap().backward(dy.view(), &mut dx, false);
+            self.row(&format!("{name} {store} backward"), flops, 0.0, backward);
             let one = Matrix::from_slice(1, inn, x.row(0));
             let mut y = Matrix::zeros(1, out);
-            let (flops, bytes) = (2.0 * (out * inn) as f64, weight.bytes() as f64);
-            self.row(&format!("{name} {store} decode"), flops, bytes, || weight.forward(one.view(), &mut y, false));
+            let (flops, bytes) = (2.0 * (out * inn) as f64, weights[0].bytes() as f64);
+            let decode = || next.next().unwrap().forward(one.view(), &mut y, false);
+            self.row(&format!("{name} {store} decode"), flops, bytes, decode);
         }
     }
 

@@ -2,9 +2,10 @@
 
 use super::amx::{self, Contraction};
 use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, tile};
-use super::wide::{LANES, Unit, Wide, for_each_width};
+use super::wide::{LANES, PairedVectors, Reading, Unit, Wide, WideOf, WidenedVectors, for_each_width};
 use super::{
     Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, pack_rows, packed_at,
+    widens_in_registers,
 };
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::View;
@@ -23,22 +24,28 @@ pub fn backward(level: Level, dy: View<'_>, w: Panels<'_>, shape: (usize, usize)
     if dy.rows > 0 && weight.cols > 0 {
         match (level.parts(), w) {
             (Some(parts), Panels::Bf16(w)) => amx::product(Contraction::Rows, parts, dy, (w, weight), dx, accumulate),
+            (_, Panels::Bf16(_)) if level == Level::Avx512 && widens_in_registers() => {
+                product::<WidenedVectors>(dy, weight, dx, accumulate);
+            }
+            (_, Panels::Bf16(_)) if level == Level::Avx512Bf16 && weight.rows.is_multiple_of(2) => {
+                product::<PairedVectors>(dy, weight, dx, accumulate);
+            }
             _ => at_level!(level, product(dy, weight, dx, accumulate)),
         }
     }
 }
 
-fn product<U: Unit>(dy: View<'_>, weight: Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
+fn product<P: Reading>(dy: View<'_>, weight: Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
     let dx_at = checked(&dx);
     // Rows far apart would miss the caches and page tables.
-    let packed = pack_rows::<U>(dy);
-    let units = weight.rows.div_ceil(U::ELEMENTS);
+    let packed = pack_rows::<P::Unit>(dy);
+    let units = weight.rows.div_ceil(P::Unit::ELEMENTS);
     let job = Backward { weight, tokens: dy.rows, units, ldy: dx.stride, accumulate };
     let (a, dx) = (Shared(packed.as_ptr().cast_mut()), Shared(dx.data.as_mut_ptr()));
     in_shares(weight.cols.div_ceil(PANEL), |panels| {
         // SAFETY: the level found the instructions; the asserts of `backward` bound what is read of dy and w and written of
         // dx; each panel's columns are in one share.
-        unsafe { run::<U>(&job, a.at(0), dx.at(dx_at), panels) };
+        unsafe { run::<P>(&job, a.at(0), dx.at(dx_at), panels) };
     });
 }
 
@@ -56,15 +63,15 @@ for_each_width! {
     ///
     /// # Safety
     /// See `backward`.
-    unsafe fn run<U: Unit>(job: &Backward<'_>, a: *const f32, dx: *mut f32, panels: Range<usize>) {
+    unsafe fn run<P: Reading>(job: &Backward<'_>, a: *const f32, dx: *mut f32, panels: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.resize(DEPTH * PANEL, 0.0);
             for units in chunks(job.units, DEPTH) {
                 for panel in panels.clone() {
                     // SAFETY: units and panel lie inside the weight, which the scratch has room for.
                     unsafe {
-                        let b = vectors::<U>(job, panel, units.clone(), scratch);
-                        tiles::<U>(job, a, b, (units.clone(), panel), dx);
+                        let b = vectors::<P>(job, panel, units.clone(), scratch);
+                        tiles::<P>(job, a, b, (units.clone(), panel), dx);
                     }
                 }
             }
@@ -77,24 +84,24 @@ for_each_width! {
     ///
     /// # Safety
     /// They are inside the weight; `scratch` has room.
-    unsafe fn vectors<U: Unit>(
+    unsafe fn vectors<P: Reading>(
         job: &Backward<'_>,
         panel: usize,
         units: Range<usize>,
         scratch: &mut [f32],
-    ) -> *const f32 {
+    ) -> *const i8 {
         let Weight { w, rows, .. } = job.weight;
-        if let Panels::F32(w) = w {
-            return w[job.element::<U>(panel, units.start)..].as_ptr();
+        if P::SPLIT || matches!(w, Panels::F32(_)) {
+            return w.address(job.element::<P>(panel, units.start));
         }
         for (unit, out) in units.zip(scratch.as_chunks_mut::<PANEL>().0) {
-            let (at, last) = (job.element::<U>(panel, unit), U::ELEMENTS * unit + 1 == rows);
+            let (at, last) = (job.element::<P>(panel, unit), P::Unit::ELEMENTS * unit + 1 == rows);
             for lane in [0, LANES] {
                 // SAFETY: a row of a panel has 32 elements.
-                unsafe { U::of_rows(w, at + lane, last).store(out.as_mut_ptr().add(lane)) };
+                unsafe { P::Unit::of_rows(w, at + lane, last).store(out.as_mut_ptr().add(lane)) };
             }
         }
-        scratch.as_ptr()
+        scratch.as_ptr().cast()
     }
 }
 
@@ -103,27 +110,27 @@ for_each_width! {
     ///
     /// # Safety
     /// `a` is packed dy, `b` has the units of the panel, and dx as many rows as dy.
-    unsafe fn tiles<U: Unit>(
+    unsafe fn tiles<P: Reading>(
         job: &Backward<'_>,
         a: *const f32,
-        b: *const f32,
+        b: *const i8,
         part: (Range<usize>, usize),
         dx: *mut f32,
     ) {
         let (units, panel) = part;
         let accumulate = job.accumulate || units.start > 0;
         let (depth, width) = (units.len(), job.weight.cols - panel * PANEL);
-        let mut ahead = job.ahead::<U>(panel + 1, &units, job.tokens.div_ceil(U::Wide::ROWS));
+        let mut ahead = job.ahead::<P>(panel + 1, &units, job.tokens.div_ceil(<WideOf<P>>::ROWS));
         let mut token = 0;
-        for height in heights::<U::Wide>(job.tokens) {
+        for height in heights::<WideOf<P>>(job.tokens) {
             let at = a.wrapping_add(token * job.units.next_multiple_of(PANEL) + units.start * height);
-            let factors = Factors { a: Rows { at, next: height * U::RUN }, b, depth, ahead };
+            let factors = Factors { a: Rows { at, next: height * P::Unit::RUN }, b, depth, ahead };
             // SAFETY: the tile's tokens are some of dx's.
             unsafe {
                 let target = Target { y: dx.add(token * job.ldy + panel * PANEL), ldy: job.ldy, accumulate };
-                of_height!(U, height, tile as unsafe fn(Factors, Target, usize))(factors, target, width);
+                of_height!(P, height, tile as unsafe fn(Factors, Target, usize))(factors, target, width);
             }
-            ahead.at = ahead.at.wrapping_add(ahead.next * depth.div_ceil(U::RUN));
+            ahead.at = ahead.at.wrapping_add(ahead.next * depth.div_ceil(P::Unit::RUN));
             token += height;
         }
     }
@@ -131,16 +138,16 @@ for_each_width! {
 
 impl Backward<'_> {
     /// Index of the first element of a unit in a panel.
-    fn element<U: Unit>(&self, panel: usize, unit: usize) -> usize {
-        packed_at(self.weight.rows, unit * U::ELEMENTS, panel * PANEL)
+    fn element<P: Reading>(&self, panel: usize, unit: usize) -> usize {
+        packed_at(self.weight.rows, unit * P::Unit::ELEMENTS, panel * PANEL)
     }
 
     /// The same units of the next panel, some for each of the `tiles` tiles that go before it.
-    fn ahead<U: Unit>(&self, panel: usize, units: &Range<usize>, tiles: usize) -> Ahead {
+    fn ahead<P: Reading>(&self, panel: usize, units: &Range<usize>, tiles: usize) -> Ahead {
         let w = self.weight.w;
-        let (from, to) = (self.element::<U>(panel, units.start), self.element::<U>(panel, units.end));
+        let (from, to) = (self.element::<P>(panel, units.start), self.element::<P>(panel, units.end));
         let bytes = w.address(to) as usize - w.address(from) as usize;
-        let lines = bytes.div_ceil(LINE * tiles * units.len().div_ceil(U::RUN));
+        let lines = bytes.div_ceil(LINE * tiles * units.len().div_ceil(P::Unit::RUN));
         Ahead { at: w.address(from), next: lines * LINE, lines }
     }
 }

@@ -2,8 +2,10 @@
 
 use super::amx::{self, Contraction};
 use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, tile};
-use super::wide::{LANES, Unit, Wide, for_each_width};
-use super::{Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at};
+use super::wide::{LANES, Reading, Unit, Wide, WideOf, WidenedRows, for_each_width};
+use super::{
+    Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at, widens_in_registers,
+};
 use crate::ops::matmul::{Threads, ViewMut};
 use crate::ops::matrix::{Matrix, View};
 use rayon::prelude::*;
@@ -27,21 +29,26 @@ pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), 
     if x.rows > 0 && weight.rows > 0 {
         match (level.parts(), w) {
             (Some(parts), Panels::Bf16(w)) => amx::product(Contraction::Columns, parts, x, (w, weight), y, accumulate),
+            (_, Panels::Bf16(_))
+                if level == Level::Avx512 && weight.cols.is_multiple_of(2) && widens_in_registers() =>
+            {
+                product::<WidenedRows>(x, weight, y, accumulate);
+            }
             _ => at_level!(level, product(x, weight, y, accumulate)),
         }
     }
 }
 
-fn product<U: Unit>(x: View<'_>, weight: Weight<'_>, y: ViewMut<'_>, accumulate: bool) {
+fn product<P: Reading>(x: View<'_>, weight: Weight<'_>, y: ViewMut<'_>, accumulate: bool) {
     let (y_at, rows) = (checked(&y), weight.rows);
-    let panels = token_panels::<U>(Threads::All, x);
+    let panels = token_panels::<P::Unit>(Threads::All, x);
     let job = Forward { weight, tokens: x.rows, panels: &panels, ldy: y.stride, accumulate };
     let y = Shared(y.data.as_mut_ptr());
     in_shares(rows.div_ceil(MOST_ROWS), |groups| {
         let rows = groups.start * MOST_ROWS..(groups.end * MOST_ROWS).min(rows);
         // SAFETY: the level found the instructions; the asserts of `forward` bound what is read of x and w and written of y;
         // each row of w, which is a column of y, is in one share.
-        unsafe { run::<U>(&job, y.at(y_at), rows) };
+        unsafe { run::<P>(&job, y.at(y_at), rows) };
     });
 }
 
@@ -60,7 +67,7 @@ for_each_width! {
     ///
     /// # Safety
     /// See `forward`.
-    unsafe fn run<U: Unit>(job: &Forward<'_>, y: *mut f32, rows: Range<usize>) {
+    unsafe fn run<P: Reading>(job: &Forward<'_>, y: *mut f32, rows: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
             for units in chunks(job.units(), DEPTH) {
                 let together = TOGETHER / units.len();
@@ -69,7 +76,7 @@ for_each_width! {
                     for row in rows.clone().step_by(GROUP) {
                         let rows = row..(row + GROUP).min(rows.end);
                         // SAFETY: passed on.
-                        unsafe { group::<U>(job, (rows, units.clone(), panels.clone()), scratch, y) };
+                        unsafe { group::<P>(job, (rows, units.clone(), panels.clone()), scratch, y) };
                     }
                 }
             }
@@ -85,26 +92,26 @@ for_each_width! {
     ///
     /// # Safety
     /// The part lies inside the weight and the panels; y has all tokens and rows.
-    unsafe fn group<U: Unit>(job: &Forward<'_>, part: Part, scratch: &mut Vec<f32>, y: *mut f32) {
+    unsafe fn group<P: Reading>(job: &Forward<'_>, part: Part, scratch: &mut Vec<f32>, y: *mut f32) {
         let (rows, units, panels) = part;
         scratch.resize(scratch.len().max(MOST_ROWS * DEPTH + GROUP * PANEL * panels.len()), 0.0);
         let (widened, sums) = scratch.split_at_mut(MOST_ROWS * DEPTH);
         let of_panel = rows.len() * PANEL;
         let mut row = rows.start;
-        for height in heights::<U::Wide>(rows.len()) {
+        for height in heights::<WideOf<P>>(rows.len()) {
             // SAFETY: passed on; the scratches have room for the rows and their sums.
             unsafe {
-                let a = rows_of::<U>(job.weight, row..row + height, units.clone(), widened);
-                let mut ahead = job.ahead::<U>(row + height, &units, &panels);
+                let a = rows_of::<P>(job.weight, row..row + height, units.clone(), widened);
+                let mut ahead = job.ahead::<P>(row + height, &units, &panels);
                 for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(of_panel)) {
-                    let b = job.panels.row(panel)[units.start * PANEL..].as_ptr();
+                    let b = job.panels.row(panel)[units.start * PANEL..].as_ptr().cast();
                     let factors = Factors { a, b, depth: units.len(), ahead };
                     let to = sums[(row - rows.start) * PANEL..].as_mut_ptr();
                     let target = Target { y: to, ldy: PANEL, accumulate: false };
                     let columns = PANEL.min(job.tokens - panel * PANEL);
                     let share = [row, row + height].map(|row| (row - rows.start) * columns / rows.len());
                     job.ask(y, panel * PANEL + share[0]..panel * PANEL + share[1], &rows);
-                    of_height!(U, height, tile as unsafe fn(Factors, Target, usize))(factors, target, columns);
+                    of_height!(P, height, tile as unsafe fn(Factors, Target, usize))(factors, target, columns);
                     ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
                 }
             }
@@ -115,7 +122,7 @@ for_each_width! {
             let y = y.wrapping_add(panel * PANEL * job.ldy + rows.start);
             let target = Target { y, ldy: job.ldy, accumulate };
             // SAFETY: passed on.
-            unsafe { transpose::<U>(sums, PANEL.min(job.tokens - panel * PANEL), target) };
+            unsafe { transpose::<WideOf<P>>(sums, PANEL.min(job.tokens - panel * PANEL), target) };
         }
     }
 }
@@ -125,13 +132,13 @@ for_each_width! {
     ///
     /// # Safety
     /// y has them; the processor has the instructions.
-    unsafe fn transpose<U: Unit>(sums: &[f32], tokens: usize, target: Target) {
+    unsafe fn transpose<W: Wide>(sums: &[f32], tokens: usize, target: Target) {
         let sums = sums.as_chunks::<PANEL>().0;
         for token in (0..tokens).step_by(LANES) {
             for (i, rows) in sums.chunks(LANES).enumerate() {
                 // SAFETY: passed on; of each row 16 sums from `token` on are there.
                 unsafe {
-                    let mut block = [U::Wide::zero(); LANES];
+                    let mut block = [W::zero(); LANES];
                     for (to, row) in block.iter_mut().zip(rows) {
                         *to = Wide::load(row[token..].as_ptr());
                     }
@@ -148,17 +155,17 @@ for_each_width! {
     ///
     /// # Safety
     /// They are inside the weight; `scratch` has room.
-    unsafe fn rows_of<U: Unit>(weight: Weight<'_>, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
+    unsafe fn rows_of<P: Reading>(weight: Weight<'_>, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
         let Weight { w, rows: all, .. } = weight;
-        let at = |unit: usize| packed_at(all, rows.start, unit * U::ELEMENTS);
-        if U::ELEMENTS > 1 || matches!(w, Panels::F32(_)) {
-            return Rows { at: w.address(at(units.start)).cast(), next: all * U::RUN };
+        let at = |unit: usize| packed_at(all, rows.start, unit * P::Unit::ELEMENTS);
+        if P::SHARE > 1 || P::Unit::ELEMENTS > 1 || matches!(w, Panels::F32(_)) {
+            return Rows { at: w.address(at(units.start)).cast(), next: all * P::Unit::RUN / P::SHARE };
         }
         let next = rows.len() * PANEL;
         for (unit, out) in units.step_by(PANEL).zip(scratch.chunks_exact_mut(next)) {
             for i in (0..next).step_by(LANES) {
                 // SAFETY: a panel has PANEL elements of each of the rows, side by side.
-                unsafe { w.load::<U::Wide>(at(unit) + i).store(out.as_mut_ptr().add(i)) };
+                unsafe { w.load::<WideOf<P>>(at(unit) + i).store(out.as_mut_ptr().add(i)) };
             }
         }
         Rows { at: scratch.as_ptr(), next }
@@ -180,11 +187,11 @@ impl Forward<'_> {
     }
 
     /// Those units of a tile's rows from `row` on, for the tiles before them: some for each panel of tokens.
-    fn ahead<U: Unit>(&self, row: usize, units: &Range<usize>, panels: &Range<usize>) -> Ahead {
+    fn ahead<P: Reading>(&self, row: usize, units: &Range<usize>, panels: &Range<usize>) -> Ahead {
         let Weight { w, rows, .. } = self.weight;
-        let at = w.address(packed_at(rows, row, units.start * U::ELEMENTS));
+        let at = w.address(packed_at(rows, row, units.start * P::Unit::ELEMENTS));
         let of_row = w.address(PANEL) as usize - w.address(0) as usize;
-        Ahead { at, next: rows * of_row, lines: (U::Wide::ROWS * of_row).div_ceil(LINE * panels.len()) }
+        Ahead { at, next: rows * of_row, lines: (<WideOf<P>>::ROWS * of_row).div_ceil(LINE * panels.len()) }
     }
 }
 

@@ -135,7 +135,7 @@ impl Level {
     }
 }
 
-/// Calls a function over a [`Unit`] with the one of a level.
+/// Calls a function over a [`Reading`] with the one of a level.
 macro_rules! at_level {
     ($level:expr, $name:ident($($arg:expr),*)) => {
         match $level {
@@ -191,6 +191,12 @@ fn detect() -> Option<Level> {
 fn intel() -> bool {
     let leaf = __cpuid(0);
     [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+}
+
+/// Whether bf16 elements are best widened as tiles read them. Intel's processors widen on the same ports as they multiply.
+fn widens_in_registers() -> bool {
+    static WIDENS: OnceLock<bool> = OnceLock::new();
+    *WIDENS.get_or_init(|| !intel())
 }
 
 /// Whether this processor is faster with products by [`rounded`].

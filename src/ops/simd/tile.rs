@@ -1,7 +1,6 @@
 //! The inner loop of the products: a tile of sums, and its ways into the result.
 
-use super::PANEL;
-use super::wide::{LANES, Unit, Wide, for_each_width};
+use super::wide::{LANES, Reading, Unit, Wide, WideOf, for_each_width};
 use std::arch::x86_64::*;
 
 /// Rows of the highest tile.
@@ -71,8 +70,8 @@ pub fn prefetch<const HINT: i32>(at: *const i8) {
 pub struct Factors {
     /// The broadcast rows.
     pub a: Rows,
-    /// Vectors: 32 units for each step of the contraction.
-    pub b: *const f32,
+    /// Vectors: 32 columns for each step of the contraction.
+    pub b: *const i8,
     /// Steps of the contraction.
     pub depth: usize,
     /// What will be needed next.
@@ -84,26 +83,28 @@ pub struct Factors {
 /// # Safety
 /// `R` rows and the vectors of `depth` units can be read; the processor has the instructions.
 #[inline(always)]
-unsafe fn sums<U: Unit, const R: usize, const V: usize>(factors: &Factors) -> Sums<U::Wide, R, V> {
+unsafe fn sums<P: Reading, const R: usize, const V: usize>(factors: &Factors) -> Sums<WideOf<P>, R, V> {
     // SAFETY: passed on; k is inside the depth of the rows and vectors.
     unsafe {
-        let mut sums = [[U::Wide::zero(); V]; R];
+        let mut sums = [[<WideOf<P>>::zero(); V]; R];
         let (mut b, mut left) = (factors.b, factors.depth);
-        for run in 0..factors.depth.div_ceil(U::RUN) {
+        for run in 0..factors.depth.div_ceil(P::Unit::RUN) {
             factors.ahead.ask(run);
             let a = factors.a.at.wrapping_add(run * factors.a.next);
-            let len = left.min(U::RUN);
+            let len = left.min(P::Unit::RUN) / P::SHARE;
             for k in 0..len {
-                let vectors: [U::Wide; V] = std::array::from_fn(|v| Wide::load(b.add(v * LANES)));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let unit = *a.add(row * U::RUN + k);
-                    for v in 0..V {
-                        sums[v] = U::multiply_add(unit, vectors[v], sums[v]);
+                for step in 0..P::SHARE {
+                    let vectors: [WideOf<P>; V] = P::vectors(b);
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let unit = P::broadcast(a.add(row * (P::Unit::RUN / P::SHARE) + k), step);
+                        for v in 0..V {
+                            sums[v] = P::Unit::multiply_add(unit, vectors[v], sums[v]);
+                        }
                     }
+                    b = b.wrapping_add(P::STEP);
                 }
-                b = b.wrapping_add(PANEL);
             }
-            left -= len;
+            left -= len * P::SHARE;
         }
         sums
     }
@@ -115,17 +116,24 @@ for_each_width! {
     /// # Safety
     /// `R` rows and the vectors of `depth` units can be read, and so many elements of as many rows of `target` written; the
     /// processor has the instructions.
-    pub unsafe fn tile<U: Unit; const R: usize>(factors: Factors, target: Target, columns: usize) {
+    pub unsafe fn tile<P: Reading; const R: usize>(factors: Factors, target: Target, columns: usize) {
         // SAFETY: passed on.
         unsafe {
             target.ask(R);
-            if U::Wide::BESIDE > 1 && columns > LANES {
-                return target.store(&sums::<U, R, 2>(&factors), columns);
+            if P::SPLIT {
+                let mut sums = sums::<P, R, 2>(&factors);
+                for sums in &mut sums {
+                    *sums = P::in_order(*sums);
+                }
+                return target.store(&sums, columns);
+            }
+            if <WideOf<P>>::BESIDE > 1 && columns > LANES {
+                return target.store(&sums::<P, R, 2>(&factors), columns);
             }
             for lane in [0, LANES].into_iter().filter(|lane| *lane < columns) {
-                let factors = Factors { b: factors.b.wrapping_add(lane), ..factors };
+                let factors = Factors { b: factors.b.wrapping_add(lane * size_of::<f32>()), ..factors };
                 let target = Target { y: target.y.wrapping_add(lane), ..target };
-                target.store(&sums::<U, R, 1>(&factors), columns - lane);
+                target.store(&sums::<P, R, 1>(&factors), columns - lane);
             }
         }
     }

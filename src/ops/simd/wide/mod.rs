@@ -33,8 +33,208 @@ pub trait Unit: Compiled {
     unsafe fn of(x: &[f32]) -> Self::Wide;
     /// From element `at` of a weight on, 16 elements of a row, or with those of the row after it, which may be missing.
     unsafe fn of_rows(w: Panels<'_>, at: usize, last: bool) -> Self::Wide;
-    /// `sum`, and the products of `unit` and each of `units` added.
-    unsafe fn multiply_add(unit: f32, units: Self::Wide, sum: Self::Wide) -> Self::Wide;
+    /// `sum`, and the products of each two units added.
+    unsafe fn multiply_add(a: Self::Wide, b: Self::Wide, sum: Self::Wide) -> Self::Wide;
+}
+
+/// How the tiles of a product read its two sides: as units that lie there, or as units that are made of a bf16 weight in
+/// registers.
+pub trait Reading: Compiled {
+    /// What is multiplied.
+    type Unit: Unit;
+    /// Steps of the contraction that share 32 bits of a broadcast row.
+    const SHARE: usize = 1;
+    /// Bytes from the vectors of a step to those of the next.
+    const STEP: usize = PANEL * size_of::<f32>();
+    /// Whether the two vectors of a step are its even and its odd columns.
+    const SPLIT: bool = false;
+
+    /// All units: the one of step `step` among those that share `at`.
+    unsafe fn broadcast(at: *const f32, step: usize) -> WideOf<Self>;
+    /// The first `V` vectors of a step.
+    unsafe fn vectors<const V: usize>(at: *const i8) -> [WideOf<Self>; V];
+    /// Sums of even and of odd columns in the columns' order, where these are [`SPLIT`](Self::SPLIT).
+    unsafe fn in_order(sums: [WideOf<Self>; 2]) -> [WideOf<Self>; 2];
+}
+
+/// The vectors of a reading.
+pub type WideOf<R> = <<R as Reading>::Unit as Unit>::Wide;
+
+/// Units that lie there.
+macro_rules! reading_of_units {
+    ($unit:ty) => {
+        impl Reading for $unit {
+            type Unit = Self;
+
+            #[inline(always)]
+            unsafe fn broadcast(at: *const f32, _step: usize) -> WideOf<Self> {
+                // SAFETY: passed on.
+                unsafe { Wide::set(*at) }
+            }
+
+            #[inline(always)]
+            unsafe fn vectors<const V: usize>(at: *const i8) -> [WideOf<Self>; V] {
+                // SAFETY: passed on.
+                std::array::from_fn(|v| unsafe { Wide::load(at.cast::<f32>().wrapping_add(v * LANES)) })
+            }
+
+            #[inline(always)]
+            unsafe fn in_order(sums: [WideOf<Self>; 2]) -> [WideOf<Self>; 2] {
+                sums
+            }
+        }
+    };
+}
+
+reading_of_units!(__m512);
+reading_of_units!(Halves);
+reading_of_units!(Pairs);
+
+/// Of 16 pairs of bf16 the elements at odd places, widened.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn odd_elements(pairs: __m512i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32.cast_signed())))
+}
+
+/// Of 16 pairs of bf16 those at even places, widened.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn even_elements(pairs: __m512i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+}
+
+/// Sixteen even and sixteen odd columns in their order.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn interleaved([even, odd]: [__m512; 2]) -> [__m512; 2] {
+    let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    [_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)]
+}
+
+/// f32 units of which the broadcast ones are bf16, two in 32 bits.
+pub struct WidenedRows;
+
+impl Compiled for WidenedRows {
+    const LEVEL: Level = Level::Avx512;
+}
+
+impl Reading for WidenedRows {
+    type Unit = __m512;
+    const SHARE: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const f32, step: usize) -> __m512 {
+        let units: __m512;
+        // Written in assembly, as the compiler would read two steps' 32 bits once and keep what is made of them in registers
+        // that the sums need.
+        // SAFETY: passed on; nothing is written.
+        unsafe {
+            if step == 0 {
+                std::arch::asm!("vpslld {}, dword ptr [{}]{{1to16}}, 16", lateout(zmm_reg) units, in(reg) at,
+                    options(pure, readonly, nostack, preserves_flags));
+            } else {
+                std::arch::asm!("vpandd {}, {}, dword ptr [{}]{{1to16}}", lateout(zmm_reg) units, in(zmm_reg) _mm512_set1_epi32(0xffff_0000_u32.cast_signed()), in(reg) at,
+                    options(pure, readonly, nostack, preserves_flags));
+            }
+        }
+        units
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
+        // SAFETY: passed on.
+        unsafe { <__m512 as Reading>::vectors(at) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
+        sums
+    }
+}
+
+/// f32 units of which the vectors are rows of 32 bf16.
+pub struct WidenedVectors;
+
+impl Compiled for WidenedVectors {
+    const LEVEL: Level = Level::Avx512;
+}
+
+impl Reading for WidenedVectors {
+    type Unit = __m512;
+    const STEP: usize = PANEL * size_of::<bf16>();
+    const SPLIT: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const f32, step: usize) -> __m512 {
+        // SAFETY: passed on.
+        unsafe { <__m512 as Reading>::broadcast(at, step) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
+        // SAFETY: passed on.
+        let row = unsafe { _mm512_loadu_si512(at.cast()) };
+        let both = [even_elements(row), odd_elements(row)];
+        // Not from_fn, whose closure would lack the instructions.
+        let mut out = [both[0]; V];
+        out.iter_mut().zip(both).for_each(|(out, vector)| *out = vector);
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
+        interleaved(sums)
+    }
+}
+
+/// Pairs of which the vectors are made of two rows of 32 bf16.
+pub struct PairedVectors;
+
+impl Compiled for PairedVectors {
+    const LEVEL: Level = Level::Avx512Bf16;
+}
+
+impl Reading for PairedVectors {
+    type Unit = Pairs;
+    const STEP: usize = 2 * PANEL * size_of::<bf16>();
+    const SPLIT: bool = true;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const f32, _step: usize) -> __m512 {
+        // SAFETY: passed on.
+        _mm512_set1_ps(unsafe { *at })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
+        // SAFETY: passed on; a row is 64 bytes.
+        let [first, second] =
+            unsafe { [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.wrapping_add(64).cast())] };
+        let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+        // Bits of the second argument where the first has ones, else of the third.
+        let even = _mm512_ternarylogic_epi32::<0xca>(upper, _mm512_slli_epi32::<16>(second), first);
+        let odd = _mm512_ternarylogic_epi32::<0xca>(upper, second, _mm512_srli_epi32::<16>(first));
+        let both = [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)];
+        let mut out = [both[0]; V];
+        out.iter_mut().zip(both).for_each(|(out, vector)| *out = vector);
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
+        interleaved(sums)
+    }
 }
 
 /// f32 elements.
@@ -57,9 +257,9 @@ macro_rules! unit_of_f32 {
             }
 
             #[inline(always)]
-            unsafe fn multiply_add(unit: f32, units: Self, sum: Self) -> Self {
+            unsafe fn multiply_add(a: Self, b: Self, sum: Self) -> Self {
                 // SAFETY: passed on.
-                unsafe { Self::set(unit).multiply_add(units, sum) }
+                unsafe { Wide::multiply_add(a, b, sum) }
             }
         }
     };
@@ -104,10 +304,10 @@ impl Unit for Pairs {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn multiply_add(unit: f32, units: __m512, sum: __m512) -> __m512 {
+    unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512 {
         // SAFETY: 16 units are 32 bf16.
-        let [unit, units] = unsafe { [_mm512_set1_ps(unit), units].map(|units| std::mem::transmute(units)) };
-        _mm512_dpbf16_ps(sum, unit, units)
+        let [a, b] = unsafe { [std::mem::transmute(a), std::mem::transmute(b)] };
+        _mm512_dpbf16_ps(sum, a, b)
     }
 }
 
@@ -257,8 +457,7 @@ impl Wide for __m512 {
     unsafe fn load_split(from: *const bf16) -> [Self; 2] {
         // SAFETY: passed on.
         let both = unsafe { _mm512_loadu_si512(from.cast()) };
-        let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+        [even_elements(both), odd_elements(both)]
     }
 
     #[inline]
@@ -270,9 +469,7 @@ impl Wide for __m512 {
         // Of each lane only the lowest four bits count.
         let first = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), levels);
         let second = _mm512_permutexvar_ps(codes, levels);
-        let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-        [_mm512_permutex2var_ps(first, low, second), _mm512_permutex2var_ps(first, high, second)]
+        interleaved([first, second])
     }
 
     #[inline]
