@@ -4,7 +4,7 @@
 use super::few::Element;
 use super::tile::{LINE, prefetch};
 use super::wide::{LANES, Wide, for_each_width};
-use super::{Level, PANEL, Panels, Shared, at_width, checked, in_shares, packed_len};
+use super::{Level, PANEL, Panels, Shared, at_width, checked, packed_len};
 use crate::ops::math::vectorize;
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
@@ -20,10 +20,16 @@ const SPARSE: usize = 8;
 
 /// Columns of dy that are listed together. More, and one after another would often be of the same row of dy, whose sums
 /// would wait for each other.
-const BLOCK: usize = 16;
+const BLOCK: usize = LANES;
 
 /// Elements of the list from what is read to what memory is asked for: of several rows of dy, they are some rows of W.
-const AHEAD: usize = 100;
+const AHEAD: usize = 64;
+
+/// Panels of W that an element of dy is multiplied by at a time.
+const TOGETHER: usize = 4;
+
+/// Shares of the work for each thread.
+const SHARES: usize = 3;
 
 /// The elements of a matrix that are not zero: of some columns those of all rows, then of the next. So the rows of W are read
 /// in their order, and each once for all tokens.
@@ -35,7 +41,7 @@ pub struct NonZeros {
 
 impl NonZeros {
     /// Those of `x`, if it is wide and they are few.
-    pub fn of(x: View<'_>) -> Option<Self> {
+    pub fn of(level: Level, x: View<'_>) -> Option<Self> {
         let few = |non_zero: usize, all: usize| non_zero * SPARSE <= all;
         let sample = || (0..x.rows).flat_map(|row| x.row(row).iter().step_by(WIDE / 8));
         let wide = x.cols >= WIDE && x.rows > 0 && [x.cols, x.rows].iter().all(|n| u32::try_from(*n).is_ok());
@@ -43,7 +49,8 @@ impl NonZeros {
             return None;
         }
         let blocks = x.cols.div_ceil(BLOCK);
-        let shares = (2 * rayon::current_num_threads()).min(blocks);
+        // The first tokens of a vocabulary are the likeliest: a tenth of the columns can have half of the elements.
+        let shares = (16 * rayon::current_num_threads()).min(blocks);
         let columns = |i: usize| i * blocks / shares * BLOCK..((i + 1) * blocks / shares * BLOCK).min(x.cols);
         let count = |i: usize| (0..x.rows).map(|row| count_non_zeros(&x.row(row)[columns(i)])).sum();
         let counts: Vec<usize> = (0..shares).into_par_iter().with_max_len(1).map(count).collect();
@@ -59,7 +66,10 @@ impl NonZeros {
             (part, rest) = rest.split_at_mut(count);
             parts.push((columns(i), part));
         }
-        parts.into_par_iter().with_max_len(1).for_each(|(columns, part)| write_non_zeros(x, columns, part));
+        parts.into_par_iter().with_max_len(1).for_each(|(columns, part)| {
+            // SAFETY: the level found the instructions.
+            unsafe { at_width!(level, write_non_zeros(x, columns.clone(), part)) };
+        });
         Some(Self { list, rows: x.rows })
     }
 
@@ -74,24 +84,22 @@ vectorize! {
     }
 }
 
-vectorize! {
-    /// Whether any of a few elements is not zero.
-    fn any(values: &[f32]) -> bool {
-        values.iter().fold(0, |any, v| any | v.to_bits() << 1) != 0
-    }
-}
-
-fn write_non_zeros(x: View<'_>, columns: Range<usize>, out: &mut [[f32; 3]]) {
-    let mut out = out.iter_mut();
-    for first in columns.clone().step_by(BLOCK) {
-        for row in 0..x.rows {
-            let values = &x.row(row)[first..(first + BLOCK).min(columns.end)];
-            if !any(values) {
-                continue;
-            }
-            for (col, value) in (first as u32..).zip(values).filter(|(_, v)| **v != 0.0) {
-                let Some(out) = out.next() else { return };
-                *out = [f32::from_bits(col), f32::from_bits(row as u32), *value];
+for_each_width! {
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn write_non_zeros<W: Wide>(x: View<'_>, columns: Range<usize>, out: &mut [[f32; 3]]) {
+        let mut out = out.iter_mut();
+        for first in columns.clone().step_by(BLOCK) {
+            for row in 0..x.rows {
+                let values = &x.row(row)[first..(first + BLOCK).min(columns.end)];
+                // SAFETY: what is not there is not read.
+                let mut places = unsafe { W::load_first(values.as_ptr(), values.len()).non_zeros() };
+                while places != 0 {
+                    let place = places.trailing_zeros() as usize;
+                    let Some(out) = out.next() else { return };
+                    *out = [f32::from_bits((first + place) as u32), f32::from_bits(row as u32), values[place]];
+                    places &= places - 1;
+                }
             }
         }
     }
@@ -129,22 +137,27 @@ fn sparse_backward_of<E: Element>(
         list.iter().all(|[row, token, _]| (row.to_bits() as usize) < rows && (token.to_bits() as usize) < tokens);
     let fit = w.len() == packed_len(rows, cols) && dx.cols == cols && dx.rows == tokens;
     assert!(fit && inside && cols > 0, "product: shapes do not fit");
-    let (dx_at, stride) = (checked(&dx), dx.stride);
+    let (dx_at, stride, of_panel) = (checked(&dx), dx.stride, rows * PANEL);
     let dx = Shared(dx.data.as_mut_ptr());
-    in_shares(cols.div_ceil(PANEL), |panels| {
-        let mut sums = Matrix::new(tokens, PANEL);
-        for panel in panels {
-            let w = w[panel * rows * PANEL..][..rows * PANEL].as_ptr();
-            let width = PANEL.min(cols - panel * PANEL);
+    let panels = cols.div_ceil(PANEL);
+    let shares = (SHARES * rayon::current_num_threads()).min(panels);
+    (0..shares).into_par_iter().with_max_len(1).for_each(|share| {
+        let mut sums = Matrix::new(tokens, TOGETHER * PANEL);
+        let range = share * panels / shares..(share + 1) * panels / shares;
+        for first in range.clone().step_by(TOGETHER) {
+            let count = TOGETHER.min(range.end - first);
+            let w = w[first * of_panel..(first + count) * of_panel].as_ptr();
             sums.zero();
             // SAFETY: `level` found the instructions before this is called; the assert bounds the rows of w and the tokens.
-            unsafe { at_width!(level, add<E>(w, list, sums.as_mut_ptr())) };
-            for (token, sums) in sums.as_chunks::<PANEL>().0.iter().enumerate() {
-                for i in 0..width {
-                    let sum = sums[if E::SPLIT { i / 2 + i % 2 * LANES } else { i }];
+            unsafe { at_width!(level, add_panels<E>(count, (w, of_panel), list, sums.as_mut_ptr())) };
+            for token in 0..tokens {
+                let sums = &sums[token * count * PANEL..][..count * PANEL];
+                for i in 0..(count * PANEL).min(cols - first * PANEL) {
+                    let lane = i % PANEL;
+                    let sum = sums[i - lane + if E::SPLIT { lane / 2 + lane % 2 * LANES } else { lane }];
                     // SAFETY: the assert bounds the elements of dx; each panel's columns are in one share.
                     unsafe {
-                        let to = dx.at(dx_at + token * stride + panel * PANEL + i);
+                        let to = dx.at(dx_at + token * stride + first * PANEL + i);
                         *to = if accumulate { *to + sum } else { sum };
                     }
                 }
@@ -154,25 +167,49 @@ fn sparse_backward_of<E: Element>(
 }
 
 for_each_width! {
-    /// Adds rows of a panel, times factors, to sums of tokens: two halves each, as [`Element::halves`] gives them.
+    /// `add` for so many panels.
     ///
     /// # Safety
-    /// `w` is a panel that has these rows, and `sums` 32 of each token; the processor has the instructions.
-    unsafe fn add<W: Wide, E: Element>(w: *const E, list: &[[f32; 3]], sums: *mut f32) {
+    /// As for `add`.
+    unsafe fn add_panels<W: Wide, E: Element>(count: usize, w: (*const E, usize), list: &[[f32; 3]], sums: *mut f32) {
+        // SAFETY: passed on.
+        unsafe {
+            match count {
+                1 => add::<W, E, 1>(w, list, sums),
+                2 => add::<W, E, 2>(w, list, sums),
+                3 => add::<W, E, 3>(w, list, sums),
+                _ => add::<W, E, TOGETHER>(w, list, sums),
+            }
+        }
+    }
+}
+
+for_each_width! {
+    /// Adds rows of `P` panels, times factors, to sums of tokens: two halves of each panel, as [`Element::halves`] gives them.
+    ///
+    /// # Safety
+    /// `w` is the first of panels so far apart that have these rows, and `sums` has 32 for each panel of each token; the
+    /// processor has the instructions.
+    unsafe fn add<W: Wide, E: Element; const P: usize>(w: (*const E, usize), list: &[[f32; 3]], sums: *mut f32) {
         for (at, [row, token, factor]) in list.iter().enumerate() {
-            let from = |row: f32| w.wrapping_add(row.to_bits() as usize * PANEL);
+            let from = |row: f32, panel: usize| w.0.wrapping_add(row.to_bits() as usize * PANEL + panel * w.1);
             if let Some([row, ..]) = list.get(at + AHEAD) {
-                for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
-                    prefetch::<_MM_HINT_T0>(from(*row).cast::<i8>().wrapping_add(line));
+                for panel in 0..P {
+                    for line in (0..PANEL * size_of::<E>()).step_by(LINE) {
+                        prefetch::<_MM_HINT_T0>(from(*row, panel).cast::<i8>().wrapping_add(line));
+                    }
                 }
             }
             // SAFETY: passed on.
             unsafe {
-                let halves: [W; 2] = E::halves(from(*row));
-                let to = sums.add(token.to_bits() as usize * PANEL);
-                for (half, w) in halves.into_iter().enumerate() {
-                    let to = to.add(half * LANES);
-                    W::set(*factor).multiply_add(w, W::load(to)).store(to);
+                let factor = W::set(*factor);
+                for panel in 0..P {
+                    let halves: [W; 2] = E::halves(from(*row, panel));
+                    let to = sums.add((token.to_bits() as usize * P + panel) * PANEL);
+                    for (half, w) in halves.into_iter().enumerate() {
+                        let to = to.add(half * LANES);
+                        factor.multiply_add(w, W::load(to)).store(to);
+                    }
                 }
             }
         }
@@ -192,7 +229,7 @@ mod tests {
         (dy[7], dy[8]) = (2.0, -0.0);
         dy[rows + rows - 1] = f32::NAN;
         dy[2 * rows + 64] = f32::INFINITY;
-        let non_zeros = NonZeros::of(View::of(&dy, t, rows)).unwrap();
+        let non_zeros = NonZeros::of(level, View::of(&dy, t, rows)).unwrap();
         assert_eq!(non_zeros.list().len(), 3);
         let w = vec![1.0; packed_len(rows, cols)];
         let mut dx = vec![1.0; t * cols];

@@ -245,6 +245,13 @@ impl Wide for Halves {
 
     #[inline]
     #[target_feature(enable = "avx2")]
+    unsafe fn non_zeros(self) -> u16 {
+        let bits = |eight| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(eight, _mm256_setzero_ps())) as u16;
+        bits(self.0) | bits(self.1) << 8
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn transpose(block: &mut [Self; LANES]) {
         let mut parts = [[_mm256_setzero_ps(); 8]; 4];
         for i in 0..8 {

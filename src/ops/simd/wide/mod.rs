@@ -347,6 +347,8 @@ pub trait Wide: Copy + Compiled {
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
     /// Of all elements.
     unsafe fn sum(self) -> f32;
+    /// A bit for each that is not zero, the first lowest.
+    unsafe fn non_zeros(self) -> u16;
     /// Transposes 16 x 16 units.
     unsafe fn transpose(block: &mut [Self; LANES]);
 }
@@ -508,6 +510,12 @@ impl Wide for __m512 {
     #[target_feature(enable = "avx512f")]
     unsafe fn sum(self) -> f32 {
         _mm512_reduce_add_ps(self)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn non_zeros(self) -> u16 {
+        _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(self, _mm512_setzero_ps())
     }
 
     #[inline]
