@@ -1,11 +1,12 @@
-//! Products of small f32 matrices with any strides, as attention and adapters have them: everything is read where it lies,
-//! but for a right side that is transposed, which is laid out in panels first.
+//! Products of small matrices with any strides, as attention and adapters have them. f32 is read where it lies, but for a
+//! right side that is transposed, which is laid out in panels first; pairs of bf16 are made of both sides.
 
 use super::forward::token_panels;
 use super::tile::{MOST_ROWS, Sums, heights, of_height, prefetch};
-use super::wide::{LANES, Wide, for_each_width};
+use super::wide::{LANES, Pairs, Unit, Wide, for_each_width};
 use super::{Level, PANEL, at_width, in_shares};
 use crate::ops::matmul::{Side, Threads, ViewMut};
+use crate::ops::matrix::{Matrix, View};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -22,7 +23,7 @@ pub fn is_small(k: usize, n: usize) -> bool {
     k * n <= RIGHT
 }
 
-/// A product `y = alpha a b`: where its sides are, in elements.
+/// A product `y = alpha a b`: where its sides are, in units.
 struct Small {
     n: usize,
     k: usize,
@@ -86,17 +87,93 @@ pub unsafe fn small(
     }
 }
 
+/// The same with both sides rounded to bf16, on this thread.
+///
+/// # Safety
+/// The shapes fit, none is empty, every element of the three views is inside its data, and the processor has `vdpbf16ps`.
+pub unsafe fn small_pairs(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
+    let (m, n) = (dst.rows, dst.cols);
+    // SAFETY: passed on; what is packed has all that is read.
+    unsafe {
+        let (a, a_row, a_col) = match lhs {
+            Side::N(v) => {
+                let a = pairs_of_rows(v);
+                let units = a.cols();
+                (a, units, 1)
+            }
+            Side::T(v) => {
+                let a = paired_rows(v);
+                let columns = a.cols();
+                (a, 1, columns)
+            }
+        };
+        let k = if a_col == 1 { a_row } else { a.rows() };
+        let (b, b_row, b_panel) = match rhs {
+            Side::N(v) => {
+                let b = paired_rows(v);
+                let columns = b.cols();
+                (b, columns, PANEL)
+            }
+            Side::T(v) => (token_panels::<Pairs>(Threads::One, v), PANEL, k * PANEL),
+        };
+        let y = dst.data.as_mut_ptr().wrapping_add(dst.offset);
+        let (a, b) = (a.as_ptr(), b.as_ptr());
+        let job = Small { n, k, a, a_row, a_col, b, b_row, b_panel, y, y_row: dst.stride, alpha, accumulate };
+        run::<Pairs>(&job, 0..m, 0..n.div_ceil(PANEL));
+    }
+}
+
+/// Pairs of neighbours in each row.
+///
+/// # Safety
+/// The processor has `vdpbf16ps`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn pairs_of_rows(x: View<'_>) -> Matrix {
+    let mut out = Matrix::new(x.rows, x.cols.div_ceil(2));
+    let units = out.cols();
+    for (row, out) in out.chunks_exact_mut(units).enumerate() {
+        for (out, values) in out.chunks_mut(LANES).zip(x.row(row).chunks(2 * LANES)) {
+            // SAFETY: passed on; only what is there is written.
+            unsafe { Pairs::of(values).store_first(out.as_mut_ptr(), out.len()) };
+        }
+    }
+    out
+}
+
+/// Pairs of two rows' elements of one column, two rows after the other.
+///
+/// # Safety
+/// The processor has `vdpbf16ps`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn paired_rows(x: View<'_>) -> Matrix {
+    let mut out = Matrix::new(x.rows.div_ceil(2), x.cols);
+    for (i, out) in out.chunks_exact_mut(x.cols).enumerate() {
+        let first = x.row(2 * i);
+        let second = if 2 * i + 1 < x.rows { x.row(2 * i + 1) } else { &[] };
+        for (at, out) in out.chunks_mut(LANES).enumerate() {
+            let part = |row: &[f32]| {
+                let rest = row.get(at * LANES..).unwrap_or_default();
+                // SAFETY: passed on; only what is there is read.
+                unsafe { Wide::load_first(rest.as_ptr(), rest.len().min(LANES)) }
+            };
+            // SAFETY: passed on; only what is there is written.
+            unsafe { Pairs::of_two(part(first), part(second)).store_first(out.as_mut_ptr(), out.len()) };
+        }
+    }
+    out
+}
+
 for_each_width! {
     /// Some rows of y, in some panels of columns.
     ///
     /// # Safety
     /// See `small`.
-    unsafe fn run<W: Wide>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
+    unsafe fn run<U: Unit>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
         for panel in panels {
             let mut row = rows.start;
-            for height in heights::<W>(rows.len()) {
+            for height in heights::<U::Wide>(rows.len()) {
                 // SAFETY: the rows and columns are inside y.
-                unsafe { of_height!(W, height, tile as unsafe fn(&Small, usize, usize))(job, row, panel) };
+                unsafe { of_height!(U, height, tile as unsafe fn(&Small, usize, usize))(job, row, panel) };
                 row += height;
             }
         }
@@ -108,18 +185,18 @@ for_each_width! {
     ///
     /// # Safety
     /// As for `run`.
-    unsafe fn tile<W: Wide; const R: usize>(job: &Small, row: usize, panel: usize) {
+    unsafe fn tile<U: Unit; const R: usize>(job: &Small, row: usize, panel: usize) {
         let end = job.n.min((panel + 1) * PANEL);
-        for column in (panel * PANEL..end).step_by(W::BESIDE * LANES) {
+        for column in (panel * PANEL..end).step_by(<U::Wide>::BESIDE * LANES) {
             let b = job.b.wrapping_add(panel * job.b_panel + column % PANEL);
             let at = Place { row, column, columns: end - column, b };
             // SAFETY: passed on; rows side by side have addresses that are known beforehand.
             unsafe {
-                match (W::BESIDE > 1 && at.columns > LANES, job.a_row == 1) {
-                    (true, true) => job.store(&at, &job.sums::<W, R, 2, true>(&at)),
-                    (true, false) => job.store(&at, &job.sums::<W, R, 2, false>(&at)),
-                    (false, true) => job.store(&at, &job.sums::<W, R, 1, true>(&at)),
-                    (false, false) => job.store(&at, &job.sums::<W, R, 1, false>(&at)),
+                match (<U::Wide>::BESIDE > 1 && at.columns > LANES, job.a_row == 1) {
+                    (true, true) => job.store(&at, &job.sums::<U, R, 2, true>(&at)),
+                    (true, false) => job.store(&at, &job.sums::<U, R, 2, false>(&at)),
+                    (false, true) => job.store(&at, &job.sums::<U, R, 1, true>(&at)),
+                    (false, false) => job.store(&at, &job.sums::<U, R, 1, false>(&at)),
                 }
             }
         }
@@ -139,12 +216,15 @@ impl Small {
     /// # Safety
     /// As for `run`; `BESIDE`: the rows of a are elements side by side.
     #[inline(always)]
-    unsafe fn sums<W: Wide, const R: usize, const V: usize, const BESIDE: bool>(&self, at: &Place) -> Sums<W, R, V> {
+    unsafe fn sums<U: Unit, const R: usize, const V: usize, const BESIDE: bool>(
+        &self,
+        at: &Place,
+    ) -> Sums<U::Wide, R, V> {
         let (a_row, a_col) = if BESIDE { (1, self.a_col) } else { (self.a_row, 1) };
         let (mut a, mut b) = (self.a.wrapping_add(at.row * a_row), at.b);
         // SAFETY: both are inside their views; of a row only what is there is read.
         unsafe {
-            let mut sums = [[W::zero(); V]; R];
+            let mut sums = [[<U::Wide>::zero(); V]; R];
             for _ in 0..self.k {
                 if R <= NARROW {
                     for v in 0..V {
@@ -152,13 +232,13 @@ impl Small {
                         prefetch::<_MM_HINT_T0>(ahead.cast());
                     }
                 }
-                let vectors: [W; V] = std::array::from_fn(|v| {
-                    W::load_first(b.wrapping_add(v * LANES), at.columns.saturating_sub(v * LANES))
+                let vectors: [U::Wide; V] = std::array::from_fn(|v| {
+                    Wide::load_first(b.wrapping_add(v * LANES), at.columns.saturating_sub(v * LANES))
                 });
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let a = W::set(*a.wrapping_add(row * a_row));
+                    let a = Wide::set(*a.wrapping_add(row * a_row));
                     for v in 0..V {
-                        sums[v] = a.multiply_add(vectors[v], sums[v]);
+                        sums[v] = U::multiply_add(a, vectors[v], sums[v]);
                     }
                 }
                 (a, b) = (a.wrapping_add(a_col), b.wrapping_add(self.b_row));

@@ -275,6 +275,31 @@ impl Compiled for Pairs {
     const LEVEL: Level = Level::Avx512Bf16;
 }
 
+impl Pairs {
+    /// Sixteen of which the first elements are those of `first`, rounded to nearest even, the second those of `second`.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn of_two(first: __m512, second: __m512) -> __m512 {
+        static TURNS: [u16; 32] = {
+            let mut turns = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                turns[i] = (i / 2 + i % 2 * 16) as u16;
+                i += 1;
+            }
+            turns
+        };
+        // SAFETY: both have 64 bytes.
+        unsafe {
+            let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_loadu_si512(TURNS.as_ptr().cast()), both))
+        }
+    }
+}
+
 impl Unit for Pairs {
     type Wide = __m512;
     const ELEMENTS: usize = 2;
