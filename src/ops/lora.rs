@@ -9,8 +9,8 @@
 
 use super::device::{Arg, COUNTERS, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::math::vectorize;
-use super::matmul::{Side, Threads, matmul};
-use super::matrix::{Matrix, rows_per_task};
+use super::matmul::{Side, Threads, ViewMut, matmul, transposed};
+use super::matrix::{Matrix, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -64,6 +64,13 @@ impl Dropout {
         out.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(i, (out, x))| {
             drop_some(*self, (i * chunk) as u32, x, out, accumulate);
         });
+    }
+
+    /// `drop(x)` of some rows, of which the first element is number `first`.
+    fn of_some(&self, first: usize, rows: usize, x: &[f32]) -> Matrix {
+        let mut out = Matrix::new(rows, x.len() / rows);
+        drop_some(*self, first as u32, x, &mut out, false);
+        out
     }
 
     /// `drop(x)`.
@@ -159,6 +166,10 @@ impl Update<'_> {
     #[must_use]
     pub fn forward(&self, x: &Matrix, y: &mut Matrix) -> Matrix {
         let mut h = x.new_like(x.rows(), self.pairs.ranks);
+        if x.place().is_none() {
+            self.forward_on_host(x, &mut h, y);
+            return h;
+        }
         if let Some(fused) = self.fused(x, y) {
             fused.forward(x, &h, y);
             return h;
@@ -180,6 +191,9 @@ impl Update<'_> {
     /// `dy`: (T, out); `h`: (T, R), of the forward; `x`, `dx`: (T, in); `grads`: as the parameters, in f32.
     pub fn backward(&self, dy: &Matrix, h: &Matrix, x: &Matrix, grads: &mut Matrix, dx: Option<&mut Matrix>) {
         let mut dh = h.new_like(h.rows(), h.cols());
+        if x.place().is_none() {
+            return self.backward_on_host(dy, h, &mut dh, x, grads, dx);
+        }
         if let Some(fused) = self.fused(x, dy) {
             return fused.backward(dy, h, &dh, x, grads, dx);
         }
@@ -205,6 +219,84 @@ impl Update<'_> {
                 }
             }
         }
+    }
+
+    /// Each thread takes some tokens through dropout and both products, while they are near.
+    fn forward_on_host(&self, x: &Matrix, h: &mut Matrix, y: &mut Matrix) {
+        let (inputs, outputs, ranks, task) = (x.cols(), y.cols(), self.pairs.ranks, rows_per_task(x.rows()));
+        let a = transposed(self.parameters.part(self.pairs.a.clone(), inputs));
+        let b = |pair: &Pair| transposed(self.parameters.part(pair.b.clone(), pair.rank.len()));
+        let b: Vec<Matrix> = self.pairs.list.iter().map(b).collect();
+        let tasks = h.par_chunks_mut(task * ranks).zip(y.par_chunks_mut(task * outputs));
+        tasks.zip(x.par_chunks(task * inputs)).enumerate().for_each(|(i, ((h, y), x))| {
+            let rows = h.len() / ranks;
+            let dropped = self.dropout.map(|dropout| dropout.of_some(i * task * inputs, rows, x));
+            let x = dropped.as_ref().map_or(View::of(x, rows, inputs), Matrix::view);
+            matmul(Threads::One, ViewMut::of(h, rows, ranks), false, 1.0, Side::N(x), Side::N(a.view()));
+            let h = View::of(h, rows, ranks);
+            for (pair, b) in self.pairs.list.iter().zip(&b) {
+                let y = ViewMut::columns(y, outputs, pair.columns.clone());
+                matmul(Threads::One, y, true, pair.scale, Side::N(h.slice_cols(pair.rank.clone())), Side::N(b.view()));
+            }
+        });
+    }
+
+    fn backward_on_host(
+        &self,
+        dy: &Matrix,
+        h: &Matrix,
+        dh: &mut Matrix,
+        x: &Matrix,
+        grads: &mut Matrix,
+        dx: Option<&mut Matrix>,
+    ) {
+        let (inputs, outputs, ranks, task) = (x.cols(), dy.cols(), self.pairs.ranks, rows_per_task(x.rows()));
+        let mut dropped = self.dropout.map(|_| Matrix::new(x.rows(), inputs));
+        let tasks = {
+            let mut dropped = dropped.as_mut().map(|dropped| dropped.chunks_mut(task * inputs));
+            let mut dx = dx.map(|dx| dx.chunks_mut(task * inputs));
+            let mut next = || (dropped.as_mut().and_then(Iterator::next), dx.as_mut().and_then(Iterator::next));
+            dh.chunks_mut(task * ranks).map(|dh| (dh, next())).collect::<Vec<_>>()
+        };
+        let sides = dy.par_chunks(task * outputs).zip(x.par_chunks(task * inputs));
+        tasks.into_par_iter().with_max_len(1).zip(sides).enumerate().for_each(|(i, ((dh, (dropped, dx)), (dy, x)))| {
+            let rows = dh.len() / ranks;
+            for pair in &self.pairs.list {
+                let dy = View::of(dy, rows, outputs).slice_cols(pair.columns.clone());
+                let b = self.parameters.part(pair.b.clone(), pair.rank.len());
+                let dh = ViewMut::columns(dh, ranks, pair.rank.clone());
+                matmul(Threads::One, dh, false, pair.scale, Side::N(dy), Side::N(b));
+            }
+            let first = (i * task * inputs) as u32;
+            if let (Some(dropout), Some(dropped)) = (self.dropout, dropped) {
+                drop_some(dropout, first, x, dropped, false);
+            }
+            let Some(dx) = dx else { return };
+            let (dh, a) = (View::of(dh, rows, ranks), self.parameters.part(self.pairs.a.clone(), inputs));
+            match self.dropout {
+                None => matmul(Threads::One, ViewMut::of(dx, rows, inputs), true, 1.0, Side::N(dh), Side::N(a)),
+                Some(dropout) => {
+                    let mut d = Matrix::new(rows, inputs);
+                    matmul(Threads::One, d.view_mut(), false, 1.0, Side::N(dh), Side::N(a));
+                    drop_some(dropout, first, &d, dx, true);
+                }
+            }
+        });
+        let (dh, x) = (dh.view(), dropped.as_ref().unwrap_or(x).view());
+        let (of_a, of_b) = grads.split_at_mut(self.pairs.a.end);
+        let da = ViewMut::of(&mut of_a[self.pairs.a.clone()], ranks, inputs);
+        rayon::join(
+            || matmul(Threads::All, da, true, 1.0, Side::T(dh), Side::N(x)),
+            || {
+                for pair in &self.pairs.list {
+                    let rank = pair.rank.clone();
+                    let b = pair.b.start - self.pairs.a.end..pair.b.end - self.pairs.a.end;
+                    let db = ViewMut::of(&mut of_b[b], pair.columns.len(), rank.len());
+                    let dy = dy.columns(pair.columns.clone());
+                    matmul(Threads::All, db, true, pair.scale, Side::T(dy), Side::N(h.columns(rank)));
+                }
+            },
+        );
     }
 
     /// The kernels for these matrices, where they serve.

@@ -11,7 +11,7 @@ mod spans;
 pub use spans::{Span, Spans};
 
 use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
-use super::matmul::{Side, Threads, ViewMut, matmul, matmul_rounded};
+use super::matmul::{Side, Threads, ViewMut, matmul, matmul_rounded, transposed};
 use super::matrix::{Matrix, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -311,7 +311,7 @@ impl Attention {
         // Those of a group serve all its query heads.
         let turned: Vec<[Matrix; 2]> = kinds(self.n_query_groups)
             .par_iter()
-            .map(|(span, head)| [k, v].map(|view| transposed(self.head(view, *head), &spans[*span])))
+            .map(|(span, head)| [k, v].map(|view| turned(self.head(view, *head), &spans[*span])))
             .collect();
         let parts: Vec<[Matrix; 3]> = kinds(self.n_head)
             .par_iter()
@@ -401,13 +401,16 @@ impl Attention {
 }
 
 /// The keys of a span, or its values, a channel a row.
-fn transposed(x: View<'_>, span: &Span) -> Matrix {
-    let keys = span.keys();
-    let mut out = Matrix::new(x.cols, keys);
-    for (key, row) in span.rows(0..keys).flatten().enumerate() {
-        x.row(row).iter().enumerate().for_each(|(col, v)| out[col * keys + key] = *v);
+fn turned(x: View<'_>, span: &Span) -> Matrix {
+    let mut pieces = span.rows(0..span.keys());
+    match (pieces.next(), pieces.next()) {
+        (Some(rows), None) => transposed(x.slice_rows(rows)),
+        (first, second) => {
+            let rows = first.into_iter().chain(second).flatten();
+            let whole: Vec<f32> = rows.flat_map(|row| x.row(row)).copied().collect();
+            transposed(View::of(&whole, span.keys(), x.cols))
+        }
     }
-    out
 }
 
 vectorize! {
