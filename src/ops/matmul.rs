@@ -3,6 +3,8 @@
 #![allow(unsafe_code)] // the gemm crate takes raw pointers
 
 use super::device::{Buffer, Dtype, Operand, Product};
+#[cfg(target_arch = "x86_64")]
+use super::simd;
 use super::{Matrix, View};
 
 /// Who computes a product.
@@ -115,8 +117,8 @@ pub fn transposed(x: View<'_>) -> Matrix {
     assert!(fits(x.data.len(), x.offset, x.rows, x.cols, x.stride), "transposed: the view leaves its data");
     let mut out = Matrix::new(x.cols, x.rows);
     #[cfg(target_arch = "x86_64")]
-    if let Some(level) = super::simd::level() {
-        super::simd::transpose(level, x, &mut out);
+    if let Some(level) = simd::level() {
+        simd::transpose(level, x, &mut out);
         return out;
     }
     for row in 0..x.rows {
@@ -125,21 +127,111 @@ pub fn transposed(x: View<'_>) -> Matrix {
     out
 }
 
-/// As [`matmul`] on the calling thread, with both sides rounded to bf16 where the processor is faster with it.
+/// A left side of several products on the calling thread, on the host.
+#[derive(Debug)]
+pub enum Left<'a> {
+    /// In f32.
+    Plain(Side<'a>),
+    /// Rounded to bf16 by each product.
+    #[cfg(target_arch = "x86_64")]
+    Rounding(Side<'a>),
+    /// Rounded to bf16.
+    #[cfg(target_arch = "x86_64")]
+    Pairs(simd::PairsLeft),
+}
+
+/// A right side of several products on the calling thread, on the host.
+#[derive(Debug)]
+pub enum Right<'a> {
+    /// In f32.
+    Plain(Side<'a>),
+    /// In f32, laid out for the processor.
+    #[cfg(target_arch = "x86_64")]
+    Panels(simd::Panelled),
+    /// Rounded to bf16 by each product.
+    #[cfg(target_arch = "x86_64")]
+    Rounding(Side<'a>),
+    /// Rounded to bf16.
+    #[cfg(target_arch = "x86_64")]
+    Pairs(simd::PairsRight),
+}
+
+impl<'a> Left<'a> {
+    /// A side, rounded to bf16 where it may be and the processor is faster with that.
+    #[must_use]
+    pub fn of(side: Side<'a>, rounded: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if rounded {
+            if let Some(pairs) = simd::PairsLeft::of(side) {
+                return Self::Pairs(pairs);
+            }
+            if simd::rounds() {
+                return Self::Rounding(side);
+            }
+        }
+        Self::Plain(side)
+    }
+}
+
+impl<'a> Right<'a> {
+    /// A side, rounded to bf16 where it may be and the processor is faster with that.
+    #[must_use]
+    pub fn of(side: Side<'a>, rounded: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(pairs) = rounded.then(|| simd::PairsRight::of(side)).flatten() {
+                return Self::Pairs(pairs);
+            }
+            if rounded && simd::rounds() {
+                return Self::Rounding(side);
+            }
+            if let (Side::T(view), Some(level)) = (side, simd::level()) {
+                return Self::Panels(simd::Panelled::of(level, view));
+            }
+        }
+        Self::Plain(side)
+    }
+}
+
+/// The first `rows` and `cols` of a side.
+fn first(side: Side<'_>, rows: usize, cols: usize) -> Side<'_> {
+    match side {
+        Side::N(v) => Side::N(v.slice_rows(0..rows).slice_cols(0..cols)),
+        Side::T(v) => Side::T(v.slice_rows(0..cols).slice_cols(0..rows)),
+    }
+}
+
+/// `dst = alpha · lhs · rhs`, added to `dst` where `accumulate`, on the calling thread, with the first rows and columns of `rhs`
+/// that this takes.
 ///
 /// # Panics
-/// As [`matmul`], and when one of the shapes is empty.
-pub fn matmul_rounded(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
-    #[cfg(target_arch = "x86_64")]
-    if dst.place.is_none() && super::simd::rounds() {
-        let ((m, k, ..), (k2, n, ..)) = (lhs.shape(), rhs.shape());
-        assert!(dst.rows == m && dst.cols == n && k == k2, "matmul: shapes do not fit");
-        assert!(m > 0 && n > 0 && k > 0, "matmul: nothing to multiply");
-        check_bounds(&dst, [&lhs, &rhs]);
-        // SAFETY: every element of the three views lies inside its data.
-        return unsafe { super::simd::rounded(dst, accumulate, alpha, lhs, rhs) };
+/// As [`matmul`], when only one side is rounded, and when a rounded product has nothing to multiply.
+pub fn matmul_by(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: &Left<'_>, rhs: &Right<'_>) {
+    let cols = dst.cols;
+    match (lhs, rhs) {
+        (Left::Plain(lhs), Right::Plain(rhs)) => {
+            matmul(Threads::One, dst, accumulate, alpha, *lhs, first(*rhs, lhs.shape().1, cols));
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Left::Plain(lhs), Right::Panels(rhs)) => {
+            check_bounds(&dst, [lhs, lhs]);
+            // SAFETY: `fits` checked that every element of both views lies inside its data.
+            unsafe { rhs.product(dst, accumulate, alpha, *lhs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Left::Pairs(lhs), Right::Pairs(rhs)) => simd::product_of_pairs(dst, accumulate, alpha, lhs, rhs),
+        #[cfg(target_arch = "x86_64")]
+        (Left::Rounding(lhs), Right::Rounding(rhs)) => {
+            let (m, k, ..) = lhs.shape();
+            let rhs = first(*rhs, k, cols);
+            assert!(dst.rows == m && m > 0 && cols > 0 && k > 0, "matmul: shapes do not fit");
+            check_bounds(&dst, [lhs, &rhs]);
+            // SAFETY: every element of the three views lies inside its data.
+            unsafe { simd::rounded(dst, accumulate, alpha, *lhs, rhs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        _ => unreachable!("both sides are rounded or neither"),
     }
-    matmul(Threads::One, dst, accumulate, alpha, lhs, rhs);
 }
 
 /// `dst = alpha · lhs · rhs`, added to `dst` where `accumulate`.
@@ -164,9 +256,9 @@ pub fn matmul(threads: Threads, dst: ViewMut<'_>, accumulate: bool, alpha: f32, 
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if let Some(level) = super::simd::level().filter(|_| super::simd::is_small(k, n)) {
+    if let Some(level) = simd::level().filter(|_| simd::is_small(k, n)) {
         // SAFETY: `fits` checked that every element of the three views lies inside its data.
-        return unsafe { super::simd::small(level, threads, dst, accumulate, alpha, lhs, rhs) };
+        return unsafe { simd::small(level, threads, dst, accumulate, alpha, lhs, rhs) };
     }
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
@@ -237,9 +329,10 @@ mod tests {
             for lhs in [Side::N(View::of(&a, m, k)), Side::T(View::of(&at, k, m))] {
                 for rhs in [Side::N(View::of(&b, k, n)), Side::T(View::of(&bt, n, k))] {
                     let mut y = vec![1.0; m * n];
-                    matmul_rounded(ViewMut::of(&mut y, m, n), true, 0.5, lhs, rhs);
+                    let (lhs, rhs) = (Left::of(lhs, true), Right::of(rhs, true));
+                    matmul_by(ViewMut::of(&mut y, m, n), true, 0.5, &lhs, &rhs);
                     assert_close(&y, &want, 1e-5);
-                    matmul_rounded(ViewMut::of(&mut y, m, n), false, 0.5, lhs, rhs);
+                    matmul_by(ViewMut::of(&mut y, m, n), false, 0.5, &lhs, &rhs);
                     y.iter_mut().for_each(|v| *v += 1.0);
                     assert_close(&y, &want, 1e-5);
                 }

@@ -6,14 +6,12 @@
 //! the probabilities `p` of a block again: `dv = pᵀ do`, `ds = p (do vᵀ - sum(o do)) cap'`, `dq = s ds k`, `dk = s dsᵀ q`.
 
 mod device;
+mod host;
 mod spans;
 
 pub use spans::{Span, Spans};
 
-use super::math::{dot, exp, exp_sum, max, soft_cap, vectorize};
-use super::matmul::{Side, Threads, ViewMut, matmul, matmul_rounded, transposed};
-use super::matrix::{Matrix, View, rows_per_task};
-use rayon::prelude::*;
+use super::matrix::{Matrix, View};
 use std::ops::Range;
 
 /// Rows of queries that are worked on together.
@@ -34,9 +32,6 @@ const ROUNDED: usize = 16;
 
 /// Elements of keys that are worked on together, so that they stay in the second-level cache.
 const KEYS: usize = 128 << 10;
-
-/// Scores of a row are worked on so many at a time, with none left over.
-const LANES: usize = 16;
 
 /// Log-sum-exp of no scores.
 const NOTHING: f32 = f32::MIN;
@@ -96,67 +91,6 @@ impl Block {
     }
 }
 
-/// A block of some query heads that have their keys in common.
-struct Work<'a> {
-    span: &'a Span,
-    block: Block,
-    heads: Range<usize>,
-}
-
-/// Attention over some keys.
-struct Part {
-    /// Each head's rows after those of the one before.
-    o: Matrix,
-    lse: Vec<f32>,
-}
-
-impl Part {
-    /// Makes it the attention over the keys of both.
-    fn add(&mut self, other: &Self) {
-        let cols = self.o.cols();
-        let rows = self.o.chunks_exact_mut(cols).zip(&mut self.lse);
-        rows.zip(other.o.chunks_exact(cols).zip(&other.lse)).for_each(|(row, other)| combine(row, other));
-    }
-}
-
-/// Makes a row of attention and its log-sum-exp those over the keys of both.
-fn combine((o, lse): (&mut [f32], &mut f32), (other, other_lse): (&[f32], &f32)) {
-    if *lse == NOTHING {
-        o.copy_from_slice(other);
-        *lse = *other_lse;
-        return;
-    }
-    let larger = lse.max(*other_lse);
-    let total = larger + ((*lse - larger).exp() + (*other_lse - larger).exp()).ln();
-    let [share, other_share] = [*lse, *other_lse].map(|lse| (lse - total).exp());
-    o.iter_mut().zip(other).for_each(|(o, other)| *o = *o * share + other * other_share);
-    *lse = total;
-}
-
-/// The products of a block, on the calling thread.
-#[derive(Debug, Clone, Copy)]
-struct Products {
-    /// Whether both sides may be rounded to bf16.
-    bf16: bool,
-}
-
-impl Products {
-    /// `y = alpha · lhs · rhs`, added to `y` where `accumulate`.
-    fn product(self, y: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
-        if self.bf16 {
-            return matmul_rounded(y, accumulate, alpha, lhs, rhs);
-        }
-        matmul(Threads::One, y, accumulate, alpha, lhs, rhs);
-    }
-
-    /// `scale · a b` for the rows and `keys` keys of a block, in rows of whole lanes. Entries outside `seen` mean nothing.
-    fn scores(self, scale: f32, a: View<'_>, b: Side<'_>, keys: usize) -> Matrix {
-        let mut s = Matrix::new(a.rows, keys.next_multiple_of(LANES));
-        self.product(s.columns_mut(0..keys), false, scale, Side::N(a), b);
-        s
-    }
-}
-
 impl Attention {
     /// Columns of all query heads.
     fn q_cols(&self) -> usize {
@@ -189,20 +123,6 @@ impl Attention {
         head / (self.n_head / self.n_query_groups)
     }
 
-    /// How products of a block are computed, in the forward as in the backward.
-    fn products(&self, block: &Block) -> Products {
-        Products { bf16: self.bf16 && block.rows.len() >= ROUNDED }
-    }
-
-    /// Scaled and capped scores of a block, as `Products::scores` gives them.
-    fn scores(&self, by: Products, q: View<'_>, k: Side<'_>, keys: usize) -> Matrix {
-        let mut s = by.scores(self.scale, q, k, keys);
-        if let Some(cap) = self.softcap {
-            soft_cap(&mut s, cap);
-        }
-        s
-    }
-
     /// Attention of every query row.
     ///
     /// # Shapes
@@ -212,86 +132,7 @@ impl Attention {
         if let Some((buffer, dtype)) = q.place {
             return self.forward_on((buffer.device(), dtype), [q, k, v], spans);
         }
-        let work: Vec<Work<'_>> = spans.iter().flat_map(|span| self.work(span)).collect();
-        let parts: Vec<Part> = work.par_iter().with_max_len(1).map(|work| self.forward_part([q, k, v], work)).collect();
-        // The parts of a row follow one another.
-        let mut of_row = vec![0..0; q.rows];
-        for (at, Work { block, .. }) in work.iter().enumerate() {
-            for parts in &mut of_row[block.rows.clone()] {
-                *parts = if parts.end == 0 { at } else { parts.start }..at + 1;
-            }
-        }
-        let hs = self.head_size;
-        let (mut o, mut of_rows) = (Matrix::new(q.rows, self.q_cols()), Matrix::new(q.rows, self.n_head));
-        of_rows.fill(NOTHING);
-        let rows = o.par_chunks_exact_mut(self.q_cols()).zip(of_rows.par_chunks_exact_mut(self.n_head));
-        rows.with_min_len(rows_per_task(q.rows)).enumerate().for_each(|(row, (o, lse))| {
-            for at in of_row[row].clone() {
-                let (Work { block, heads, .. }, part) = (&work[at], &parts[at]);
-                for (i, head) in heads.clone().enumerate() {
-                    let from = i * block.rows.len() + row - block.rows.start;
-                    combine((&mut o[head * hs..][..hs], &mut lse[head]), (part.o.row(from), &part.lse[from]));
-                }
-            }
-        });
-        let mut lse = Matrix::new(self.n_head, q.rows);
-        for (head, lse) in lse.chunks_exact_mut(q.rows.max(1)).enumerate() {
-            lse.iter_mut().zip(of_rows.chunks_exact(self.n_head)).for_each(|(lse, row)| *lse = row[head]);
-        }
-        (o, Saved { lse })
-    }
-
-    /// What there is to do for a span, in parts for the threads, the longest first.
-    fn work<'a>(&self, span: &'a Span) -> Vec<Work<'a>> {
-        let group = self.n_head / self.n_query_groups;
-        let few = span.q.len() <= FEW;
-        let blocks: Vec<Block> = self.blocks(span).collect();
-        let blocks = blocks.into_iter().rev().flat_map(|mut block| {
-            if few {
-                // Shares begin at the same keys whichever row is the first, so that a row's sums do not depend on the others.
-                block.keys.start = block.keys.start / KEYS_OF_FEW * KEYS_OF_FEW;
-            }
-            block.split(if few { KEYS_OF_FEW } else { usize::MAX })
-        });
-        let works = blocks.flat_map(|block| {
-            let together = (ROWS / block.rows.len()).clamp(1, group);
-            (0..self.n_head).step_by(group).flat_map(move |first| (first..first + group).step_by(together)).map(
-                move |head| {
-                    let end = (head + together).min(head / group * group + group);
-                    Work { span, block: block.clone(), heads: head..end }
-                },
-            )
-        });
-        works.collect()
-    }
-
-    fn forward_part(&self, [q, k, v]: [View<'_>; 3], Work { span, block, heads }: &Work<'_>) -> Part {
-        let [k, v] = [k, v].map(|view| self.head(view, self.key_head(heads.start)));
-        let (hs, rows) = (self.head_size, block.rows.len());
-        let mut queries = Matrix::new(heads.len() * rows, hs);
-        let from = heads.clone().flat_map(|head| block.rows.clone().map(move |row| (head, row)));
-        for (to, (head, row)) in queries.chunks_exact_mut(hs).zip(from) {
-            to.copy_from_slice(self.head(q, head).row(row));
-        }
-        let by = self.products(block);
-        let blocks = block.clone().split((KEYS / hs).max(1)).flat_map(|block| block.split_at(span.prefix));
-        let parts = blocks.map(|block| {
-            let keys = span.rows(block.keys.clone()).next().expect("a part has keys");
-            let [k, v] = [k, v].map(|view| view.slice_rows(keys.clone()));
-            let mut s = self.scores(by, queries.view(), Side::T(k), k.rows);
-            let cols = s.cols();
-            let lse = |(i, row)| softmax_row(row, self.seen(&block, i % rows));
-            let lse = s.chunks_exact_mut(cols).enumerate().map(lse).collect();
-            let mut o = Matrix::new(queries.rows(), hs);
-            let to = ViewMut::of(&mut o, queries.rows(), hs);
-            by.product(to, false, 1.0, Side::N(s.columns(0..v.rows)), Side::N(v));
-            Part { o, lse }
-        });
-        let sum = parts.reduce(|mut sum, part| {
-            sum.add(&part);
-            sum
-        });
-        sum.expect("a row sees itself")
+        self.forward_on_host([q, k, v], spans)
     }
 
     /// Gradients of q, k and v, side by side as one product of the three projections has them: those of a key in its row,
@@ -305,159 +146,14 @@ impl Attention {
         if let Some((device, dtype)) = o.place() {
             return self.backward_on((device, dtype), qkv, o, d_o, saved, spans);
         }
-        let [q, k, v] = qkv;
-        let kinds =
-            |heads: usize| (0..spans.len()).flat_map(move |s| (0..heads).map(move |h| (s, h))).collect::<Vec<_>>();
-        // Those of a group serve all its query heads.
-        let turned: Vec<[Matrix; 2]> = kinds(self.n_query_groups)
-            .par_iter()
-            .map(|(span, head)| [k, v].map(|view| turned(self.head(view, *head), &spans[*span])))
-            .collect();
-        let parts: Vec<[Matrix; 3]> = kinds(self.n_head)
-            .par_iter()
-            .with_max_len(1)
-            .map(|(span, head)| {
-                let turned = &turned[span * self.n_query_groups + self.key_head(*head)];
-                self.backward_head([q, k, o.view(), d_o.view()], turned, saved, &spans[*span], *head)
-            })
-            .collect();
-        let (hs, past) = (self.head_size, k.rows - q.rows);
-        let mut d = Matrix::new(k.rows, (self.n_head + 2 * self.n_query_groups) * hs);
-        let cols = d.cols();
-        let (shared, own) = d.split_at_mut(past * cols);
-        for (span, heads) in spans.iter().zip(parts.chunks_exact(self.n_head)) {
-            let rows = &mut own[span.q.start * cols..span.q.end * cols];
-            rows.par_chunks_exact_mut(cols).enumerate().for_each(|(t, row)| {
-                let (dq, dkv) = row.split_at_mut(self.q_cols());
-                for (head, parts) in heads.iter().enumerate() {
-                    dq[head * hs..][..hs].copy_from_slice(parts[0].row(t));
-                }
-                dkv.fill(0.0);
-                self.add_keys(heads, span.past() + t, dkv);
-            });
-        }
-        shared.par_chunks_exact_mut(cols).enumerate().for_each(|(key, row)| {
-            row.fill(0.0);
-            let spans = parts.chunks_exact(self.n_head);
-            spans.for_each(|heads| self.add_keys(heads, key, &mut row[self.q_cols()..]));
-        });
-        d
-    }
-
-    /// Adds the gradients of one key and value, of all query heads, to a row of all key and value heads.
-    fn add_keys(&self, heads: &[[Matrix; 3]], key: usize, row: &mut [f32]) {
-        let (hs, group) = (self.head_size, self.n_head / self.n_query_groups);
-        let (dk, dv) = row.split_at_mut(self.n_query_groups * hs);
-        for (side, out) in [(1, dk), (2, dv)] {
-            for (out, group) in out.chunks_exact_mut(hs).zip(heads.chunks_exact(group)) {
-                for parts in group {
-                    out.iter_mut().zip(parts[side].row(key)).for_each(|(o, p)| *o += p);
-                }
-            }
-        }
-    }
-
-    /// (dq, dk, dv) of one query head over one sample, whose kᵀ and vᵀ are `turned`.
-    fn backward_head(
-        &self,
-        [q, k, o, d_o]: [View<'_>; 4],
-        [kt, vt]: &[Matrix; 2],
-        saved: &Saved,
-        span: &Span,
-        head: usize,
-    ) -> [Matrix; 3] {
-        let (n, hs) = (span.q.len(), self.head_size);
-        let [q, o, d_o] = [q, o, d_o].map(|view| self.head(view, head));
-        let k = self.head(k, self.key_head(head));
-        let [mut dq, mut dk, mut dv] =
-            [Matrix::new(n, hs), Matrix::zeros(span.keys(), hs), Matrix::zeros(span.keys(), hs)];
-        for block in self.blocks(span) {
-            let (m, width) = (block.rows.len(), block.keys.len());
-            let [q, o, d_o] = [q, o, d_o].map(|view| view.slice_rows(block.rows.clone()));
-            let [kt, vt] = [kt, vt].map(|turned| Side::N(turned.columns(block.keys.clone())));
-            let by = self.products(&block);
-            let (mut p, mut ds) = (self.scores(by, q, kt, width), by.scores(1.0, d_o, vt, width));
-            let cols = p.cols();
-            for (i, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
-                let lse = saved.lse[head * saved.lse.cols() + block.rows.start + i];
-                let seen = self.seen(&block, i);
-                score_gradient(self.softcap, p, ds, seen, lse, [o.row(i), d_o.row(i)]);
-            }
-            let keys = block.keys.start * hs..block.keys.end * hs;
-            let (p, whole) = (p.columns(0..width), ds.columns(0..width));
-            by.product(ViewMut::of(&mut dv[keys.clone()], width, hs), true, 1.0, Side::T(p), Side::N(d_o));
-            by.product(ViewMut::of(&mut dk[keys], width, hs), true, self.scale, Side::T(whole), Side::N(q));
-            let rows = (block.rows.start - span.q.start) * hs..(block.rows.end - span.q.start) * hs;
-            let mut at = 0;
-            for keys in span.rows(block.keys.clone()) {
-                let ds = ds.columns(at..at + keys.len());
-                let to = ViewMut::of(&mut dq[rows.clone()], m, hs);
-                by.product(to, at > 0, self.scale, Side::N(ds), Side::N(k.slice_rows(keys.clone())));
-                at += keys.len();
-            }
-        }
-        [dq, dk, dv]
-    }
-}
-
-/// The keys of a span, or its values, a channel a row.
-fn turned(x: View<'_>, span: &Span) -> Matrix {
-    let mut pieces = span.rows(0..span.keys());
-    match (pieces.next(), pieces.next()) {
-        (Some(rows), None) => transposed(x.slice_rows(rows)),
-        (first, second) => {
-            let rows = first.into_iter().chain(second).flatten();
-            let whole: Vec<f32> = rows.flat_map(|row| x.row(row)).copied().collect();
-            transposed(View::of(&whole, span.keys(), x.cols))
-        }
-    }
-}
-
-vectorize! {
-    /// Softmax over the seen part of a row of whole lanes, zero elsewhere; returns the log-sum-exp.
-    fn softmax_row(row: &mut [f32], seen: Range<usize>) -> f32 {
-        row[..seen.start].fill(f32::MIN);
-        row[seen.end..].fill(f32::MIN);
-        let largest = max(row);
-        let total = exp_sum(row, largest);
-        let inverse = 1.0 / total;
-        row.iter_mut().for_each(|v| *v *= inverse);
-        row[..seen.start].fill(0.0);
-        row[seen.end..].fill(0.0);
-        largest + total.ln()
-    }
-}
-
-vectorize! {
-    /// Turns a row of scores, of whole lanes, into probabilities and their gradient into that of the scores; what is not seen
-    /// becomes 0. `o`: the attention's output and its gradient.
-    fn score_gradient(
-        softcap: Option<f32>,
-        p: &mut [f32],
-        dp: &mut [f32],
-        seen: Range<usize>,
-        lse: f32,
-        o: [&[f32]; 2],
-    ) {
-        let correction = dot(o[0], o[1]);
-        let inverse = softcap.map_or(0.0, f32::recip);
-        for (p, dp) in p.as_chunks_mut::<LANES>().0.iter_mut().zip(dp.as_chunks_mut::<LANES>().0) {
-            for j in 0..LANES {
-                let ratio = p[j] * inverse;
-                p[j] = exp(p[j] - lse);
-                dp[j] = p[j] * (dp[j] - correction) * (1.0 - ratio * ratio);
-            }
-        }
-        for outside in [0..seen.start, seen.end..p.len()] {
-            p[outside.clone()].fill(0.0);
-            dp[outside].fill(0.0);
-        }
+        self.backward_on_host(qkv, o, d_o, saved, spans)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::math::dot;
     use crate::ops::testing::{Oracle, assert_close, random};
     use candle_core::{D, Device, Tensor};
 

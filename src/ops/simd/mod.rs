@@ -19,19 +19,22 @@ mod backward;
 mod codes;
 mod few;
 mod forward;
+mod pairs;
 mod small;
 mod sparse;
 mod tile;
 mod wide;
 
+pub use amx::rounded;
 pub use backward::backward;
 pub use codes::decode_4_bits;
 pub use few::few_rows;
 pub use forward::forward;
-pub use small::{is_small, small};
+pub use pairs::{PairsLeft, PairsRight, product_of_pairs};
+pub use small::{Panelled, is_small, small};
 pub use sparse::{NonZeros, WIDE, sparse_backward};
 
-use super::matmul::{Side, ViewMut};
+use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -202,21 +205,7 @@ fn widens_in_registers() -> bool {
 /// Whether this processor is faster with products by [`rounded`].
 #[must_use]
 pub fn rounds() -> bool {
-    matches!(level(), Some(Level::Amx | Level::Avx512Bf16))
-}
-
-/// `dst = alpha · lhs · rhs`, added to `dst` where `accumulate`, both sides rounded to bf16, on this thread.
-///
-/// # Safety
-/// The shapes fit, none is empty, every element of the three views is inside its data, and [`rounds`] said yes.
-pub unsafe fn rounded(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
-    // SAFETY: passed on.
-    unsafe {
-        match level() {
-            Some(Level::Amx) => amx::rounded(dst, accumulate, alpha, lhs, rhs),
-            _ => small::small_pairs(dst, accumulate, alpha, lhs, rhs),
-        }
-    }
+    level() == Some(Level::Amx)
 }
 
 thread_local! {

@@ -1,9 +1,9 @@
 //! Products of small matrices with any strides, as attention and adapters have them. f32 is read where it lies, but for a
-//! right side that is transposed, which is laid out in panels first; pairs of bf16 are made of both sides.
+//! right side that is transposed, which is laid out in panels first. `pairs` makes units of both sides for the same loops.
 
 use super::forward::token_panels;
 use super::tile::{MOST_ROWS, Sums, heights, of_height, prefetch};
-use super::wide::{LANES, Pairs, Unit, Wide, for_each_width};
+use super::wide::{LANES, Unit, Wide, for_each_width};
 use super::{Level, PANEL, at_width, in_shares};
 use crate::ops::matmul::{Side, Threads, ViewMut};
 use crate::ops::matrix::{Matrix, View};
@@ -24,21 +24,21 @@ pub fn is_small(k: usize, n: usize) -> bool {
 }
 
 /// A product `y = alpha a b`: where its sides are, in units.
-struct Small {
-    n: usize,
-    k: usize,
-    a: *const f32,
-    a_row: usize,
-    a_col: usize,
-    b: *const f32,
+pub(super) struct Small {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) a: *const f32,
+    pub(super) a_row: usize,
+    pub(super) a_col: usize,
+    pub(super) b: *const f32,
     /// From one step of the contraction to the next.
-    b_row: usize,
+    pub(super) b_row: usize,
     /// From one 32 columns to the next.
-    b_panel: usize,
-    y: *mut f32,
-    y_row: usize,
-    alpha: f32,
-    accumulate: bool,
+    pub(super) b_panel: usize,
+    pub(super) y: *mut f32,
+    pub(super) y_row: usize,
+    pub(super) alpha: f32,
+    pub(super) accumulate: bool,
 }
 
 // SAFETY: threads read a and b, and write disjoint elements of y.
@@ -87,80 +87,41 @@ pub unsafe fn small(
     }
 }
 
-/// The same with both sides rounded to bf16, on this thread.
-///
-/// # Safety
-/// The shapes fit, none is empty, every element of the three views is inside its data, and the processor has `vdpbf16ps`.
-pub unsafe fn small_pairs(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>, rhs: Side<'_>) {
-    let (m, n) = (dst.rows, dst.cols);
-    // SAFETY: passed on; what is packed has all that is read.
-    unsafe {
-        let (a, a_row, a_col) = match lhs {
-            Side::N(v) => {
-                let a = pairs_of_rows(v);
-                let units = a.cols();
-                (a, units, 1)
-            }
-            Side::T(v) => {
-                let a = paired_rows(v);
-                let columns = a.cols();
-                (a, 1, columns)
-            }
-        };
-        let k = if a_col == 1 { a_row } else { a.rows() };
-        let (b, b_row, b_panel) = match rhs {
-            Side::N(v) => {
-                let b = paired_rows(v);
-                let columns = b.cols();
-                (b, columns, PANEL)
-            }
-            Side::T(v) => (token_panels::<Pairs>(Threads::One, v), PANEL, k * PANEL),
-        };
-        let y = dst.data.as_mut_ptr().wrapping_add(dst.offset);
-        let (a, b) = (a.as_ptr(), b.as_ptr());
-        let job = Small { n, k, a, a_row, a_col, b, b_row, b_panel, y, y_row: dst.stride, alpha, accumulate };
-        run::<Pairs>(&job, 0..m, 0..n.div_ceil(PANEL));
-    }
+/// A right side that is transposed, laid out for several products on one thread.
+#[derive(Debug)]
+pub struct Panelled {
+    level: Level,
+    panels: Matrix,
+    cols: usize,
 }
 
-/// Pairs of neighbours in each row.
-///
-/// # Safety
-/// The processor has `vdpbf16ps`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn pairs_of_rows(x: View<'_>) -> Matrix {
-    let mut out = Matrix::new(x.rows, x.cols.div_ceil(2));
-    let units = out.cols();
-    for (row, out) in out.chunks_exact_mut(units).enumerate() {
-        for (out, values) in out.chunks_mut(LANES).zip(x.row(row).chunks(2 * LANES)) {
-            // SAFETY: passed on; only what is there is written.
-            unsafe { Pairs::of(values).store_first(out.as_mut_ptr(), out.len()) };
-        }
+impl Panelled {
+    /// The transposed view.
+    #[must_use]
+    pub fn of(level: Level, view: View<'_>) -> Self {
+        Self { level, panels: at_width!(level, token_panels(Threads::One, view)), cols: view.rows }
     }
-    out
-}
 
-/// Pairs of two rows' elements of one column, two rows after the other.
-///
-/// # Safety
-/// The processor has `vdpbf16ps`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn paired_rows(x: View<'_>) -> Matrix {
-    let mut out = Matrix::new(x.rows.div_ceil(2), x.cols);
-    for (i, out) in out.chunks_exact_mut(x.cols).enumerate() {
-        let first = x.row(2 * i);
-        let second = if 2 * i + 1 < x.rows { x.row(2 * i + 1) } else { &[] };
-        for (at, out) in out.chunks_mut(LANES).enumerate() {
-            let part = |row: &[f32]| {
-                let rest = row.get(at * LANES..).unwrap_or_default();
-                // SAFETY: passed on; only what is there is read.
-                unsafe { Wide::load_first(rest.as_ptr(), rest.len().min(LANES)) }
-            };
-            // SAFETY: passed on; only what is there is written.
-            unsafe { Pairs::of_two(part(first), part(second)).store_first(out.as_mut_ptr(), out.len()) };
-        }
+    /// `dst = alpha · lhs · this`, added to `dst` where `accumulate`, with the first columns that this takes.
+    ///
+    /// # Panics
+    /// When the shapes do not fit together.
+    ///
+    /// # Safety
+    /// Every element of the views is inside its data.
+    pub unsafe fn product(&self, dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: Side<'_>) {
+        let (m, n, k) = (dst.rows, dst.cols, self.panels.cols() / PANEL);
+        let (a, rows, depth, a_row, a_col) = match lhs {
+            Side::N(v) => (v, v.rows, v.cols, v.stride, 1),
+            Side::T(v) => (v, v.cols, v.rows, 1, v.stride),
+        };
+        assert!(m == rows && depth == k && n <= self.cols, "product: shapes do not fit");
+        let (a, y) = (a.data.as_ptr().wrapping_add(a.offset), dst.data.as_mut_ptr().wrapping_add(dst.offset));
+        let (b, b_row, b_panel, y_row) = (self.panels.as_ptr(), PANEL, k * PANEL, dst.stride);
+        let job = Small { n, k, a, a_row, a_col, b, b_row, b_panel, y, y_row, alpha, accumulate };
+        // SAFETY: passed on; the assert bounds what is read of the panels.
+        unsafe { at_width!(self.level, run(&job, 0..m, 0..n.div_ceil(PANEL))) };
     }
-    out
 }
 
 for_each_width! {
@@ -168,7 +129,7 @@ for_each_width! {
     ///
     /// # Safety
     /// See `small`.
-    unsafe fn run<U: Unit>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
+    pub(super) unsafe fn run<U: Unit>(job: &Small, rows: Range<usize>, panels: Range<usize>) {
         for panel in panels {
             let mut row = rows.start;
             for height in heights::<U::Wide>(rows.len()) {
