@@ -1,7 +1,9 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
 use super::amx::{self, Contraction};
-use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, tile};
+use super::tile::{
+    Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, prefetch_to_write, tile,
+};
 use super::wide::{LANES, Reading, Unit, Wide, WideOf, WidenedRows, for_each_width};
 use super::{
     Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at, widens_in_registers,
@@ -138,12 +140,19 @@ for_each_width! {
             for (i, rows) in sums.chunks(LANES).enumerate() {
                 // SAFETY: passed on; of each row 16 sums from `token` on are there.
                 unsafe {
+                    let y = target.y.wrapping_add(token * target.ldy + i * LANES);
+                    let target = Target { y, ..target };
+                    if rows.len() == LANES && tokens - token >= LANES {
+                        let at = rows.as_flattened()[token..].as_ptr();
+                        let block = std::array::from_fn(|row| W::load(at.wrapping_add(row * PANEL)));
+                        target.store_transposed(block, LANES, LANES);
+                        continue;
+                    }
                     let mut block = [W::zero(); LANES];
                     for (to, row) in block.iter_mut().zip(rows) {
                         *to = Wide::load(row[token..].as_ptr());
                     }
-                    let y = target.y.wrapping_add(token * target.ldy + i * LANES);
-                    Target { y, ..target }.store_transposed(block, LANES.min(tokens - token), rows.len());
+                    target.store_transposed(block, LANES.min(tokens - token), rows.len());
                 }
             }
         }
@@ -181,7 +190,7 @@ impl Forward<'_> {
     fn ask(&self, y: *const f32, tokens: Range<usize>, columns: &Range<usize>) {
         for token in tokens {
             for column in columns.clone().step_by(LANES) {
-                prefetch::<_MM_HINT_T1>(y.wrapping_add(token * self.ldy + column).cast());
+                prefetch_to_write(y.wrapping_add(token * self.ldy + column).cast());
             }
         }
     }
@@ -233,6 +242,21 @@ for_each_width! {
     unsafe fn fill_block<U: Unit>(x: View<'_>, tokens: Range<usize>, columns: Range<usize>, to: (*mut f32, usize)) {
         // SAFETY: passed on.
         unsafe {
+            // With fixed numbers of them the block stays in registers.
+            if tokens.len() == LANES && columns.len() == LANES * U::ELEMENTS && to.1 == LANES {
+                let from = x.row(tokens.start)[columns].as_ptr();
+                let _last = x.row(tokens.end - 1);
+                let mut block = std::array::from_fn(|token| {
+                    let from = from.wrapping_add(token * x.stride);
+                    prefetch::<_MM_HINT_T0>(from.wrapping_add(LANES * x.stride).cast());
+                    U::of(std::slice::from_raw_parts(from, LANES * U::ELEMENTS))
+                });
+                U::Wide::transpose(&mut block);
+                for (unit, values) in block.iter().enumerate() {
+                    values.store(to.0.add(unit * PANEL));
+                }
+                return;
+            }
             let mut block = [U::Wide::zero(); LANES];
             for (to, token) in block.iter_mut().zip(tokens) {
                 let values = &x.row(token)[columns.clone()];

@@ -1,7 +1,7 @@
 //! The inner loop of the products: a tile of sums, and its ways into the result.
 
 use super::wide::{LANES, Reading, Unit, Wide, WideOf, for_each_width};
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 /// Rows of the highest tile.
 pub const MOST_ROWS: usize = 12;
@@ -63,6 +63,13 @@ pub const LINE: usize = 64;
 pub fn prefetch<const HINT: i32>(at: *const i8) {
     // SAFETY: every processor that these products run on has the instruction, and it reads nothing.
     unsafe { _mm_prefetch::<HINT>(at) };
+}
+
+/// Asks memory for the line of an address, which need not exist, to write to it: another core may have written to it last.
+#[inline(always)]
+pub fn prefetch_to_write(at: *const i8) {
+    // SAFETY: processors without the instruction do nothing instead, and it changes no memory.
+    unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) };
 }
 
 /// Where a tile's factors are.
@@ -162,7 +169,7 @@ impl Target {
     pub fn ask(&self, rows: usize) {
         for row in 0..rows {
             for v in 0..2 {
-                prefetch::<_MM_HINT_T0>(self.y.wrapping_add(row * self.ldy + v * LANES).cast());
+                prefetch_to_write(self.y.wrapping_add(row * self.ldy + v * LANES).cast());
             }
         }
     }
@@ -190,6 +197,13 @@ impl Target {
         // SAFETY: passed on.
         unsafe {
             W::transpose(&mut block);
+            // With a fixed number of rows the block stays in registers.
+            if rows >= LANES && columns >= LANES {
+                for (row, values) in block.iter().enumerate() {
+                    self.put(row * self.ldy, LANES, *values);
+                }
+                return;
+            }
             for (row, values) in block.iter().enumerate().take(rows) {
                 self.put(row * self.ldy, columns, *values);
             }
