@@ -184,10 +184,11 @@ impl Attention {
     #[must_use]
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix) -> (Matrix, Saved) {
         let Projected { qkv, clipped, before_norm, h } = self.project(pass, x);
-        let kv = pass.past.map(|past| self.after(past, &qkv));
-        let [q, k, v] = self.views(&qkv, kv.as_ref());
-        let (o, core) = self.core.forward(q, k, v, pass.spans);
-        let qkv = Parked::new(qkv, self.parks_bf16(pass));
+        let ((o, core), qkv) = Parked::beside(qkv, self.parks_bf16(pass), |qkv| {
+            let kv = pass.past.map(|past| self.after(past, qkv));
+            let [q, k, v] = self.views(qkv, kv.as_ref());
+            self.core.forward(q, k, v, pass.spans)
+        });
         (o, Saved { qkv, clipped, before_norm, h, core })
     }
 

@@ -135,11 +135,11 @@ impl Block {
         let (attention_in, mut y) = normed_and_copy(self.attention_norms.before.as_ref(), &x);
         let (o, attention) = self.attention.forward(pass, attention_in.as_ref().unwrap_or(&x));
         let projection = &self.attention.projection;
-        let (attention_h, attention_raw) =
+        let ((attention_h, attention_raw), o) = Parked::beside(o, self.attention.parks_bf16(pass), |o| {
             self.add_branch(self.attention_norms.after.as_ref(), &mut y, |y, accumulate| {
-                projection.forward(pass.parameters, &o, pass.seed, y, accumulate)
-            });
-        let o = Parked::new(o, self.attention.parks_bf16(pass));
+                projection.forward(pass.parameters, o, pass.seed, y, accumulate)
+            })
+        });
         let before = self.mlp_norms.before.as_ref();
         let (mlp_in, middle) = if self.parallel_residual {
             (if self.shared_norm { attention_in } else { normed(before, &x) }, None)
@@ -284,11 +284,11 @@ impl Block {
     ) -> Option<Matrix> {
         let norms = &self.attention_norms;
         let d_out = self.add_branch_backward(norms.after.as_ref(), d, raw);
-        let o = o.restore();
-        let mut d_o = d.new_like(d.rows(), o.cols());
         let d_projection = d_out.as_ref().unwrap_or(d);
         let projection = &self.attention.projection;
-        projection.backward(to, d_projection, || o.clone(), h, pass.seed, Some((&mut d_o, false)));
+        let mut d_o = d.new_like(d.rows(), projection.inputs());
+        let ((), o) = o.restored_beside(|| projection.backward_frozen(d_projection, Some((&mut d_o, false))));
+        projection.backward_adapters(to, d_projection, || o.clone(), h, pass.seed, Some(&mut d_o));
         let input = || normed(norms.before.as_ref(), x).unwrap_or_else(|| x.clone());
         let mut dx = input_needed.then(|| d.new_like(d.rows(), d.cols()));
         self.attention.backward(pass, to, [&o, &d_o], input, saved, dx.as_mut().map(|dx| (dx, false)));

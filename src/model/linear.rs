@@ -190,11 +190,29 @@ impl Linear {
         seed: Option<u64>,
         mut dx: Option<(&mut Matrix, bool)>,
     ) {
-        if let Some((dx, accumulate)) = &mut dx {
-            self.weight.backward(dy.view(), dx, *accumulate);
+        self.backward_frozen(dy, dx.as_mut().map(|(dx, accumulate)| (&mut **dx, *accumulate)));
+        self.backward_adapters(to, dy, x, saved, seed, dx.map(|(dx, _)| dx));
+    }
+
+    /// The part of [`Self::backward`] that needs no input: what the frozen matrix gives to `dx`.
+    pub fn backward_frozen(&self, dy: &Matrix, dx: Option<(&mut Matrix, bool)>) {
+        if let Some((dx, accumulate)) = dx {
+            self.weight.backward(dy.view(), dx, accumulate);
         }
+    }
+
+    /// What is left of [`Self::backward`], after the frozen part.
+    pub fn backward_adapters(
+        &self,
+        to: &mut Gradients<'_>,
+        dy: &Matrix,
+        x: impl FnOnce() -> Matrix,
+        saved: &Saved,
+        seed: Option<u64>,
+        dx: Option<&mut Matrix>,
+    ) {
         if let (Some(h), Some(update)) = (saved, self.update(to.parameters, seed)) {
-            update.backward(dy, h, &x(), to.grads, dx.map(|(dx, _)| dx));
+            update.backward(dy, h, &x(), to.grads, dx);
         }
     }
 

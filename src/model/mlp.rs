@@ -126,8 +126,10 @@ impl Dense {
     /// `x`, `y`: (T, n_embd).
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
         let (up, h_up) = self.raise(pass, x);
-        let h_down = self.down.forward(pass.parameters, &self.activate(&up), pass.seed, y, accumulate);
-        DenseSaved { up: Parked::new(up, pass.seed.is_some() && self.up.weight().is_bf16()), h_up, h_down }
+        let bf16 = pass.seed.is_some() && self.up.weight().is_bf16();
+        let down = |up: &Matrix| self.down.forward(pass.parameters, &self.activate(up), pass.seed, y, accumulate);
+        let (h_down, up) = Parked::beside(up, bf16, down);
+        DenseSaved { up, h_up, h_down }
     }
 
     /// Adds the adapters' gradients; writes or adds that of the input where `dx` is asked for.
@@ -143,14 +145,15 @@ impl Dense {
         saved: DenseSaved,
         dx: Option<(&mut Matrix, bool)>,
     ) {
-        let mut up = saved.up.restore();
         let mut d = dy.new_like(dy.rows(), self.down.inputs());
-        self.down.backward(to, dy, || self.activate(&up), &saved.h_down, pass.seed, Some((&mut d, false)));
+        let DenseSaved { up, h_up, h_down } = saved;
+        let ((), mut up) = up.restored_beside(|| self.down.backward_frozen(dy, Some((&mut d, false))));
+        self.down.backward_adapters(to, dy, || self.activate(&up), &h_down, pass.seed, Some(&mut d));
         if self.gated() {
             glu::gated_backward(self.activation, &d, &mut up);
         } else {
             glu::plain_backward(self.activation, &d, &mut up);
         }
-        self.up.backward(to, &up, x, &saved.h_up, pass.seed, dx);
+        self.up.backward(to, &up, x, &h_up, pass.seed, dx);
     }
 }

@@ -377,28 +377,28 @@ pub struct Parked {
 }
 
 impl Parked {
-    /// Parks `matrix`, rounded to bf16 where that is asked for and it is on the host.
-    #[must_use]
-    pub fn new(matrix: Matrix, bf16: bool) -> Self {
+    /// Parks `matrix`, rounded to bf16 where that is asked for and it is on the host, while `work` reads it.
+    pub fn beside<R: Send>(matrix: Matrix, bf16: bool, work: impl FnOnce(&Matrix) -> R + Send) -> (R, Self) {
         if !bf16 || matrix.place().is_some() {
-            return Self { matrix, rounded: None };
+            return (work(&matrix), Self { matrix, rounded: None });
         }
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        let mut halves = Matrix::new(rows, cols.div_ceil(2));
-        let (task, width) = (rows_per_task(rows), halves.cols());
-        halves.par_chunks_mut(task * width).zip(matrix.par_chunks(task * cols)).for_each(|(to, from)| {
-            for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
-                let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
-                round(to, from);
-            }
-        });
-        Self { matrix: halves, rounded: Some(cols) }
+        let cols = matrix.cols();
+        let (result, matrix) = rayon::join(|| work(&matrix), || rounded(&matrix));
+        (result, Self { matrix, rounded: Some(cols) })
     }
 
     /// The matrix, of f32 elements where it was on the host.
     #[must_use]
     pub fn restore(self) -> Matrix {
         if self.rounded.is_none() { self.matrix } else { self.get().into_owned() }
+    }
+
+    /// The same, while `work` runs.
+    pub fn restored_beside<R: Send>(self, work: impl FnOnce() -> R + Send) -> (R, Matrix) {
+        if self.rounded.is_none() {
+            return (work(), self.matrix);
+        }
+        rayon::join(work, || self.restore())
     }
 
     /// The same, and it stays parked.
@@ -416,6 +416,20 @@ impl Parked {
         });
         Cow::Owned(matrix)
     }
+}
+
+/// Elements rounded to bf16, two in each of the result's.
+fn rounded(matrix: &Matrix) -> Matrix {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut halves = Matrix::new(rows, cols.div_ceil(2));
+    let (task, width) = (rows_per_task(rows), halves.cols());
+    halves.par_chunks_mut(task * width).zip(matrix.par_chunks(task * cols)).for_each(|(to, from)| {
+        for (to, from) in to.chunks_exact_mut(width).zip(from.chunks_exact(cols)) {
+            let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
+            round(to, from);
+        }
+    });
+    halves
 }
 
 vectorize! {
@@ -509,9 +523,10 @@ mod tests {
     fn a_parked_matrix_comes_back_rounded_or_as_it_was() {
         let values: Vec<f32> = (0..7 * 33).map(|i| (i as f32 * 0.37).sin()).collect();
         let matrix = || Matrix::from_slice(7, 33, &values);
-        assert_eq!(Parked::new(matrix(), false).restore()[..], values[..]);
+        let parked = |bf16| Parked::beside(matrix(), bf16, |matrix| assert_eq!(matrix[..], values[..])).1;
+        assert_eq!(parked(false).restore()[..], values[..]);
         let rounded: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
-        let parked = Parked::new(matrix(), true);
+        let parked = parked(true);
         assert_eq!(parked.matrix.len(), 7 * 17);
         let back = parked.restore();
         assert_eq!((back.rows(), back.cols()), (7, 33));

@@ -60,12 +60,14 @@ struct Keys<'a> {
     vt: Right<'a>,
     /// k.
     k: Right<'a>,
+    /// All of both.
+    kv: [View<'a>; 2],
 }
 
 impl<'a> Keys<'a> {
     fn of([k, v]: [View<'a>; 2], rounded: bool) -> Self {
         let [kt, vt] = [k, v].map(|view| Right::of(Side::T(view), rounded));
-        Self { rounded, kt, vt, k: Right::of(Side::N(k), rounded) }
+        Self { rounded, kt, vt, k: Right::of(Side::N(k), rounded), kv: [k, v] }
     }
 }
 
@@ -84,6 +86,15 @@ struct Gradients {
     /// Of all keys of the sample, from these blocks.
     dk: Matrix,
     dv: Matrix,
+}
+
+/// Keys or values of one head, of a whole sample.
+fn gathered(x: View<'_>, span: &Span) -> Matrix {
+    let mut out = Matrix::new(span.keys(), x.cols);
+    for (to, row) in out.chunks_exact_mut(x.cols).zip(span.rows(0..span.keys()).flatten()) {
+        to.copy_from_slice(x.row(row));
+    }
+    out
 }
 
 /// `scale · a b`, `rows` by `keys`, in rows of whole lanes. Entries outside `seen` mean nothing.
@@ -204,15 +215,23 @@ impl Attention {
         let groups = 0..self.n_query_groups;
         let of_groups: Vec<(usize, usize)> =
             (0..spans.len()).flat_map(|span| groups.clone().map(move |group| (span, group))).collect();
-        let whole: Vec<[Matrix; 2]> = of_groups
-            .par_iter()
-            .map(|(span, group)| [k, v].map(|view| self.whole(self.head(view, *group), &spans[*span])))
+        // Keys and values of one head lie together but for those of a prefix.
+        let gathered: Vec<Option<[Matrix; 2]>> = of_groups
+            .iter()
+            .map(|(span, group)| {
+                let span = &spans[*span];
+                (span.prefix > 0).then(|| [k, v].map(|view| gathered(self.head(view, *group), span)))
+            })
             .collect();
         let keys: Vec<Keys<'_>> = of_groups
             .par_iter()
-            .zip(&whole)
-            .map(|((span, _), [k, v])| {
-                Keys::of([k.view(), v.view()], blocks[*span].first().is_some_and(|block| self.rounded(block)))
+            .zip(&gathered)
+            .map(|((span, group), gathered)| {
+                let kv = match gathered {
+                    Some(both) => both.each_ref().map(Matrix::view),
+                    None => [k, v].map(|view| self.head(view, *group).slice_rows(spans[*span].k.clone())),
+                };
+                Keys::of(kv, blocks[*span].first().is_some_and(|block| self.rounded(block)))
             })
             .collect();
         let mut tasks: Vec<Task<'_>> =
@@ -224,20 +243,11 @@ impl Attention {
         let grads: Vec<Gradients> = tasks
             .par_iter()
             .with_max_len(1)
-            .map(|task| self.gradients([q, o.view(), d_o.view()], &keys[at(task)], &whole[at(task)], saved, task))
+            .map(|task| self.gradients([q, o.view(), d_o.view()], &keys[at(task)], saved, task))
             .collect();
         let mut of_group: Vec<Vec<&Gradients>> = of_groups.iter().map(|_| Vec::new()).collect();
         tasks.iter().zip(&grads).for_each(|(task, grads)| of_group[at(task)].push(grads));
         self.assembled((q.rows, k.rows), spans, &blocks, &of_group)
-    }
-
-    /// Keys or values of one head, of a whole sample.
-    fn whole(&self, x: View<'_>, span: &Span) -> Matrix {
-        let mut out = Matrix::new(span.keys(), self.head_size);
-        for (to, row) in out.chunks_exact_mut(self.head_size).zip(span.rows(0..span.keys()).flatten()) {
-            to.copy_from_slice(x.row(row));
-        }
-        out
     }
 
     /// The blocks of a sample and group in so many tasks as the group has heads, of about one length: the tasks' gradients of
@@ -255,16 +265,9 @@ impl Attention {
         tasks
     }
 
-    fn gradients(
-        &self,
-        [q, o, d_o]: [View<'_>; 3],
-        keys: &Keys<'_>,
-        [k, v]: &[Matrix; 2],
-        saved: &Saved,
-        task: &Task<'_>,
-    ) -> Gradients {
+    fn gradients(&self, [q, o, d_o]: [View<'_>; 3], keys: &Keys<'_>, saved: &Saved, task: &Task<'_>) -> Gradients {
         let (hs, group) = (self.head_size, self.n_head / self.n_query_groups);
-        let [mut dk, mut dv] = [Matrix::zeros(k.rows(), hs), Matrix::zeros(k.rows(), hs)];
+        let [mut dk, mut dv] = keys.kv.map(|x| Matrix::zeros(x.rows, hs));
         let mut dq = Vec::with_capacity(task.blocks.len());
         for (place, block) in &task.blocks {
             let (rows, width, rounded) = (block.rows.len(), block.keys.len(), self.rounded(block));
@@ -272,7 +275,7 @@ impl Attention {
             let keys = if block.keys.start == 0 && rounded == keys.rounded {
                 keys
             } else {
-                own = Keys::of([k, v].map(|x| x.view().slice_rows(block.keys.clone())), rounded);
+                own = Keys::of(keys.kv.map(|x| x.slice_rows(block.keys.clone())), rounded);
                 &own
             };
             let mut of_block = Matrix::new(group * rows, hs);
