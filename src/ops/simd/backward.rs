@@ -1,7 +1,7 @@
 //! `dx = dy W`: elements of some rows of dy times vectors over W's columns.
 
 use super::amx::{self, Contraction};
-use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, of_height, tile};
+use super::tile::{Ahead, Factors, LINE, Rows, Target, heights, tile_of};
 use super::wide::{LANES, PairedVectors, Reading, Unit, Wide, WideOf, WidenedVectors, for_each_width};
 use super::{
     Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, pack_rows, packed_at,
@@ -123,12 +123,12 @@ for_each_width! {
         let mut ahead = job.ahead::<P>(panel + 1, &units, job.tokens.div_ceil(<WideOf<P>>::ROWS));
         let mut token = 0;
         for height in heights::<WideOf<P>>(job.tokens) {
-            let at = a.wrapping_add(token * job.units.next_multiple_of(PANEL) + units.start * height);
-            let factors = Factors { a: Rows { at, next: height * P::Unit::RUN }, b, depth, ahead };
+            let at = a.wrapping_add(token * job.units.next_multiple_of(PANEL) + units.start * height).cast();
+            let factors = Factors { a: Rows { at, next: height * P::Unit::RUN * P::BYTES }, b, depth, ahead };
             // SAFETY: the tile's tokens are some of dx's.
             unsafe {
                 let target = Target { y: dx.add(token * job.ldy + panel * PANEL), ldy: job.ldy, accumulate };
-                of_height!(P, height, tile as unsafe fn(Factors, Target, usize))(factors, target, width);
+                tile_of::<P>(height)(factors, target, width);
             }
             ahead.at = ahead.at.wrapping_add(ahead.next * depth.div_ceil(P::Unit::RUN));
             token += height;

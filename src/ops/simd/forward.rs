@@ -1,9 +1,7 @@
 //! `y = x Wᵀ`: elements of some rows of W times vectors over the tokens.
 
 use super::amx::{self, Contraction};
-use super::tile::{
-    Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, of_height, prefetch, prefetch_to_write, tile,
-};
+use super::tile::{Ahead, Factors, LINE, MOST_ROWS, Rows, Target, heights, prefetch, prefetch_to_write, tile_of};
 use super::wide::{LANES, Reading, Unit, Wide, WideOf, WidenedRows, for_each_width};
 use super::{
     Level, PANEL, Panels, SCRATCH, Shared, Weight, at_level, checked, chunks, in_shares, packed_at, widens_in_registers,
@@ -31,9 +29,7 @@ pub fn forward(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), 
     if x.rows > 0 && weight.rows > 0 {
         match (level.parts(), w) {
             (Some(parts), Panels::Bf16(w)) => amx::product(Contraction::Columns, parts, x, (w, weight), y, accumulate),
-            (_, Panels::Bf16(_))
-                if level == Level::Avx512 && weight.cols.is_multiple_of(2) && widens_in_registers() =>
-            {
+            (_, Panels::Bf16(_)) if level == Level::Avx512 && widens_in_registers() => {
                 product::<WidenedRows>(x, weight, y, accumulate);
             }
             _ => at_level!(level, product(x, weight, y, accumulate)),
@@ -103,7 +99,11 @@ for_each_width! {
         for height in heights::<WideOf<P>>(rows.len()) {
             // SAFETY: passed on; the scratches have room for the rows and their sums.
             unsafe {
-                let a = rows_of::<P>(job.weight, row..row + height, units.clone(), widened);
+                // Before the first row there is nothing that could be read with it.
+                let lie = P::BYTES == size_of::<f32>() || row > 0;
+                let rows_of = if lie { rows_of::<P> } else { rows_of::<P::Unit> };
+                let tile = if lie { tile_of::<P>(height) } else { tile_of::<P::Unit>(height) };
+                let a = rows_of(job.weight, row..row + height, units.clone(), widened);
                 let mut ahead = job.ahead::<P>(row + height, &units, &panels);
                 for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(of_panel)) {
                     let b = job.panels.row(panel)[units.start * PANEL..].as_ptr().cast();
@@ -113,7 +113,7 @@ for_each_width! {
                     let columns = PANEL.min(job.tokens - panel * PANEL);
                     let share = [row, row + height].map(|row| (row - rows.start) * columns / rows.len());
                     job.ask(y, panel * PANEL + share[0]..panel * PANEL + share[1], &rows);
-                    of_height!(P, height, tile as unsafe fn(Factors, Target, usize))(factors, target, columns);
+                    tile(factors, target, columns);
                     ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
                 }
             }
@@ -167,8 +167,8 @@ for_each_width! {
     unsafe fn rows_of<P: Reading>(weight: Weight<'_>, rows: Range<usize>, units: Range<usize>, scratch: &mut [f32]) -> Rows {
         let Weight { w, rows: all, .. } = weight;
         let at = |unit: usize| packed_at(all, rows.start, unit * P::Unit::ELEMENTS);
-        if P::SHARE > 1 || P::Unit::ELEMENTS > 1 || matches!(w, Panels::F32(_)) {
-            return Rows { at: w.address(at(units.start)).cast(), next: all * P::Unit::RUN / P::SHARE };
+        if P::BYTES < size_of::<f32>() || P::Unit::ELEMENTS > 1 || matches!(w, Panels::F32(_)) {
+            return Rows { at: w.address(at(units.start)), next: all * P::Unit::RUN * P::BYTES };
         }
         let next = rows.len() * PANEL;
         for (unit, out) in units.step_by(PANEL).zip(scratch.chunks_exact_mut(next)) {
@@ -177,7 +177,7 @@ for_each_width! {
                 unsafe { w.load::<WideOf<P>>(at(unit) + i).store(out.as_mut_ptr().add(i)) };
             }
         }
-        Rows { at: scratch.as_ptr(), next }
+        Rows { at: scratch.as_ptr().cast(), next: next * size_of::<f32>() }
     }
 }
 

@@ -13,8 +13,8 @@ pub type Sums<W, const R: usize, const V: usize> = [[W; V]; R];
 #[derive(Clone, Copy)]
 pub struct Rows {
     /// Units of the first row.
-    pub at: *const f32,
-    /// Units from one panel to the next.
+    pub at: *const i8,
+    /// Bytes from one panel to the next.
     pub next: usize,
 }
 
@@ -95,23 +95,22 @@ unsafe fn sums<P: Reading, const R: usize, const V: usize>(factors: &Factors) ->
     unsafe {
         let mut sums = [[<WideOf<P>>::zero(); V]; R];
         let (mut b, mut left) = (factors.b, factors.depth);
+        let constant = P::constant();
         for run in 0..factors.depth.div_ceil(P::Unit::RUN) {
             factors.ahead.ask(run);
             let a = factors.a.at.wrapping_add(run * factors.a.next);
-            let len = left.min(P::Unit::RUN) / P::SHARE;
+            let len = left.min(P::Unit::RUN);
             for k in 0..len {
-                for step in 0..P::SHARE {
-                    let vectors: [WideOf<P>; V] = P::vectors(b);
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let unit = P::broadcast(a.add(row * (P::Unit::RUN / P::SHARE) + k), step);
-                        for v in 0..V {
-                            sums[v] = P::Unit::multiply_add(unit, vectors[v], sums[v]);
-                        }
+                let vectors: [WideOf<P>; V] = P::vectors(b);
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let unit = P::broadcast(a.wrapping_add((row * P::Unit::RUN + k) * P::BYTES), constant);
+                    for v in 0..V {
+                        sums[v] = P::Unit::multiply_add(unit, vectors[v], sums[v]);
                     }
-                    b = b.wrapping_add(P::STEP);
                 }
+                b = b.wrapping_add(P::STEP);
             }
-            left -= len * P::SHARE;
+            left -= len;
         }
         sums
     }
@@ -144,6 +143,11 @@ for_each_width! {
             }
         }
     }
+}
+
+/// The tile of a height.
+pub fn tile_of<P: Reading>(height: usize) -> unsafe fn(Factors, Target, usize) {
+    of_height!(P, height, tile as unsafe fn(Factors, Target, usize))
 }
 
 /// Heights of the tiles that `rows` rows are cut into: as few as there can be, and of about one height.

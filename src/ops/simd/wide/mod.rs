@@ -9,7 +9,7 @@ pub use halves::Halves;
 
 use super::{Level, PANEL, Panels};
 use half::{bf16, f16};
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 /// How many there are.
 pub const LANES: usize = 16;
@@ -41,16 +41,18 @@ pub trait Unit: Compiled {
 /// registers.
 pub trait Reading: Compiled {
     /// What is multiplied.
-    type Unit: Unit;
-    /// Steps of the contraction that share 32 bits of a broadcast row.
-    const SHARE: usize = 1;
+    type Unit: Unit + Reading<Unit = Self::Unit>;
+    /// Bytes of a broadcast unit.
+    const BYTES: usize = size_of::<f32>();
     /// Bytes from the vectors of a step to those of the next.
     const STEP: usize = PANEL * size_of::<f32>();
     /// Whether the two vectors of a step are its even and its odd columns.
     const SPLIT: bool = false;
 
-    /// All units: the one of step `step` among those that share `at`.
-    unsafe fn broadcast(at: *const f32, step: usize) -> WideOf<Self>;
+    /// What `broadcast` takes besides, made once for a tile.
+    unsafe fn constant() -> WideOf<Self>;
+    /// All units: the one at an address.
+    unsafe fn broadcast(at: *const i8, constant: WideOf<Self>) -> WideOf<Self>;
     /// The first `V` vectors of a step.
     unsafe fn vectors<const V: usize>(at: *const i8) -> [WideOf<Self>; V];
     /// Sums of even and of odd columns in the columns' order, where these are [`SPLIT`](Self::SPLIT).
@@ -67,9 +69,15 @@ macro_rules! reading_of_units {
             type Unit = Self;
 
             #[inline(always)]
-            unsafe fn broadcast(at: *const f32, _step: usize) -> WideOf<Self> {
+            unsafe fn constant() -> WideOf<Self> {
                 // SAFETY: passed on.
-                unsafe { Wide::set(*at) }
+                unsafe { Wide::zero() }
+            }
+
+            #[inline(always)]
+            unsafe fn broadcast(at: *const i8, _constant: WideOf<Self>) -> WideOf<Self> {
+                // SAFETY: passed on.
+                unsafe { Wide::set(*at.cast()) }
             }
 
             #[inline(always)]
@@ -90,11 +98,18 @@ reading_of_units!(__m512);
 reading_of_units!(Halves);
 reading_of_units!(Pairs);
 
+/// The upper half of each pair.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn odd_mask() -> __m512i {
+    _mm512_set1_epi32(0xffff_0000_u32.cast_signed())
+}
+
 /// Of 16 pairs of bf16 the elements at odd places, widened.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn odd_elements(pairs: __m512i) -> __m512 {
-    _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32.cast_signed())))
+    _mm512_castsi512_ps(_mm512_and_si512(pairs, odd_mask()))
 }
 
 /// Of 16 pairs of bf16 those at even places, widened.
@@ -113,7 +128,7 @@ fn interleaved([even, odd]: [__m512; 2]) -> [__m512; 2] {
     [_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)]
 }
 
-/// f32 units of which the broadcast ones are bf16, two in 32 bits.
+/// f32 units of which the broadcast ones are bf16.
 pub struct WidenedRows;
 
 impl Compiled for WidenedRows {
@@ -122,25 +137,26 @@ impl Compiled for WidenedRows {
 
 impl Reading for WidenedRows {
     type Unit = __m512;
-    const SHARE: usize = 2;
+    const BYTES: usize = size_of::<bf16>();
 
+    /// The upper half of 32 bits, which the compiler must not know: it would mask each element before it is broadcast, where
+    /// one instruction can do both.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const f32, step: usize) -> __m512 {
-        let units: __m512;
-        // Written in assembly, as the compiler would read two steps' 32 bits once and keep what is made of them in registers
-        // that the sums need.
-        // SAFETY: passed on; nothing is written.
-        unsafe {
-            if step == 0 {
-                std::arch::asm!("vpslld {}, dword ptr [{}]{{1to16}}, 16", lateout(zmm_reg) units, in(reg) at,
-                    options(pure, readonly, nostack, preserves_flags));
-            } else {
-                std::arch::asm!("vpandd {}, {}, dword ptr [{}]{{1to16}}", lateout(zmm_reg) units, in(zmm_reg) _mm512_set1_epi32(0xffff_0000_u32.cast_signed()), in(reg) at,
-                    options(pure, readonly, nostack, preserves_flags));
-            }
-        }
-        units
+    unsafe fn constant() -> __m512 {
+        let mut upper = odd_mask();
+        // SAFETY: nothing is done.
+        unsafe { asm!("/* {} */", inout(zmm_reg) upper, options(pure, nomem, nostack, preserves_flags)) };
+        _mm512_castsi512_ps(upper)
+    }
+
+    /// The two bytes before the element are read, too.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const i8, constant: __m512) -> __m512 {
+        // SAFETY: passed on.
+        let pair = unsafe { at.wrapping_sub(size_of::<bf16>()).cast::<i32>().read_unaligned() };
+        _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(pair), _mm512_castps_si512(constant)))
     }
 
     #[inline]
@@ -171,9 +187,15 @@ impl Reading for WidenedVectors {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const f32, step: usize) -> __m512 {
+    unsafe fn constant() -> __m512 {
+        _mm512_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const i8, constant: __m512) -> __m512 {
         // SAFETY: passed on.
-        unsafe { <__m512 as Reading>::broadcast(at, step) }
+        unsafe { <__m512 as Reading>::broadcast(at, constant) }
     }
 
     #[inline]
@@ -209,9 +231,15 @@ impl Reading for PairedVectors {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const f32, _step: usize) -> __m512 {
+    unsafe fn constant() -> __m512 {
+        _mm512_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const i8, _constant: __m512) -> __m512 {
         // SAFETY: passed on.
-        _mm512_set1_ps(unsafe { *at })
+        _mm512_set1_ps(unsafe { *at.cast() })
     }
 
     #[inline]
@@ -220,7 +248,7 @@ impl Reading for PairedVectors {
         // SAFETY: passed on; a row is 64 bytes.
         let [first, second] =
             unsafe { [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.wrapping_add(64).cast())] };
-        let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+        let upper = odd_mask();
         // Bits of the second argument where the first has ones, else of the third.
         let even = _mm512_ternarylogic_epi32::<0xca>(upper, _mm512_slli_epi32::<16>(second), first);
         let odd = _mm512_ternarylogic_epi32::<0xca>(upper, second, _mm512_srli_epi32::<16>(first));
