@@ -38,7 +38,7 @@ pub fn backward(level: Level, dy: View<'_>, w: Panels<'_>, shape: (usize, usize)
 fn product<P: Reading>(dy: View<'_>, weight: Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
     let dx_at = checked(&dx);
     // Rows far apart would miss the caches and page tables.
-    let packed = pack_rows::<P::Unit>(dy);
+    let packed = pack_rows::<P::Unit>(dy, DEPTH);
     let units = weight.rows.div_ceil(P::Unit::ELEMENTS);
     let job = Backward { weight, tokens: dy.rows, units, ldy: dx.stride, accumulate };
     let (a, dx) = (Shared(packed.as_ptr().cast_mut()), Shared(dx.data.as_mut_ptr()));
@@ -123,7 +123,7 @@ for_each_width! {
         let mut ahead = job.ahead::<P>(panel + 1, &units, job.tokens.div_ceil(<WideOf<P>>::ROWS));
         let mut token = 0;
         for height in heights::<WideOf<P>>(job.tokens) {
-            let at = a.wrapping_add(token * job.units.next_multiple_of(PANEL) + units.start * height).cast();
+            let at = a.wrapping_add(job.tokens * units.start + token * depth.next_multiple_of(PANEL)).cast();
             let factors = Factors { a: Rows { at, next: height * P::Unit::RUN * P::BYTES }, b, depth, ahead };
             // SAFETY: the tile's tokens are some of dx's.
             unsafe {

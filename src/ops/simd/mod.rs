@@ -290,19 +290,23 @@ impl<'a> Weight<'a> {
     }
 }
 
-/// Rows of activations for tiles: those of each of `heights` as units in panels, as a weight is; what is missing at the end
-/// is zero.
-fn pack_rows<U: Unit>(x: View<'_>) -> Matrix {
-    let mut out = Matrix::new(x.rows, x.cols.div_ceil(U::ELEMENTS).next_multiple_of(PANEL));
-    let (cols, tiles) = (out.cols(), x.rows.div_ceil(U::Wide::ROWS));
+/// Rows of activations for tiles, chunk by chunk of `chunks(.., depth)`, in each those of each of `heights` as units in panels, as
+/// a weight is; what is missing at the end is zero. A chunk lies together: parts of rows that are as far apart as a large power
+/// of two would throw each other out of the caches.
+fn pack_rows<U: Unit>(x: View<'_>, depth: usize) -> Matrix {
+    let units = x.cols.div_ceil(U::ELEMENTS);
+    let mut out = Matrix::new(x.rows, units.next_multiple_of(PANEL));
+    let tiles = x.rows.div_ceil(U::Wide::ROWS);
     let to = Shared(out.as_mut_ptr());
     in_shares(tiles, |share| {
-        for tile in share {
+        for (tile, chunk) in share.flat_map(|tile| chunks(units, depth).map(move |chunk| (tile, chunk))) {
             let rows = tile * x.rows / tiles..(tile + 1) * x.rows / tiles;
-            // SAFETY: the level found the instructions; the rows are inside `out` and in one share.
+            let width = chunk.len().next_multiple_of(PANEL);
+            // SAFETY: the level found the instructions; the rows of a chunk are inside `out` and in one share.
             unsafe {
-                let out = std::slice::from_raw_parts_mut(to.at(rows.start * cols), rows.len() * cols);
-                pack_tile::<U>(x, rows, out);
+                let at = to.at(x.rows * chunk.start + rows.start * width);
+                let out = std::slice::from_raw_parts_mut(at, rows.len() * width);
+                pack_tile::<U>(x, rows, chunk.start, out);
             }
         }
     });
@@ -310,16 +314,16 @@ fn pack_rows<U: Unit>(x: View<'_>) -> Matrix {
 }
 
 for_each_width! {
-    /// A tile of `pack_rows`.
+    /// A tile of a chunk of `pack_rows`, from a unit on.
     ///
     /// # Safety
     /// The processor has the instructions.
-    unsafe fn pack_tile<U: Unit>(x: View<'_>, rows: Range<usize>, out: &mut [f32]) {
+    unsafe fn pack_tile<U: Unit>(x: View<'_>, rows: Range<usize>, unit: usize, out: &mut [f32]) {
         for (part, out) in out.chunks_exact_mut(rows.len() * U::RUN).enumerate() {
             for (row, out) in rows.clone().zip(out.chunks_exact_mut(U::RUN)) {
                 let row = x.row(row);
                 for (i, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                    let from = (part * PANEL + i * LANES * U::ELEMENTS).min(row.len());
+                    let from = ((unit + part * U::RUN + i * LANES) * U::ELEMENTS).min(row.len());
                     let values = &row[from..(from + LANES * U::ELEMENTS).min(row.len())];
                     // SAFETY: out has 16 units.
                     unsafe { U::of(values).store(out.as_mut_ptr()) };
