@@ -13,6 +13,10 @@ use std::ops::Range;
 
 /// Depth of a chunk of the contraction: 64 KB of a panel, which all tokens are multiplied by before the next.
 const DEPTH: usize = 512;
+/// Units of dy of which only so many go together that they stay in the second-level cache, as every share reads them: those of
+/// a loss over a large vocabulary.
+const MANY: usize = 1 << 20;
+const NEAR: usize = 128 << 10;
 
 /// `dx = dy W`, added to `dx` where `accumulate`; `w` is (rows, cols).
 ///
@@ -37,21 +41,35 @@ pub fn backward(level: Level, dy: View<'_>, w: Panels<'_>, shape: (usize, usize)
 
 fn product<P: Reading>(dy: View<'_>, weight: Weight<'_>, dx: ViewMut<'_>, accumulate: bool) {
     let dx_at = checked(&dx);
-    // Rows far apart would miss the caches and page tables.
-    let packed = pack_rows::<P::Unit>(dy, DEPTH);
+    let dx_to = Shared(dx.data.as_mut_ptr());
     let units = weight.rows.div_ceil(P::Unit::ELEMENTS);
-    let job = Backward { weight, tokens: dy.rows, units, ldy: dx.stride, accumulate };
-    let (a, dx) = (Shared(packed.as_ptr().cast_mut()), Shared(dx.data.as_mut_ptr()));
-    in_shares(weight.cols.div_ceil(PANEL), |panels| {
-        // SAFETY: the level found the instructions; the asserts of `backward` bound what is read of dy and w and written of
-        // dx; each panel's columns are in one share.
-        unsafe { run::<P>(&job, a.at(0), dx.at(dx_at), panels) };
-    });
+    let together = if dy.rows * units > MANY { (NEAR / dy.rows / DEPTH).max(1) * DEPTH } else { units };
+    for first in (0..units).step_by(together.max(1)) {
+        let columns = first * P::Unit::ELEMENTS..((first + together) * P::Unit::ELEMENTS).min(dy.cols);
+        // Rows far apart would miss the caches and page tables.
+        let packed = pack_rows::<P::Unit>(dy.slice_cols(columns), DEPTH);
+        let job = Backward {
+            weight,
+            tokens: dy.rows,
+            first,
+            units: together.min(units - first),
+            ldy: dx.stride,
+            accumulate: accumulate || first > 0,
+        };
+        let a = Shared(packed.as_ptr().cast_mut());
+        in_shares(weight.cols.div_ceil(PANEL), |panels| {
+            // SAFETY: the level found the instructions; the asserts of `backward` bound what is read of dy and w and written
+            // of dx; each panel's columns are in one share.
+            unsafe { run::<P>(&job, a.at(0), dx_to.at(dx_at), panels) };
+        });
+    }
 }
 
 struct Backward<'a> {
     weight: Weight<'a>,
     tokens: usize,
+    /// The first unit of the weight's rows, and how many of them.
+    first: usize,
     units: usize,
     /// Elements from one row of dx to the next.
     ldy: usize,
@@ -95,7 +113,7 @@ for_each_width! {
             return w.address(job.element::<P>(panel, units.start));
         }
         for (unit, out) in units.zip(scratch.as_chunks_mut::<PANEL>().0) {
-            let (at, last) = (job.element::<P>(panel, unit), P::Unit::ELEMENTS * unit + 1 == rows);
+            let (at, last) = (job.element::<P>(panel, unit), P::Unit::ELEMENTS * (job.first + unit) + 1 == rows);
             for lane in [0, LANES] {
                 // SAFETY: a row of a panel has 32 elements.
                 unsafe { P::Unit::of_rows(w, at + lane, last).store(out.as_mut_ptr().add(lane)) };
@@ -139,7 +157,7 @@ for_each_width! {
 impl Backward<'_> {
     /// Index of the first element of a unit in a panel.
     fn element<P: Reading>(&self, panel: usize, unit: usize) -> usize {
-        packed_at(self.weight.rows, unit * P::Unit::ELEMENTS, panel * PANEL)
+        packed_at(self.weight.rows, (self.first + unit) * P::Unit::ELEMENTS, panel * PANEL)
     }
 
     /// The same units of the next panel, some for each of the `tiles` tiles that go before it.

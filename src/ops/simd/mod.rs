@@ -410,8 +410,9 @@ mod tests {
             Level::Amx | Level::AmxSplit => super::level() == Some(Level::Amx),
         };
         let levels: Vec<Level> = all.into_iter().filter(has).collect();
-        // One row to more than a tile, an odd depth, more than a chunk of it, more tokens than go together.
-        for (t, rows, cols) in [(1, 1, 1), (17, 25, 35), (33, 1100, 40), (47, 30, 2211), (205, 13, 64)] {
+        // One row to more than a tile, an odd depth, more than a chunk of it, more tokens than go together, more of dy.
+        let shapes = [(1, 1, 1), (17, 25, 35), (33, 1100, 40), (47, 30, 2211), (205, 13, 64), (41, 25_801, 3)];
+        for (t, rows, cols) in shapes {
             let (w, x, dy) = (random(rows * cols, 1), random(t * cols, 2), random(t * rows, 3));
             let w: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
             let wide: Vec<f32> = w.iter().map(|v| v.to_f32()).collect();
