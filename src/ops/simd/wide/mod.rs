@@ -359,7 +359,7 @@ impl Unit for Pairs {
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512 {
         // SAFETY: 16 units are 32 bf16.
-        let [a, b] = unsafe { [std::mem::transmute(a), std::mem::transmute(b)] };
+        let [a, b] = unsafe { [a, b].map(|units| std::mem::transmute::<__m512, __m512bh>(units)) };
         _mm512_dpbf16_ps(sum, a, b)
     }
 }
