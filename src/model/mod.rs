@@ -44,7 +44,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Elements of a chunk of logits: 6 MB. More are not faster.
-const HEAD_CHUNK: usize = 3 << 20;
+const HEAD_CHUNK: usize = 3 << 19;
 /// The same on a device, which needs more rows to be busy: 128 MB of bf16.
 const HEAD_CHUNK_ON_DEVICE: usize = 64 << 20;
 
