@@ -8,8 +8,9 @@
 //! Where there is AMX, bf16 weights are multiplied by its tiles (`amx`), which are made of the panels for each product.
 //! Others are sums of broadcast elements times vectors, 12 of the one by 32 of the other at a time (`tile`), 6 by 16 with AVX2;
 //! what differs between the two, and between f32 and pairs of bf16, is in `wide`. A few rows of activations (`few`) and
-//! gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened some at a time; bf16 goes through
-//! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it.
+//! gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened
+//! some at a time or, where the processor has ports free beside its products, bf16 as the tiles read it. bf16 goes through
+//! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it, in attention's small products, too (`pairs`).
 //!
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
 #![allow(unsafe_code)] // SIMD intrinsics, and disjoint parts of one matrix written by several threads
