@@ -9,7 +9,7 @@
 
 use super::device::{Arg, COUNTERS, Constant, Device, Dtype, flag, fused_tokens, int, long};
 use super::math::vectorize;
-use super::matmul::{Side, Threads, ViewMut, matmul, transposed};
+use super::matmul::{Left, Right, Side, Threads, ViewMut, matmul, matmul_by};
 use super::matrix::{Matrix, View, rows_per_task};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -127,7 +127,7 @@ pub struct Pairs {
 
 impl Pairs {
     /// The pairs of this list, whose columns of `h` follow one another, and whose `A`s are the elements `a` of the parameters,
-    /// below one another.
+    /// below one another; their `B`s come behind these.
     #[must_use]
     pub fn new(list: Vec<Pair>, a: Range<usize>) -> Self {
         let two = |low: usize, high: usize| low as u64 | (high as u64) << 32;
@@ -224,19 +224,20 @@ impl Update<'_> {
     /// Each thread takes some tokens through dropout and both products, while they are near.
     fn forward_on_host(&self, x: &Matrix, h: &mut Matrix, y: &mut Matrix) {
         let (inputs, outputs, ranks, task) = (x.cols(), y.cols(), self.pairs.ranks, rows_per_task(x.rows()));
-        let a = transposed(self.parameters.part(self.pairs.a.clone(), inputs));
-        let b = |pair: &Pair| transposed(self.parameters.part(pair.b.clone(), pair.rank.len()));
-        let b: Vec<Matrix> = self.pairs.list.iter().map(b).collect();
+        let right =
+            |elements: &Range<usize>, cols| Right::of(Side::T(self.parameters.part(elements.clone(), cols)), false);
+        let a = right(&self.pairs.a, inputs);
+        let b: Vec<Right<'_>> = self.pairs.list.iter().map(|pair| right(&pair.b, pair.rank.len())).collect();
         let tasks = h.par_chunks_mut(task * ranks).zip(y.par_chunks_mut(task * outputs));
         tasks.zip(x.par_chunks(task * inputs)).enumerate().for_each(|(i, ((h, y), x))| {
             let rows = h.len() / ranks;
             let dropped = self.dropout.map(|dropout| dropout.of_some(i * task * inputs, rows, x));
             let x = dropped.as_ref().map_or(View::of(x, rows, inputs), Matrix::view);
-            matmul(Threads::One, ViewMut::of(h, rows, ranks), false, 1.0, Side::N(x), Side::N(a.view()));
+            matmul_by(ViewMut::of(h, rows, ranks), false, 1.0, &Left::Plain(Side::N(x)), &a);
             let h = View::of(h, rows, ranks);
             for (pair, b) in self.pairs.list.iter().zip(&b) {
                 let y = ViewMut::columns(y, outputs, pair.columns.clone());
-                matmul(Threads::One, y, true, pair.scale, Side::N(h.slice_cols(pair.rank.clone())), Side::N(b.view()));
+                matmul_by(y, true, pair.scale, &Left::Plain(Side::N(h.slice_cols(pair.rank.clone()))), b);
             }
         });
     }

@@ -2,10 +2,10 @@
 //! frozen weight are in `weight`.
 #![allow(unsafe_code)] // the gemm crate takes raw pointers
 
+use super::View;
 use super::device::{Buffer, Dtype, Operand, Product};
 #[cfg(target_arch = "x86_64")]
 use super::simd;
-use super::{Matrix, View};
 
 /// Who computes a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,25 +106,6 @@ fn check_bounds(dst: &ViewMut<'_>, sides: [&Side<'_>; 2]) {
         let v = side.view();
         assert!(fits(v.data.len(), v.offset, v.rows, v.cols, v.stride), "matmul: operand leaves its data");
     }
-}
-
-/// `xᵀ`, on the host.
-///
-/// # Panics
-/// When the view leaves its data.
-#[must_use]
-pub fn transposed(x: View<'_>) -> Matrix {
-    assert!(fits(x.data.len(), x.offset, x.rows, x.cols, x.stride), "transposed: the view leaves its data");
-    let mut out = Matrix::new(x.cols, x.rows);
-    #[cfg(target_arch = "x86_64")]
-    if let Some(level) = simd::level() {
-        simd::transpose(level, x, &mut out);
-        return out;
-    }
-    for row in 0..x.rows {
-        x.row(row).iter().enumerate().for_each(|(col, v)| out[col * x.rows + row] = *v);
-    }
-    out
 }
 
 /// A left side of several products on the calling thread, on the host.

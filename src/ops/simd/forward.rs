@@ -100,9 +100,9 @@ for_each_width! {
             // SAFETY: passed on; the scratches have room for the rows and their sums.
             unsafe {
                 // Before the first row there is nothing that could be read with it.
-                let lie = P::BYTES == size_of::<f32>() || row > 0;
-                let rows_of = if lie { rows_of::<P> } else { rows_of::<P::Unit> };
-                let tile = if lie { tile_of::<P>(height) } else { tile_of::<P::Unit>(height) };
+                let in_place = P::BYTES == size_of::<f32>() || row > 0;
+                let rows_of = if in_place { rows_of::<P> } else { rows_of::<P::Unit> };
+                let tile = if in_place { tile_of::<P>(height) } else { tile_of::<P::Unit>(height) };
                 let a = rows_of(job.weight, row..row + height, units.clone(), widened);
                 let mut ahead = job.ahead::<P>(row + height, &units, &panels);
                 for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(of_panel)) {
@@ -244,8 +244,8 @@ for_each_width! {
         unsafe {
             // With fixed numbers of them the block stays in registers.
             if tokens.len() == LANES && columns.len() == LANES * U::ELEMENTS && to.1 == LANES {
-                let from = x.row(tokens.start)[columns].as_ptr();
-                let _last = x.row(tokens.end - 1);
+                assert!(columns.end <= x.row(tokens.end - 1).len(), "product: a block inside x");
+                let from = x.data.as_ptr().wrapping_add(x.offset + tokens.start * x.stride + columns.start);
                 let mut block = std::array::from_fn(|token| {
                     let from = from.wrapping_add(token * x.stride);
                     prefetch::<_MM_HINT_T0>(from.wrapping_add(LANES * x.stride).cast());

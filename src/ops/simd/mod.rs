@@ -43,7 +43,6 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
-use tile::Target;
 use wide::{LANES, Unit, Wide, for_each_width};
 
 /// Columns of a panel: twice 16.
@@ -334,41 +333,6 @@ for_each_width! {
     }
 }
 
-/// Writes `xᵀ` to `out`, which has as many elements.
-///
-/// # Panics
-/// When it has not.
-pub fn transpose(level: Level, x: View<'_>, out: &mut Matrix) {
-    assert!(out.rows() == x.cols && out.cols() == x.rows, "transpose: shapes do not fit");
-    for row in (0..x.rows).step_by(LANES) {
-        let rows = row..(row + LANES).min(x.rows);
-        let to = Target { y: out.as_mut_ptr().wrapping_add(row), ldy: x.rows, accumulate: false };
-        // SAFETY: the level found the instructions; the rows are columns of `out`.
-        unsafe { at_width!(level, transpose_rows(x, rows.clone(), to)) };
-    }
-}
-
-for_each_width! {
-    /// At most 16 rows of `x` to as many columns.
-    ///
-    /// # Safety
-    /// They can be written; the processor has the instructions.
-    unsafe fn transpose_rows<W: Wide>(x: View<'_>, rows: Range<usize>, to: Target) {
-        for col in (0..x.cols).step_by(LANES) {
-            // SAFETY: passed on; what is not there is not read.
-            unsafe {
-                let mut block = [W::zero(); LANES];
-                for (to, row) in block.iter_mut().zip(rows.clone()) {
-                    let values = &x.row(row)[col..];
-                    *to = W::load_first(values.as_ptr(), values.len().min(LANES));
-                }
-                let to = Target { y: to.y.wrapping_add(col * to.ldy), ..to };
-                to.store_transposed(block, LANES.min(x.cols - col), rows.len());
-            }
-        }
-    }
-}
-
 /// `units` in equal chunks of at most `most`, but for the last whole panels.
 fn chunks(units: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let depth = units.div_ceil(units.div_ceil(most).max(1)).next_multiple_of(PANEL).max(PANEL);
@@ -378,7 +342,12 @@ fn chunks(units: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
 /// Runs `f` over consecutive ranges of `0..n` in parallel, eight of about one length for each thread: where other programs have
 /// a share of a core, the other ones take over what it is behind with.
 fn in_shares(n: usize, f: impl Fn(Range<usize>) + Sync) {
-    let shares = (8 * rayon::current_num_threads()).min(n);
+    in_few_shares(8, n, f);
+}
+
+/// The same with so many for each thread.
+fn in_few_shares(each: usize, n: usize, f: impl Fn(Range<usize>) + Sync) {
+    let shares = (each * rayon::current_num_threads()).min(n);
     (0..shares).into_par_iter().with_max_len(1).for_each(|i| f(i * n / shares..(i + 1) * n / shares));
 }
 

@@ -4,7 +4,7 @@
 use super::few::Element;
 use super::tile::{LINE, prefetch};
 use super::wide::{LANES, Wide, for_each_width};
-use super::{Level, PANEL, Panels, Shared, at_width, checked, packed_len};
+use super::{Level, PANEL, Panels, Shared, at_width, checked, in_few_shares, packed_len};
 use crate::ops::math::vectorize;
 use crate::ops::matmul::ViewMut;
 use crate::ops::matrix::{Matrix, View};
@@ -139,11 +139,8 @@ fn sparse_backward_of<E: Element>(
     assert!(fit && inside && cols > 0, "product: shapes do not fit");
     let (dx_at, stride, of_panel) = (checked(&dx), dx.stride, rows * PANEL);
     let dx = Shared(dx.data.as_mut_ptr());
-    let panels = cols.div_ceil(PANEL);
-    let shares = (SHARES * rayon::current_num_threads()).min(panels);
-    (0..shares).into_par_iter().with_max_len(1).for_each(|share| {
+    in_few_shares(SHARES, cols.div_ceil(PANEL), |range| {
         let mut sums = Matrix::new(tokens, TOGETHER * PANEL);
-        let range = share * panels / shares..(share + 1) * panels / shares;
         for first in range.clone().step_by(TOGETHER) {
             let count = TOGETHER.min(range.end - first);
             let w = w[first * of_panel..(first + count) * of_panel].as_ptr();

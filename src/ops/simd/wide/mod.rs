@@ -4,12 +4,14 @@
 //! behind a pointer has to be there as well.
 
 mod halves;
+mod reading;
 
 pub use halves::Halves;
+pub use reading::{PairedVectors, Reading, WideOf, WidenedRows, WidenedVectors};
 
 use super::{Level, PANEL, Panels};
 use half::{bf16, f16};
-use std::arch::{asm, x86_64::*};
+use std::arch::x86_64::*;
 
 /// How many there are.
 pub const LANES: usize = 16;
@@ -36,67 +38,6 @@ pub trait Unit: Compiled {
     /// `sum`, and the products of each two units added.
     unsafe fn multiply_add(a: Self::Wide, b: Self::Wide, sum: Self::Wide) -> Self::Wide;
 }
-
-/// How the tiles of a product read its two sides: as units that lie there, or as units that are made of a bf16 weight in
-/// registers.
-pub trait Reading: Compiled {
-    /// What is multiplied.
-    type Unit: Unit + Reading<Unit = Self::Unit>;
-    /// Bytes of a broadcast unit.
-    const BYTES: usize = size_of::<f32>();
-    /// Bytes from the vectors of a step to those of the next.
-    const STEP: usize = PANEL * size_of::<f32>();
-    /// Whether the two vectors of a step are its even and its odd columns.
-    const SPLIT: bool = false;
-
-    /// What `broadcast` takes besides, made once for a tile.
-    unsafe fn constant() -> WideOf<Self>;
-    /// All units: the one at an address.
-    unsafe fn broadcast(at: *const i8, constant: WideOf<Self>) -> WideOf<Self>;
-    /// The first `V` vectors of a step.
-    unsafe fn vectors<const V: usize>(at: *const i8) -> [WideOf<Self>; V];
-    /// Sums of even and of odd columns in the columns' order, where these are [`SPLIT`](Self::SPLIT).
-    unsafe fn in_order(sums: [WideOf<Self>; 2]) -> [WideOf<Self>; 2];
-}
-
-/// The vectors of a reading.
-pub type WideOf<R> = <<R as Reading>::Unit as Unit>::Wide;
-
-/// Units that lie there.
-macro_rules! reading_of_units {
-    ($unit:ty) => {
-        impl Reading for $unit {
-            type Unit = Self;
-
-            #[inline(always)]
-            unsafe fn constant() -> WideOf<Self> {
-                // SAFETY: passed on.
-                unsafe { Wide::zero() }
-            }
-
-            #[inline(always)]
-            unsafe fn broadcast(at: *const i8, _constant: WideOf<Self>) -> WideOf<Self> {
-                // SAFETY: passed on.
-                unsafe { Wide::set(*at.cast()) }
-            }
-
-            #[inline(always)]
-            unsafe fn vectors<const V: usize>(at: *const i8) -> [WideOf<Self>; V] {
-                // SAFETY: passed on.
-                std::array::from_fn(|v| unsafe { Wide::load(at.cast::<f32>().wrapping_add(v * LANES)) })
-            }
-
-            #[inline(always)]
-            unsafe fn in_order(sums: [WideOf<Self>; 2]) -> [WideOf<Self>; 2] {
-                sums
-            }
-        }
-    };
-}
-
-reading_of_units!(__m512);
-reading_of_units!(Halves);
-reading_of_units!(Pairs);
 
 /// The upper half of each pair.
 #[inline]
@@ -126,143 +67,6 @@ fn interleaved([even, odd]: [__m512; 2]) -> [__m512; 2] {
     let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     [_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)]
-}
-
-/// f32 units of which the broadcast ones are bf16.
-pub struct WidenedRows;
-
-impl Compiled for WidenedRows {
-    const LEVEL: Level = Level::Avx512;
-}
-
-impl Reading for WidenedRows {
-    type Unit = __m512;
-    const BYTES: usize = size_of::<bf16>();
-
-    /// The upper half of 32 bits, which the compiler must not know: it would mask each element before it is broadcast, where
-    /// one instruction can do both.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn constant() -> __m512 {
-        let mut upper = odd_mask();
-        // SAFETY: nothing is done.
-        unsafe { asm!("/* {} */", inout(zmm_reg) upper, options(pure, nomem, nostack, preserves_flags)) };
-        _mm512_castsi512_ps(upper)
-    }
-
-    /// The two bytes before the element are read, too.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const i8, constant: __m512) -> __m512 {
-        // SAFETY: passed on.
-        let pair = unsafe { at.wrapping_sub(size_of::<bf16>()).cast::<i32>().read_unaligned() };
-        _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(pair), _mm512_castps_si512(constant)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
-        // SAFETY: passed on.
-        unsafe { <__m512 as Reading>::vectors(at) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
-        sums
-    }
-}
-
-/// f32 units of which the vectors are rows of 32 bf16.
-pub struct WidenedVectors;
-
-impl Compiled for WidenedVectors {
-    const LEVEL: Level = Level::Avx512;
-}
-
-impl Reading for WidenedVectors {
-    type Unit = __m512;
-    const STEP: usize = PANEL * size_of::<bf16>();
-    const SPLIT: bool = true;
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn constant() -> __m512 {
-        _mm512_setzero_ps()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const i8, constant: __m512) -> __m512 {
-        // SAFETY: passed on.
-        unsafe { <__m512 as Reading>::broadcast(at, constant) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
-        // SAFETY: passed on.
-        let row = unsafe { _mm512_loadu_si512(at.cast()) };
-        let both = [even_elements(row), odd_elements(row)];
-        // Not from_fn, whose closure would lack the instructions.
-        let mut out = [both[0]; V];
-        out.iter_mut().zip(both).for_each(|(out, vector)| *out = vector);
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
-        interleaved(sums)
-    }
-}
-
-/// Pairs of which the vectors are made of two rows of 32 bf16.
-pub struct PairedVectors;
-
-impl Compiled for PairedVectors {
-    const LEVEL: Level = Level::Avx512Bf16;
-}
-
-impl Reading for PairedVectors {
-    type Unit = Pairs;
-    const STEP: usize = 2 * PANEL * size_of::<bf16>();
-    const SPLIT: bool = true;
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn constant() -> __m512 {
-        _mm512_setzero_ps()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const i8, _constant: __m512) -> __m512 {
-        // SAFETY: passed on.
-        _mm512_set1_ps(unsafe { *at.cast() })
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn vectors<const V: usize>(at: *const i8) -> [__m512; V] {
-        // SAFETY: passed on; a row is 64 bytes.
-        let [first, second] =
-            unsafe { [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.wrapping_add(64).cast())] };
-        let upper = odd_mask();
-        // Bits of the second argument where the first has ones, else of the third.
-        let even = _mm512_ternarylogic_epi32::<0xca>(upper, _mm512_slli_epi32::<16>(second), first);
-        let odd = _mm512_ternarylogic_epi32::<0xca>(upper, second, _mm512_srli_epi32::<16>(first));
-        let both = [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)];
-        let mut out = [both[0]; V];
-        out.iter_mut().zip(both).for_each(|(out, vector)| *out = vector);
-        out
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn in_order(sums: [__m512; 2]) -> [__m512; 2] {
-        interleaved(sums)
-    }
 }
 
 /// f32 elements.
