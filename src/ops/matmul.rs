@@ -129,6 +129,9 @@ pub enum Right<'a> {
     /// In f32, laid out for the processor.
     #[cfg(target_arch = "x86_64")]
     Panels(simd::Panelled),
+    /// Rows of f32 that become columns, read where they lie.
+    #[cfg(target_arch = "x86_64")]
+    Rows(simd::Level, View<'a>),
     /// Rounded to bf16 by each product.
     #[cfg(target_arch = "x86_64")]
     Rounding(Side<'a>),
@@ -172,6 +175,16 @@ impl<'a> Right<'a> {
         }
         Self::Plain(side)
     }
+
+    /// Rows that become columns, for one product with a few rows.
+    #[must_use]
+    pub fn of_rows(rows: View<'a>) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(level) = simd::level().filter(|_| simd::are_panels(rows.cols)) {
+            return Self::Rows(level, rows);
+        }
+        Self::of(Side::T(rows), false)
+    }
 }
 
 /// The first `rows` and `cols` of a side.
@@ -198,6 +211,13 @@ pub fn matmul_by(dst: ViewMut<'_>, accumulate: bool, alpha: f32, lhs: &Left<'_>,
             check_bounds(&dst, [lhs, lhs]);
             // SAFETY: `fits` checked that every element of both views lies inside its data.
             unsafe { rhs.product(dst, accumulate, alpha, *lhs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Left::Plain(Side::N(lhs)), Right::Rows(level, rows)) => {
+            let rows = rows.slice_rows(0..cols);
+            check_bounds(&dst, [&Side::N(*lhs), &Side::T(rows)]);
+            // SAFETY: `fits` checked that every element of the three views lies inside its data.
+            unsafe { simd::few_by_rows(*level, *lhs, rows, dst, accumulate, alpha) }
         }
         #[cfg(target_arch = "x86_64")]
         (Left::Pairs(lhs), Right::Pairs(rhs)) => simd::product_of_pairs(dst, accumulate, alpha, lhs, rhs),

@@ -63,7 +63,13 @@ impl Pool {
     }
 }
 
+/// Elements up to which the allocator is faster, which has free buffers of each thread: those here are all threads'.
+const SMALL: usize = 8 << 10;
+
 fn take(len: usize) -> Vec<f32> {
+    if len <= SMALL {
+        return vec![0.0; len];
+    }
     let found = pool().take(len);
     found.unwrap_or_else(|len| vec![0.0; len])
 }
@@ -93,7 +99,7 @@ pub fn reusing<R>(how: Reuse, f: impl FnOnce() -> R) -> R {
 }
 
 fn give(buffer: Vec<f32>) {
-    if buffer.is_empty() {
+    if buffer.len() <= SMALL {
         return;
     }
     let mut pool = pool();

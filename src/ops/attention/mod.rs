@@ -24,7 +24,7 @@ const ROWS: usize = 256;
 const FEW: usize = 8;
 
 /// Keys of such a share.
-const KEYS_OF_FEW: usize = 512;
+const KEYS_OF_FEW: usize = 128;
 
 /// Query rows of a block from which on its products may be rounded to bf16: fewer do not fill a tile, and those of decoding
 /// have to be the same whichever rows they are with.

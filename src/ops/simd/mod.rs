@@ -29,7 +29,7 @@ mod wide;
 pub use amx::rounded;
 pub use backward::backward;
 pub use codes::decode_4_bits;
-pub use few::few_rows;
+pub use few::{are_panels, few_by_rows, few_rows};
 pub use forward::forward;
 pub use pairs::{PairsLeft, PairsRight, product_of_pairs};
 pub use small::{Panelled, is_small, small};

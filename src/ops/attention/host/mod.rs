@@ -128,7 +128,7 @@ impl Attention {
 
     fn forward_part(&self, [q, k, v]: [View<'_>; 3], Work { span, block, heads }: &Work<'_>) -> Part {
         let [k, v] = [k, v].map(|view| self.head(view, self.key_head(heads.start)));
-        let (hs, rows) = (self.head_size, block.rows.len());
+        let (hs, rows, few) = (self.head_size, block.rows.len(), span.q.len() <= FEW);
         let queries = self.stacked(q, heads.clone(), &block.rows);
         let rounded = self.rounded(block);
         let left = Left::of(Side::N(queries.view()), rounded);
@@ -136,7 +136,8 @@ impl Attention {
         let parts = blocks.map(|block| {
             let keys = span.rows(block.keys.clone()).next().expect("a part has keys");
             let [k, v] = [k, v].map(|view| view.slice_rows(keys.clone()));
-            let mut s = scores(self.scale, &left, queries.rows(), &Right::of(Side::T(k), rounded), k.rows);
+            let keys = if few { Right::of_rows(k) } else { Right::of(Side::T(k), rounded) };
+            let mut s = scores(self.scale, &left, queries.rows(), &keys, k.rows);
             if let Some(cap) = self.softcap {
                 soft_cap(&mut s, cap);
             }

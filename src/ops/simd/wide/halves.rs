@@ -236,15 +236,6 @@ impl Wide for Halves {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn sum(self) -> f32 {
-        let eight = _mm256_add_ps(self.0, self.1);
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
     unsafe fn non_zeros(self) -> u16 {
         let bits = |eight| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NEQ_UQ>(eight, _mm256_setzero_ps())) as u16;
         bits(self.0) | bits(self.1) << 8

@@ -202,8 +202,6 @@ pub trait Wide: Copy + Compiled {
     unsafe fn multiply(self, other: Self) -> Self;
     /// `self · factor + sum`, rounded once.
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
-    /// Of all elements.
-    unsafe fn sum(self) -> f32;
     /// A bit for each that is not zero, the first lowest.
     unsafe fn non_zeros(self) -> u16;
     /// Transposes 16 x 16 units.
@@ -361,12 +359,6 @@ impl Wide for __m512 {
     #[target_feature(enable = "avx512f")]
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
         _mm512_fmadd_ps(self, factor, sum)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn sum(self) -> f32 {
-        _mm512_reduce_add_ps(self)
     }
 
     #[inline]
