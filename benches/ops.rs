@@ -7,7 +7,7 @@
 
 use half::bf16;
 use litgpt::ops::attention::{Attention, Spans};
-use litgpt::ops::glu::{self, Activation};
+use litgpt::ops::glu::{Activation, Units};
 use litgpt::ops::matmul::{Side, Threads, ViewMut, matmul};
 use litgpt::ops::norm::{Kind, Norm};
 use litgpt::ops::weight::{Data, Weight};
@@ -112,11 +112,14 @@ impl Bench {
         let mut dx = Matrix::zeros(T, 576);
         self.row("norm backward", 0.0, 2.0 * bytes, || norm.backward(&x, &x, &mut dx, true));
         let gate_up = Matrix::from_slice(T, 3072, &values(T * 3072));
-        let bytes = (T * 1536) as f64;
-        self.row("glu forward", 0.0, 12.0 * bytes, || drop(glu::gated(Activation::Silu, &gate_up)));
+        let (silu, bytes) = (Units { activation: Activation::Silu, gated: true }, (T * 1536) as f64);
+        self.row("glu forward", 0.0, 12.0 * bytes, || drop(silu.forward(&gate_up)));
         let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
-        let mut d = gate_up.clone();
-        self.row("glu backward", 0.0, 20.0 * bytes, || glu::gated_backward(Activation::Silu, &dh, &mut d));
+        // It overwrites what it is given.
+        let mut d = Some(gate_up.clone());
+        self.row("glu f32 backward", 0.0, 20.0 * bytes, || d = d.take().map(|d| silu.backward(&dh, d.into())));
+        let both = || drop(silu.backward(&dh, silu.forward_and_park(gate_up.clone(), true).1));
+        self.row("glu bf16 both", 0.0, 48.0 * bytes, both);
         let qkv = Matrix::from_slice(T, 960, &values(T * 960));
         let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
         let spans = Spans::tail(T, T);

@@ -5,7 +5,7 @@ use crate::idle::Idle;
 use litgpt::ops::Matrix;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::device::{Constant, Device, Dtype};
-use litgpt::ops::glu::{self, Activation};
+use litgpt::ops::glu::{Activation, Units};
 use litgpt::ops::head::{Gradient, Loss, Transform, cross_entropy};
 use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
 use litgpt::ops::norm::{Kind, Norm};
@@ -205,10 +205,11 @@ impl Bench {
         self.row(&name("norm backward"), 0.0, 4.0 * size * c as f64, || norm.backward(&dy, &x, &mut dx, true));
         self.row(&name("copy"), 0.0, 2.0 * size * c as f64, || drop(x.clone()));
         let (gate_up, dh) = (self.matrix(tokens, 2 * width), self.matrix(tokens, width));
-        let forward = || drop(glu::gated(Activation::Silu, &gate_up));
-        self.row(&name("glu forward"), 0.0, 3.0 * size * width as f64, forward);
-        let mut d = gate_up.clone();
-        let backward = || glu::gated_backward(Activation::Silu, &dh, &mut d);
+        let silu = Units { activation: Activation::Silu, gated: true };
+        self.row(&name("glu forward"), 0.0, 3.0 * size * width as f64, || drop(silu.forward(&gate_up)));
+        // It overwrites what it is given.
+        let mut d = Some(gate_up.clone());
+        let backward = || d = d.take().map(|d| silu.backward(&dh, d.into()));
         self.row(&name("glu backward"), 0.0, 5.0 * size * width as f64, backward);
         let tables = Tables::new(10_000.0, model.head_size, &Scaling::None, tokens);
         let (mut qk, positions) = (self.matrix(tokens, 2 * c), (0..tokens as u32).collect::<Constant<u32>>());

@@ -4,7 +4,7 @@ use super::attention::Pass;
 use super::experts::{self, Experts};
 use super::linear::{Gradients, Linear, Saved as LinearSaved};
 use crate::ops::Matrix;
-use crate::ops::glu::{self, Activation};
+use crate::ops::glu::{Activation, Units};
 use crate::ops::matrix::Parked;
 
 /// The MLP of a block.
@@ -100,12 +100,8 @@ pub struct DenseSaved {
 }
 
 impl Dense {
-    fn gated(&self) -> bool {
-        self.up.outputs() == 2 * self.down.inputs()
-    }
-
-    fn activate(&self, up: &Matrix) -> Matrix {
-        if self.gated() { glu::gated(self.activation, up) } else { glu::plain(self.activation, up) }
+    fn kind(&self) -> Units {
+        Units { activation: self.activation, gated: self.up.outputs() == 2 * self.down.inputs() }
     }
 
     /// What stands before the activation.
@@ -117,7 +113,7 @@ impl Dense {
 
     /// What `down` is multiplied with.
     pub(super) fn units(&self, pass: &Pass<'_>, x: &Matrix) -> Matrix {
-        self.activate(&self.raise(pass, x).0)
+        self.kind().forward(&self.raise(pass, x).0)
     }
 
     /// `y = down(units(x))`, added to `y` where `accumulate`.
@@ -127,8 +123,8 @@ impl Dense {
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
         let (up, h_up) = self.raise(pass, x);
         let bf16 = pass.seed.is_some() && self.up.weight().is_bf16();
-        let down = |up: &Matrix| self.down.forward(pass.parameters, &self.activate(up), pass.seed, y, accumulate);
-        let (h_down, up) = Parked::beside(up, bf16, down);
+        let (units, up) = self.kind().forward_and_park(up, bf16);
+        let h_down = self.down.forward(pass.parameters, &units, pass.seed, y, accumulate);
         DenseSaved { up, h_up, h_down }
     }
 
@@ -147,13 +143,9 @@ impl Dense {
     ) {
         let mut d = dy.new_like(dy.rows(), self.down.inputs());
         let DenseSaved { up, h_up, h_down } = saved;
-        let ((), mut up) = up.restored_beside(|| self.down.backward_frozen(dy, Some((&mut d, false))));
-        self.down.backward_adapters(to, dy, || self.activate(&up), &h_down, pass.seed, Some(&mut d));
-        if self.gated() {
-            glu::gated_backward(self.activation, &d, &mut up);
-        } else {
-            glu::plain_backward(self.activation, &d, &mut up);
-        }
-        self.up.backward(to, &up, x, &h_up, pass.seed, dx);
+        let units = || self.kind().forward(&up.get());
+        self.down.backward(to, dy, units, &h_down, pass.seed, Some((&mut d, false)));
+        let d_up = self.kind().backward(&d, up);
+        self.up.backward(to, &d_up, x, &h_up, pass.seed, dx);
     }
 }

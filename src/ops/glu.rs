@@ -1,11 +1,11 @@
 //! Gated and plain units of an MLP: `act(gate) · up` (Shazeer 2020, arXiv:2002.05202) and `act(x)`.
 //!
-//! Gate and up stand side by side, (T, 2 I), as one product leaves them. The backward overwrites them with their own
-//! gradients: `dup = dh act(gate)`, `dgate = dh up act'(gate)`.
+//! Gate and up stand side by side, (T, 2 I), as one product leaves them, and so do their gradients: `dup = dh act(gate)`,
+//! `dgate = dh up act'(gate)`.
 
 use super::device::{int, long};
 use super::math::{erf, exp, sigmoid, tanh, vectorize};
-use super::matrix::{Matrix, rows_per_task};
+use super::matrix::{Matrix, Parked, rows_per_task};
 use rayon::prelude::*;
 
 /// Activation function.
@@ -117,72 +117,99 @@ for_activations! {
     }
 }
 
-/// `act(gate) · up`.
-///
-/// # Shapes
-/// `gate_up`: (T, 2 I); returns (T, I).
-#[must_use]
-pub fn gated(activation: Activation, gate_up: &Matrix) -> Matrix {
-    let width = gate_up.cols() / 2;
-    let mut h = gate_up.new_like(gate_up.rows(), width);
-    if let Some((device, dtype)) = gate_up.place() {
-        let args = [gate_up.pointer().into(), h.pointer().into(), int(width), activation.code()];
-        device.launch("glu_fwd", Some(dtype), [h.rows(), width.div_ceil(2048), 1], [256, 1], 0, &args);
-        return h;
-    }
-    let chunk = (rows_per_task(gate_up.rows()) * width).max(1);
-    let parts = h.par_chunks_mut(chunk).zip(gate_up.par_chunks(2 * chunk));
-    parts.for_each(|(h, gate_up)| gated_rows(activation, width, gate_up, h));
-    h
+/// What stands between the two projections of an MLP: `act(gate) · up` or `act(x)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Units {
+    /// The activation.
+    pub activation: Activation,
+    /// Whether gate and up stand side by side.
+    pub gated: bool,
 }
 
-/// Overwrites gate and up with their gradients.
-///
-/// # Shapes
-/// `dh`: (T, I); `gate_up`: (T, 2 I).
-pub fn gated_backward(activation: Activation, dh: &Matrix, gate_up: &mut Matrix) {
-    let width = dh.cols();
-    if let Some((device, dtype)) = dh.place() {
-        let args = [gate_up.pointer().into(), dh.pointer().into(), int(width), activation.code()];
-        return device.launch("glu_bwd", Some(dtype), [dh.rows(), width.div_ceil(2048), 1], [256, 1], 0, &args);
+impl Units {
+    /// Room for the units of `x`.
+    fn room(self, x: &Matrix) -> Matrix {
+        x.new_like(x.rows(), if self.gated { x.cols() / 2 } else { x.cols() })
     }
-    let chunk = (rows_per_task(dh.rows()) * width).max(1);
-    let parts = dh.par_chunks(chunk).zip(gate_up.par_chunks_mut(2 * chunk));
-    parts.for_each(|(dh, gate_up)| gated_rows_backward(activation, width, dh, gate_up));
-}
 
-/// `act(x)`.
-///
-/// # Shapes
-/// `x`: (T, I); returns (T, I).
-#[must_use]
-pub fn plain(activation: Activation, x: &Matrix) -> Matrix {
-    let mut h = x.new_like(x.rows(), x.cols());
-    if let Some((device, dtype)) = x.place() {
-        let n = x.rows() * x.cols();
-        let args = [x.pointer().into(), h.pointer().into(), long(n), activation.code()];
-        device.launch_over("activation_fwd", Some(dtype), n, &args);
-        return h;
+    /// The units of what stands before them.
+    ///
+    /// # Shapes
+    /// `x`: (T, 2 I) where gated, else (T, I); returns (T, I).
+    #[must_use]
+    pub fn forward(self, x: &Matrix) -> Matrix {
+        let mut h = self.room(x);
+        if !self.forward_on_device(x, &mut h) {
+            let (task, width) = (rows_per_task(x.rows()), h.cols());
+            let parts = h.par_chunks_mut((task * width).max(1)).zip(x.par_chunks((task * x.cols()).max(1)));
+            parts.for_each(|(h, x)| self.of_rows(width, x, h));
+        }
+        h
     }
-    let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
-    let parts = h.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
-    parts.for_each(|(h, x)| plain_row(activation, x, h));
-    h
-}
 
-/// Overwrites the input of [`plain`] with its gradient.
-///
-/// # Shapes
-/// `dh`, `x`: (T, I).
-pub fn plain_backward(activation: Activation, dh: &Matrix, x: &mut Matrix) {
-    if let Some((device, dtype)) = dh.place() {
-        let n = dh.rows() * dh.cols();
-        let args = [x.pointer().into(), dh.pointer().into(), x.pointer().into(), long(n), activation.code()];
-        return device.launch_over("activation_bwd", Some(dtype), n, &args);
+    /// The same, and what stands before them as it waits for the backward, on the host rounded to bf16 where that is asked for.
+    #[must_use]
+    pub fn forward_and_park(self, x: Matrix, bf16: bool) -> (Matrix, Parked) {
+        if !bf16 || x.place().is_some() {
+            return (self.forward(&x), x.into());
+        }
+        let mut h = self.room(&x);
+        let width = h.cols();
+        let parked = Parked::rounded_with(&x, &mut h, |x, h| self.of_rows(width, x, h));
+        (h, parked)
     }
-    let chunk = (rows_per_task(x.rows()) * x.cols()).max(1);
-    let parts = dh.par_chunks(chunk).zip(x.par_chunks_mut(chunk));
-    parts.for_each(|(dh, x)| plain_row_backward(activation, dh, x));
+
+    fn of_rows(self, width: usize, x: &[f32], h: &mut [f32]) {
+        if self.gated { gated_rows(self.activation, width, x, h) } else { plain_row(self.activation, x, h) }
+    }
+
+    /// Whether it was on a device.
+    fn forward_on_device(self, x: &Matrix, h: &mut Matrix) -> bool {
+        let Some((device, dtype)) = x.place() else { return false };
+        let (from, to, activation) = (x.pointer().into(), h.pointer().into(), self.activation.code());
+        if self.gated {
+            let grid = [h.rows(), h.cols().div_ceil(2048), 1];
+            device.launch("glu_fwd", Some(dtype), grid, [256, 1], 0, &[from, to, int(h.cols()), activation]);
+        } else {
+            let n = x.rows() * x.cols();
+            device.launch_over("activation_fwd", Some(dtype), n, &[from, to, long(n), activation]);
+        }
+        true
+    }
+
+    /// The gradient of what stands before the units.
+    ///
+    /// # Shapes
+    /// `dh`: (T, I); `x`: as in the forward, whose shape is returned.
+    #[must_use]
+    pub fn backward(self, dh: &Matrix, x: Parked) -> Matrix {
+        if dh.place().is_some() {
+            let mut d = x.restore();
+            self.backward_on_device(dh, &mut d);
+            return d;
+        }
+        let width = dh.cols();
+        x.restored_with(dh, |dh, x| {
+            if self.gated {
+                gated_rows_backward(self.activation, width, dh, x);
+            } else {
+                plain_row_backward(self.activation, dh, x);
+            }
+        })
+    }
+
+    fn backward_on_device(self, dh: &Matrix, d: &mut Matrix) {
+        let Some((device, dtype)) = dh.place() else { return };
+        let (x, dh_at, activation) = (d.pointer(), dh.pointer().into(), self.activation.code());
+        if self.gated {
+            let (grid, width) = ([dh.rows(), dh.cols().div_ceil(2048), 1], int(dh.cols()));
+            device.launch("glu_bwd", Some(dtype), grid, [256, 1], 0, &[x.into(), dh_at, width, activation]);
+        } else {
+            let n = dh.rows() * dh.cols();
+            let args = [x.into(), dh_at, x.into(), long(n), activation];
+            device.launch_over("activation_bwd", Some(dtype), n, &args);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +227,20 @@ mod tests {
         }
     }
 
+    /// Rounded, the backward is that of the rounded values.
+    fn check(units: Units, x: &Matrix, dh: &[f32], oracle: &Oracle) {
+        assert_close(&units.forward(x), &oracle.y, 1e-6);
+        let (h, parked) = units.forward_and_park(x.clone(), false);
+        assert!(h[..] == units.forward(x)[..]);
+        let dh = Matrix::from_slice(h.rows(), h.cols(), dh);
+        assert_close(&units.backward(&dh, parked), &oracle.grads[0], 2e-6);
+        let (rounded_h, parked) = units.forward_and_park(x.clone(), true);
+        assert!(rounded_h[..] == h[..]);
+        let rounded: Vec<f32> = x.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
+        let rounded = Matrix::from_slice(x.rows(), x.cols(), &rounded);
+        assert!(units.backward(&dh, parked)[..] == units.backward(&dh, rounded.into())[..]);
+    }
+
     #[test]
     fn every_activation_equals_the_reference() {
         let (t, width) = (5, 123);
@@ -210,16 +251,10 @@ mod tests {
                 reference(activation, &input[0].narrow(1, 0, width)?)?.mul(&input[0].narrow(1, width, width)?)
             };
             let oracle = Oracle::run(&[(&x, t, 2 * width)], gate_up, &dh);
-            let mut matrix = Matrix::from_slice(t, 2 * width, &x);
-            assert_close(&gated(activation, &matrix), &oracle.y, 1e-6);
-            gated_backward(activation, &Matrix::from_slice(t, width, &dh), &mut matrix);
-            assert_close(&matrix, &oracle.grads[0], 2e-6);
+            check(Units { activation, gated: true }, &Matrix::from_slice(t, 2 * width, &x), &dh, &oracle);
 
             let oracle = Oracle::run(&[(&x[..t * width], t, width)], |i| reference(activation, &i[0]), &dh);
-            let mut matrix = Matrix::from_slice(t, width, &x[..t * width]);
-            assert_close(&plain(activation, &matrix), &oracle.y, 1e-6);
-            plain_backward(activation, &Matrix::from_slice(t, width, &dh), &mut matrix);
-            assert_close(&matrix, &oracle.grads[0], 2e-6);
+            check(Units { activation, gated: false }, &Matrix::from_slice(t, width, &x[..t * width]), &dh, &oracle);
         }
     }
 }
