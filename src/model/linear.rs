@@ -5,8 +5,10 @@
 
 use super::lora::{Lora, LoraConfig};
 use crate::ops::device::Constant;
+use crate::ops::glu::Activation;
 use crate::ops::lora::{Dropout, Pair, Pairs, Update};
 use crate::ops::matmul::{Side, Threads, ViewMut, matmul};
+use crate::ops::matrix::Parked;
 use crate::ops::rows::add_bias;
 use crate::ops::weight::Weight;
 use crate::ops::{Matrix, View};
@@ -175,6 +177,16 @@ impl Linear {
             add_bias(y, bias);
         }
         Some(self.update(parameters, seed)?.forward(x, y))
+    }
+
+    /// The units of `x Wᵀ`, and what stands before them as it waits for the backward, where they can be made at once.
+    ///
+    /// # Shapes
+    /// `x`: (T, in); returns (T, out / 2).
+    #[must_use]
+    pub fn forward_units(&self, x: &Matrix, activation: Activation, bf16: bool) -> Option<(Matrix, Parked)> {
+        let plain = self.bias.is_none() && self.pairs.is_none() && x.place().is_none();
+        plain.then(|| self.weight.forward_units(x, activation, bf16)).flatten()
     }
 
     /// Adds the adapters' gradients, and writes or adds that of the input where `dx` is asked for.

@@ -159,7 +159,8 @@ impl Units {
         (h, parked)
     }
 
-    fn of_rows(self, width: usize, x: &[f32], h: &mut [f32]) {
+    /// Rows of `width` units.
+    pub(super) fn of_rows(self, width: usize, x: &[f32], h: &mut [f32]) {
         if self.gated { gated_rows(self.activation, width, x, h) } else { plain_row(self.activation, x, h) }
     }
 

@@ -382,6 +382,15 @@ pub struct Parked {
     rounded: Option<usize>,
 }
 
+/// Elements of a parked matrix on the host, row after row, to write to.
+#[derive(Debug)]
+pub enum ParkedMut<'a> {
+    /// As they are.
+    Whole(&'a mut Matrix),
+    /// Rounded to bf16.
+    Rounded(&'a mut [bf16]),
+}
+
 impl From<Matrix> for Parked {
     /// Parks it as it is.
     fn from(matrix: Matrix) -> Self {
@@ -390,6 +399,21 @@ impl From<Matrix> for Parked {
 }
 
 impl Parked {
+    /// One on the host whose elements are still to be written; where they are to be rounded, `cols` is even.
+    #[must_use]
+    pub fn new(rows: usize, cols: usize, bf16: bool) -> Self {
+        assert!(!bf16 || cols.is_multiple_of(2), "parked: rows of whole elements");
+        Self { matrix: Matrix::new(rows, if bf16 { cols / 2 } else { cols }), rounded: bf16.then_some(cols) }
+    }
+
+    /// Its elements.
+    pub fn elements_mut(&mut self) -> ParkedMut<'_> {
+        match self.rounded {
+            Some(_) => ParkedMut::Rounded(bytemuck::cast_slice_mut(&mut self.matrix)),
+            None => ParkedMut::Whole(&mut self.matrix),
+        }
+    }
+
     /// Parks `matrix`, rounded to bf16 where that is asked for and it is on the host, while `work` reads it.
     pub fn beside<R: Send>(matrix: Matrix, bf16: bool, work: impl FnOnce(&Matrix) -> R + Send) -> (R, Self) {
         if !bf16 || matrix.place().is_some() {

@@ -8,11 +8,12 @@
 //! in half its memory.
 
 use super::device::{Constant, Device, Dtype};
+use super::glu::{Activation, Units};
 use super::math::{dot, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 #[cfg(target_arch = "x86_64")]
 use super::matrix::round;
-use super::matrix::{Matrix, View};
+use super::matrix::{Matrix, Parked, View};
 use super::quantized::{Rows, part_of};
 use super::resident::Resident;
 #[cfg(target_arch = "x86_64")]
@@ -332,6 +333,28 @@ impl Weight {
             let from = rows.start + i * share;
             self.decode_rows(from..from + out.len() / self.cols, out);
         });
+    }
+
+    /// The units of `x Wᵀ`, in which gate and up stand beside one another, and these as they wait for the backward; `None` where
+    /// they are made in one after the other.
+    ///
+    /// # Shapes
+    /// `x`: (T, cols); returns (T, rows / 2).
+    #[must_use]
+    pub fn forward_units(&self, x: &Matrix, activation: Activation, bf16: bool) -> Option<(Matrix, Parked)> {
+        #[cfg(target_arch = "x86_64")]
+        if let (Kept::Panels { data, .. }, Some(level)) = (&self.kept, self.level())
+            && x.rows() > FEW
+            && simd::makes_units(level, data.panels())
+        {
+            let units = Units { activation, gated: true };
+            let (mut h, mut kept) = (Matrix::new(x.rows(), self.rows / 2), Parked::new(x.rows(), self.rows, bf16));
+            let of_rows = |width: usize, x: &[f32], h: &mut [f32]| units.of_rows(width, x, h);
+            let (w, shape) = (data.panels(), (self.rows, self.cols));
+            simd::forward_units(level, x.view(), w, shape, &mut h, kept.elements_mut(), of_rows);
+            return Some((h, kept));
+        }
+        None
     }
 
     /// Calls `each` with rows and their elements until all rows were given: at once, or decoded some at a time.

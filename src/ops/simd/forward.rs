@@ -17,7 +17,7 @@ const DEPTH: usize = 1024;
 /// Units of the panels of tokens that some rows of W are multiplied by before the next: 768 KB of the second-level cache.
 const TOGETHER: usize = 6 * DEPTH;
 /// Rows of W whose sums go into y together: whole tiles, and whole lines of y's rows.
-const GROUP: usize = 4 * MOST_ROWS;
+pub const GROUP: usize = 4 * MOST_ROWS;
 
 /// `y = x Wᵀ`, added to `y` where `accumulate`; `w` is (rows, cols).
 ///
@@ -91,13 +91,54 @@ for_each_width! {
     /// # Safety
     /// The part lies inside the weight and the panels; y has all tokens and rows.
     unsafe fn group<P: Reading>(job: &Forward<'_>, part: Part, scratch: &mut Vec<f32>, y: *mut f32) {
-        let (rows, units, panels) = part;
-        scratch.resize(scratch.len().max(MOST_ROWS * DEPTH + GROUP * PANEL * panels.len()), 0.0);
-        let (widened, sums) = scratch.split_at_mut(MOST_ROWS * DEPTH);
+        let (rows, units, panels) = part.clone();
         let of_panel = rows.len() * PANEL;
+        let (widened, sums) = room(scratch, of_panel * panels.len());
+        let accumulate = job.accumulate || units.start > 0;
+        // SAFETY: passed on; there is room for the sums.
+        unsafe {
+            sum_rows::<P>(job, part, widened, Room { sums, of_panel, at: 0, accumulate: false }, Some(y));
+            for (panel, sums) in panels.zip(sums.chunks_exact(of_panel)) {
+                let y = y.wrapping_add(panel * PANEL * job.ldy + rows.start);
+                transpose::<WideOf<P>>(sums, job.tokens_of(panel).len(), Target { y, ldy: job.ldy, accumulate });
+            }
+        }
+    }
+}
+
+/// Room for widened rows and for so many sums.
+fn room(scratch: &mut Vec<f32>, sums: usize) -> (&mut [f32], &mut [f32]) {
+    scratch.resize(scratch.len().max(MOST_ROWS * DEPTH + sums), 0.0);
+    let (widened, rest) = scratch.split_at_mut(MOST_ROWS * DEPTH);
+    (widened, &mut rest[..sums])
+}
+
+/// Where the sums of some rows go: to each panel's, of which these begin at a row.
+struct Room<'a> {
+    sums: &'a mut [f32],
+    of_panel: usize,
+    at: usize,
+    /// Whether they are added to what is there.
+    accumulate: bool,
+}
+
+for_each_width! {
+    /// Sums of some rows of the weight with some panels of tokens, panel by panel a row of sums for each. Asks memory for their
+    /// places in `y`, if they go there.
+    ///
+    /// # Safety
+    /// The part lies inside the weight and the panels, and its sums inside the room; the processor has the instructions.
+    unsafe fn sum_rows<P: Reading>(
+        job: &Forward<'_>,
+        part: Part,
+        widened: &mut [f32],
+        to: Room<'_>,
+        y: Option<*mut f32>,
+    ) {
+        let (rows, units, panels) = part;
         let mut row = rows.start;
         for height in heights::<WideOf<P>>(rows.len()) {
-            // SAFETY: passed on; the scratches have room for the rows and their sums.
+            // SAFETY: passed on; the scratch has room for the rows.
             unsafe {
                 // Before the first row there is nothing that could be read with it.
                 let in_place = P::BYTES == size_of::<f32>() || row > 0;
@@ -105,27 +146,89 @@ for_each_width! {
                 let tile = if in_place { tile_of::<P>(height) } else { tile_of::<P::Unit>(height) };
                 let a = rows_of(job.weight, row..row + height, units.clone(), widened);
                 let mut ahead = job.ahead::<P>(row + height, &units, &panels);
-                for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(of_panel)) {
+                for (panel, sums) in panels.clone().zip(to.sums.chunks_exact_mut(to.of_panel)) {
                     let b = job.panels.row(panel)[units.start * PANEL..].as_ptr().cast();
                     let factors = Factors { a, b, depth: units.len(), ahead };
-                    let to = sums[(row - rows.start) * PANEL..].as_mut_ptr();
-                    let target = Target { y: to, ldy: PANEL, accumulate: false };
-                    let columns = PANEL.min(job.tokens - panel * PANEL);
-                    let share = [row, row + height].map(|row| (row - rows.start) * columns / rows.len());
-                    job.ask(y, panel * PANEL + share[0]..panel * PANEL + share[1], &rows);
-                    tile(factors, target, columns);
+                    let sums = sums[(to.at + row - rows.start) * PANEL..].as_mut_ptr();
+                    let target = Target { y: sums, ldy: PANEL, accumulate: to.accumulate };
+                    let tokens = job.tokens_of(panel);
+                    if let Some(y) = y {
+                        let share = [row, row + height].map(|row| (row - rows.start) * tokens.len() / rows.len());
+                        job.ask(y, tokens.start + share[0]..tokens.start + share[1], &rows);
+                    }
+                    tile(factors, target, tokens.len());
                     ahead.at = ahead.at.wrapping_add(ahead.lines * LINE);
                 }
             }
             row += height;
         }
-        let accumulate = job.accumulate || units.start > 0;
-        for (panel, sums) in panels.zip(sums.chunks_exact(of_panel)) {
-            let y = y.wrapping_add(panel * PANEL * job.ldy + rows.start);
-            let target = Target { y, ldy: job.ldy, accumulate };
-            // SAFETY: passed on.
-            unsafe { transpose::<WideOf<P>>(sums, PANEL.min(job.tokens - panel * PANEL), target) };
+    }
+}
+
+/// What takes columns of a product, for some tokens: those from the first half of the weight's rows beside those from the other,
+/// token after token.
+pub type Take<'a> = &'a (dyn Fn(Range<usize>, Range<usize>, &[f32]) + Sync);
+
+/// `x Wᵀ` for a `w` of two halves, below one another, whose columns with one number are wanted together: `take` is called with all
+/// tokens and columns of a half, some at a time.
+///
+/// # Panics
+/// When the shapes do not fit together, or by tiles of AMX.
+pub fn forward_in_halves(level: Level, x: View<'_>, w: Panels<'_>, shape: (usize, usize), take: Take<'_>) {
+    let (weight, level) = Weight::new(level, w, shape);
+    assert!(x.cols == weight.cols && weight.rows.is_multiple_of(2), "product: shapes do not fit");
+    assert!(level.parts().is_none(), "product: halves by AMX");
+    match w {
+        Panels::Bf16(_) if level == Level::Avx512 && widens_in_registers() => halves::<WidenedRows>(x, weight, take),
+        _ => at_level!(level, halves(x, weight, take)),
+    }
+}
+
+fn halves<P: Reading>(x: View<'_>, weight: Weight<'_>, take: Take<'_>) {
+    let half = weight.rows / 2;
+    let panels = token_panels::<P::Unit>(Threads::All, x);
+    let job = Forward { weight, tokens: x.rows, panels: &panels, ldy: 0, accumulate: false };
+    in_shares(half.div_ceil(GROUP), |groups| {
+        for first in groups {
+            let columns = first * GROUP..((first + 1) * GROUP).min(half);
+            // SAFETY: the level found the instructions; the assert of `forward_in_halves` bounds what is read of x and w.
+            unsafe { group_of_halves::<P>(&job, columns, take) };
         }
+    });
+}
+
+for_each_width! {
+    /// Columns of both halves, for all tokens.
+    ///
+    /// # Safety
+    /// They lie inside the weight; the processor has the instructions.
+    unsafe fn group_of_halves<P: Reading>(job: &Forward<'_>, columns: Range<usize>, take: Take<'_>) {
+        let (half, width) = (job.weight.rows / 2, 2 * columns.len());
+        let of_panel = width * PANEL;
+        let together = (TOGETHER / job.units().min(DEPTH)).max(1);
+        SCRATCH.with_borrow_mut(|scratch| {
+            for first in (0..job.panels.rows()).step_by(together) {
+                let panels = first..(first + together).min(job.panels.rows());
+                let (widened, room) = room(scratch, of_panel * (panels.len() + 1));
+                let (in_rows, sums) = room.split_at_mut(of_panel);
+                for units in chunks(job.units(), DEPTH) {
+                    let of_halves = [columns.clone(), half + columns.start..half + columns.end];
+                    for (rows, at) in of_halves.into_iter().zip([0, columns.len()]) {
+                        let part = (rows, units.clone(), panels.clone());
+                        let to = Room { sums, of_panel, at, accumulate: units.start > 0 };
+                        // SAFETY: passed on.
+                        unsafe { sum_rows::<P>(job, part, widened, to, None) };
+                    }
+                }
+                for (panel, sums) in panels.zip(sums.chunks_exact(of_panel)) {
+                    let tokens = job.tokens_of(panel);
+                    let target = Target { y: in_rows.as_mut_ptr(), ldy: width, accumulate: false };
+                    // SAFETY: a panel's tokens have room.
+                    unsafe { transpose::<WideOf<P>>(sums, tokens.len(), target) };
+                    take(tokens.clone(), columns.clone(), &in_rows[..tokens.len() * width]);
+                }
+            }
+        });
     }
 }
 
@@ -184,6 +287,10 @@ for_each_width! {
 impl Forward<'_> {
     fn units(&self) -> usize {
         self.panels.cols() / PANEL
+    }
+
+    fn tokens_of(&self, panel: usize) -> Range<usize> {
+        panel * PANEL..self.tokens.min((panel + 1) * PANEL)
     }
 
     /// Asks memory for some columns of some tokens' rows of y, to which sums will go.

@@ -24,6 +24,7 @@ mod pairs;
 mod small;
 mod sparse;
 mod tile;
+mod units;
 mod wide;
 
 pub use amx::rounded;
@@ -34,6 +35,7 @@ pub use forward::forward;
 pub use pairs::{PairsLeft, PairsRight, product_of_pairs};
 pub use small::{Panelled, is_small, small};
 pub use sparse::{NonZeros, WIDE, sparse_backward};
+pub use units::{forward_units, makes_units};
 
 use super::matmul::ViewMut;
 use super::matrix::{Matrix, View};
