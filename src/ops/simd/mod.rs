@@ -11,6 +11,7 @@
 //! gradients that are mostly zero (`sparse`) take rows of W as they lie. f32 goes through FMA, as do narrower weights, widened
 //! some at a time or, where the processor has ports free beside its products, bf16 as the tiles read it. bf16 goes through
 //! `vdpbf16ps` (pairs of products, f32 sums) where the processor is faster with it, in attention's small products, too (`pairs`).
+//! A gated MLP's units are made of the sums of its first product (`units`).
 //!
 //! Chosen at run time; elsewhere `weight` uses the `gemm` crate.
 #![allow(unsafe_code)] // SIMD intrinsics, and disjoint parts of one matrix written by several threads
