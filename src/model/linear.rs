@@ -5,7 +5,7 @@
 
 use super::lora::{Lora, LoraConfig};
 use crate::ops::device::Constant;
-use crate::ops::glu::Activation;
+use crate::ops::glu::Units;
 use crate::ops::lora::{Dropout, Pair, Pairs, Update};
 use crate::ops::matmul::{Side, Threads, ViewMut, matmul};
 use crate::ops::matrix::Parked;
@@ -184,9 +184,9 @@ impl Linear {
     /// # Shapes
     /// `x`: (T, in); returns (T, out / 2).
     #[must_use]
-    pub fn forward_units(&self, x: &Matrix, activation: Activation, bf16: bool) -> Option<(Matrix, Parked)> {
+    pub fn forward_units(&self, x: &Matrix, units: Units, bf16: bool) -> Option<(Matrix, Parked)> {
         let plain = self.bias.is_none() && self.pairs.is_none() && x.place().is_none();
-        plain.then(|| self.weight.forward_units(x, activation, bf16)).flatten()
+        plain.then(|| self.weight.forward_units(x, units, bf16)).flatten()
     }
 
     /// Adds the adapters' gradients, and writes or adds that of the input where `dx` is asked for.

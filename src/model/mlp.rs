@@ -122,15 +122,13 @@ impl Dense {
     /// `x`, `y`: (T, n_embd).
     pub fn forward(&self, pass: &Pass<'_>, x: &Matrix, y: &mut Matrix, accumulate: bool) -> DenseSaved {
         let (kind, bf16) = (self.kind(), pass.seed.is_some() && self.up.weight().is_bf16());
-        let at_once = if kind.gated { self.up.forward_units(x, kind.activation, bf16) } else { None };
-        let (units, up, h_up) = match at_once {
-            Some((units, up)) => (units, up, LinearSaved::default()),
-            None => {
-                let (up, h_up) = self.raise(pass, x);
-                let (units, up) = kind.forward_and_park(up, bf16);
-                (units, up, h_up)
-            }
+        let after_one_another = || {
+            let (up, h_up) = self.raise(pass, x);
+            let (units, up) = kind.forward_and_park(up, bf16);
+            (units, up, h_up)
         };
+        let at_once = self.up.forward_units(x, kind, bf16).map(|(units, up)| (units, up, None));
+        let (units, up, h_up) = at_once.unwrap_or_else(after_one_another);
         let h_down = self.down.forward(pass.parameters, &units, pass.seed, y, accumulate);
         DenseSaved { up, h_up, h_down }
     }

@@ -8,7 +8,7 @@
 //! in half its memory.
 
 use super::device::{Constant, Device, Dtype};
-use super::glu::{Activation, Units};
+use super::glu::Units;
 use super::math::{dot, vectorize};
 use super::matmul::{Side, Threads, ViewMut, matmul};
 #[cfg(target_arch = "x86_64")]
@@ -335,19 +335,19 @@ impl Weight {
         });
     }
 
-    /// The units of `x Wᵀ`, in which gate and up stand beside one another, and these as they wait for the backward; `None` where
-    /// they are made in one after the other.
+    /// The units of `x Wᵀ`, and what stands before them as it waits for the backward; `None` where one is made after the other.
     ///
     /// # Shapes
     /// `x`: (T, cols); returns (T, rows / 2).
     #[must_use]
-    pub fn forward_units(&self, x: &Matrix, activation: Activation, bf16: bool) -> Option<(Matrix, Parked)> {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    pub fn forward_units(&self, x: &Matrix, units: Units, bf16: bool) -> Option<(Matrix, Parked)> {
         #[cfg(target_arch = "x86_64")]
         if let (Kept::Panels { data, .. }, Some(level)) = (&self.kept, self.level())
+            && units.gated
             && x.rows() > FEW
             && simd::makes_units(level, data.panels())
         {
-            let units = Units { activation, gated: true };
             let (mut h, mut kept) = (Matrix::new(x.rows(), self.rows / 2), Parked::new(x.rows(), self.rows, bf16));
             let of_rows = |width: usize, x: &[f32], h: &mut [f32]| units.of_rows(width, x, h);
             let (w, shape) = (data.panels(), (self.rows, self.cols));

@@ -99,7 +99,7 @@ mod tests {
                 weight.forward(x.view(), &mut gate_up, false);
                 let expected = super::super::level().is_some_and(|level| level.parts().is_none());
                 for rounded in [false, true] {
-                    let made = weight.forward_units(&x, kind.activation, rounded);
+                    let made = weight.forward_units(&x, kind, rounded);
                     assert!(made.is_some() || !expected);
                     let Some((h, kept)) = made else { continue };
                     assert_close(&h, &kind.forward(&gate_up), 1e-6);
