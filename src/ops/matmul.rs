@@ -143,6 +143,7 @@ pub enum Right<'a> {
 impl<'a> Left<'a> {
     /// A side, rounded to bf16 where it may be and the processor is faster with that.
     #[must_use]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub fn of(side: Side<'a>, rounded: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
         if rounded {
@@ -160,6 +161,7 @@ impl<'a> Left<'a> {
 impl<'a> Right<'a> {
     /// A side, rounded to bf16 where it may be and the processor is faster with that.
     #[must_use]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub fn of(side: Side<'a>, rounded: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
         {
