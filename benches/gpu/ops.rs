@@ -207,9 +207,8 @@ impl Bench {
         let (gate_up, dh) = (self.matrix(tokens, 2 * width), self.matrix(tokens, width));
         let silu = Units { activation: Activation::Silu, gated: true };
         self.row(&name("glu forward"), 0.0, 3.0 * size * width as f64, || drop(silu.forward(&gate_up)));
-        // It overwrites what it is given.
-        let mut d = Some(gate_up.clone());
-        let backward = || d = d.take().map(|d| silu.backward(&dh, d.into()));
+        let mut d = gate_up.clone();
+        let backward = || silu.backward(&dh, &mut d);
         self.row(&name("glu backward"), 0.0, 5.0 * size * width as f64, backward);
         let tables = Tables::new(10_000.0, model.head_size, &Scaling::None, tokens);
         let (mut qk, positions) = (self.matrix(tokens, 2 * c), (0..tokens as u32).collect::<Constant<u32>>());

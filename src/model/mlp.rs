@@ -124,7 +124,7 @@ impl Dense {
         let (kind, bf16) = (self.kind(), pass.seed.is_some() && self.up.weight().is_bf16());
         let after_one_another = || {
             let (up, h_up) = self.raise(pass, x);
-            let (units, up) = kind.forward_and_park(up, bf16);
+            let (units, up) = Parked::beside(up, bf16, |up| kind.forward(up));
             (units, up, h_up)
         };
         let at_once = self.up.forward_units(x, kind, bf16).map(|(units, up)| (units, up, None));
@@ -148,9 +148,10 @@ impl Dense {
     ) {
         let mut d = dy.new_like(dy.rows(), self.down.inputs());
         let DenseSaved { up, h_up, h_down } = saved;
-        let units = || self.kind().forward(&up.get());
-        self.down.backward(to, dy, units, &h_down, pass.seed, Some((&mut d, false)));
-        let d_up = self.kind().backward(&d, up);
-        self.up.backward(to, &d_up, x, &h_up, pass.seed, dx);
+        let kind = self.kind();
+        let ((), mut up) = up.restored_beside(|| self.down.backward_frozen(dy, Some((&mut d, false))));
+        self.down.backward_adapters(to, dy, || kind.forward(&up), &h_down, pass.seed, Some(&mut d));
+        kind.backward(&d, &mut up);
+        self.up.backward(to, &up, x, &h_up, pass.seed, dx);
     }
 }

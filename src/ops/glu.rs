@@ -1,11 +1,11 @@
 //! Gated and plain units of an MLP: `act(gate) · up` (Shazeer 2020, arXiv:2002.05202) and `act(x)`.
 //!
-//! Gate and up stand side by side, (T, 2 I), as one product leaves them, and so do their gradients: `dup = dh act(gate)`,
-//! `dgate = dh up act'(gate)`.
+//! Gate and up stand side by side, (T, 2 I), as one product leaves them. The backward overwrites them with their own
+//! gradients: `dup = dh act(gate)`, `dgate = dh up act'(gate)`.
 
 use super::device::{int, long};
 use super::math::{erf, exp, sigmoid, tanh, vectorize};
-use super::matrix::{Matrix, Parked, rows_per_task};
+use super::matrix::{Matrix, rows_per_task};
 use rayon::prelude::*;
 
 /// Activation function.
@@ -127,36 +127,19 @@ pub struct Units {
 }
 
 impl Units {
-    /// Room for the units of `x`.
-    fn room(self, x: &Matrix) -> Matrix {
-        x.new_like(x.rows(), if self.gated { x.cols() / 2 } else { x.cols() })
-    }
-
     /// The units of what stands before them.
     ///
     /// # Shapes
     /// `x`: (T, 2 I) where gated, else (T, I); returns (T, I).
     #[must_use]
     pub fn forward(self, x: &Matrix) -> Matrix {
-        let mut h = self.room(x);
+        let mut h = x.new_like(x.rows(), if self.gated { x.cols() / 2 } else { x.cols() });
         if !self.forward_on_device(x, &mut h) {
             let (task, width) = (rows_per_task(x.rows()), h.cols());
             let parts = h.par_chunks_mut((task * width).max(1)).zip(x.par_chunks((task * x.cols()).max(1)));
             parts.for_each(|(h, x)| self.of_rows(width, x, h));
         }
         h
-    }
-
-    /// The same, and what stands before them as it waits for the backward, on the host rounded to bf16 where that is asked for.
-    #[must_use]
-    pub fn forward_and_park(self, x: Matrix, bf16: bool) -> (Matrix, Parked) {
-        if !bf16 || x.place().is_some() {
-            return (self.forward(&x), x.into());
-        }
-        let mut h = self.room(&x);
-        let width = h.cols();
-        let parked = Parked::rounded_with(&x, &mut h, |x, h| self.of_rows(width, x, h));
-        (h, parked)
     }
 
     /// Rows of `width` units.
@@ -178,38 +161,38 @@ impl Units {
         true
     }
 
-    /// The gradient of what stands before the units.
+    /// Overwrites what stands before the units with its gradient.
     ///
     /// # Shapes
-    /// `dh`: (T, I); `x`: as in the forward, whose shape is returned.
-    #[must_use]
-    pub fn backward(self, dh: &Matrix, x: Parked) -> Matrix {
-        if dh.place().is_some() {
-            let mut d = x.restore();
-            self.backward_on_device(dh, &mut d);
-            return d;
+    /// `dh`: (T, I); `x`: as in the forward.
+    pub fn backward(self, dh: &Matrix, x: &mut Matrix) {
+        if self.backward_on_device(dh, x) {
+            return;
         }
-        let width = dh.cols();
-        x.restored_with(dh, |dh, x| {
+        let (task, width, cols) = (rows_per_task(x.rows()), dh.cols(), x.cols());
+        let parts = dh.par_chunks((task * width).max(1)).zip(x.par_chunks_mut((task * cols).max(1)));
+        parts.for_each(|(dh, x)| {
             if self.gated {
                 gated_rows_backward(self.activation, width, dh, x);
             } else {
                 plain_row_backward(self.activation, dh, x);
             }
-        })
+        });
     }
 
-    fn backward_on_device(self, dh: &Matrix, d: &mut Matrix) {
-        let Some((device, dtype)) = dh.place() else { return };
-        let (x, dh_at, activation) = (d.pointer(), dh.pointer().into(), self.activation.code());
+    /// Whether it was on a device.
+    fn backward_on_device(self, dh: &Matrix, x: &mut Matrix) -> bool {
+        let Some((device, dtype)) = dh.place() else { return false };
+        let (at, dh_at, activation) = (x.pointer(), dh.pointer().into(), self.activation.code());
         if self.gated {
             let (grid, width) = ([dh.rows(), dh.cols().div_ceil(2048), 1], int(dh.cols()));
-            device.launch("glu_bwd", Some(dtype), grid, [256, 1], 0, &[x.into(), dh_at, width, activation]);
+            device.launch("glu_bwd", Some(dtype), grid, [256, 1], 0, &[at.into(), dh_at, width, activation]);
         } else {
             let n = dh.rows() * dh.cols();
-            let args = [x.into(), dh_at, x.into(), long(n), activation];
+            let args = [at.into(), dh_at, at.into(), long(n), activation];
             device.launch_over("activation_bwd", Some(dtype), n, &args);
         }
+        true
     }
 }
 
@@ -228,18 +211,11 @@ mod tests {
         }
     }
 
-    /// Rounded, the backward is that of the rounded values.
-    fn check(units: Units, x: &Matrix, dh: &[f32], oracle: &Oracle) {
-        assert_close(&units.forward(x), &oracle.y, 1e-6);
-        let (h, parked) = units.forward_and_park(x.clone(), false);
-        assert!(h[..] == units.forward(x)[..]);
-        let dh = Matrix::from_slice(h.rows(), h.cols(), dh);
-        assert_close(&units.backward(&dh, parked), &oracle.grads[0], 2e-6);
-        let (rounded_h, parked) = units.forward_and_park(x.clone(), true);
-        assert!(rounded_h[..] == h[..]);
-        let rounded: Vec<f32> = x.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
-        let rounded = Matrix::from_slice(x.rows(), x.cols(), &rounded);
-        assert!(units.backward(&dh, parked)[..] == units.backward(&dh, rounded.into())[..]);
+    fn check(units: Units, mut x: Matrix, dh: &[f32], oracle: &Oracle) {
+        let h = units.forward(&x);
+        assert_close(&h, &oracle.y, 1e-6);
+        units.backward(&Matrix::from_slice(h.rows(), h.cols(), dh), &mut x);
+        assert_close(&x, &oracle.grads[0], 2e-6);
     }
 
     #[test]
@@ -252,10 +228,10 @@ mod tests {
                 reference(activation, &input[0].narrow(1, 0, width)?)?.mul(&input[0].narrow(1, width, width)?)
             };
             let oracle = Oracle::run(&[(&x, t, 2 * width)], gate_up, &dh);
-            check(Units { activation, gated: true }, &Matrix::from_slice(t, 2 * width, &x), &dh, &oracle);
+            check(Units { activation, gated: true }, Matrix::from_slice(t, 2 * width, &x), &dh, &oracle);
 
             let oracle = Oracle::run(&[(&x[..t * width], t, width)], |i| reference(activation, &i[0]), &dh);
-            check(Units { activation, gated: false }, &Matrix::from_slice(t, width, &x[..t * width]), &dh, &oracle);
+            check(Units { activation, gated: false }, Matrix::from_slice(t, width, &x[..t * width]), &dh, &oracle);
         }
     }
 }

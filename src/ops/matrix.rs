@@ -391,13 +391,6 @@ pub enum ParkedMut<'a> {
     Rounded(&'a mut [bf16]),
 }
 
-impl From<Matrix> for Parked {
-    /// Parks it as it is.
-    fn from(matrix: Matrix) -> Self {
-        Self { matrix, rounded: None }
-    }
-}
-
 impl Parked {
     /// One on the host whose elements are still to be written; where they are to be rounded, `cols` is even.
     #[must_use]
@@ -422,49 +415,6 @@ impl Parked {
         let cols = matrix.cols();
         let (result, matrix) = rayon::join(|| work(&matrix), || rounded(&matrix));
         (result, Self { matrix, rounded: Some(cols) })
-    }
-
-    /// Parks a matrix on the host rounded to bf16, and calls `work` with each of its rows and of those of `out`.
-    pub fn rounded_with(matrix: &Matrix, out: &mut Matrix, work: impl Fn(&[f32], &mut [f32]) + Sync) -> Self {
-        let (rows, cols, out_cols) = (matrix.rows(), matrix.cols(), out.cols());
-        let mut halves = Matrix::new(rows, cols.div_ceil(2));
-        let (task, width) = (rows_per_task(rows), halves.cols());
-        let halves_and_out = halves.par_chunks_mut(task * width).zip(out.par_chunks_mut(task * out_cols));
-        halves_and_out.zip(matrix.par_chunks(task * cols)).for_each(|((to, out), from)| {
-            let rows = to.chunks_exact_mut(width).zip(out.chunks_exact_mut(out_cols)).zip(from.chunks_exact(cols));
-            for ((to, out), from) in rows {
-                work(from, out);
-                round(bytemuck::cast_slice_mut(to), from);
-            }
-        });
-        Self { matrix: halves, rounded: Some(cols) }
-    }
-
-    /// The matrix on the host, after `work` was called with each row of `other` and of it.
-    #[must_use]
-    pub fn restored_with(self, other: &Matrix, work: impl Fn(&[f32], &mut [f32]) + Sync) -> Matrix {
-        let (rows, other_cols) = (other.rows(), other.cols());
-        let task = rows_per_task(rows);
-        let others = other.par_chunks((task * other_cols).max(1));
-        let Some(cols) = self.rounded else {
-            let mut matrix = self.matrix;
-            let cols = matrix.cols();
-            matrix.par_chunks_mut((task * cols).max(1)).zip(others).for_each(|(to, other)| {
-                let rows = to.chunks_exact_mut(cols).zip(other.chunks_exact(other_cols));
-                rows.for_each(|(to, other)| work(other, to));
-            });
-            return matrix;
-        };
-        let (mut matrix, width) = (Matrix::new(rows, cols), self.matrix.cols());
-        let halves = self.matrix.par_chunks(task * width);
-        matrix.par_chunks_mut(task * cols).zip(halves).zip(others).for_each(|((to, from), other)| {
-            let rows = to.chunks_exact_mut(cols).zip(from.chunks_exact(width)).zip(other.chunks_exact(other_cols));
-            for ((to, from), other) in rows {
-                widen(to, bytemuck::cast_slice(from));
-                work(other, to);
-            }
-        });
-        matrix
     }
 
     /// The matrix, of f32 elements where it was on the host.

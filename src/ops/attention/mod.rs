@@ -282,24 +282,24 @@ mod tests {
     #[test]
     fn keys_in_several_shares_equal_all_at_once() {
         // More keys than a share of few queries has and than go together, more heads than go together, and a window that
-        // leaves some shares nothing to see.
+        // leaves some shares nothing to see; keys of several heads beside one another.
         let (t, hs, new) = (2 * KEYS_OF_FEW + 300, 256, 3);
-        for (n_head, window) in [(2, None), (70, Some(KEYS_OF_FEW))] {
-            let attention = Attention { n_head, n_query_groups: 1, head_size: hs, scale: 0.1, window, ..BASE };
-            let (q, k, v) = (random(new * n_head * hs, 1), random(t * hs, 2), random(t * hs, 3));
-            let (k, v) = (View::of(&k, t, hs), View::of(&v, t, hs));
+        for (n_head, groups, window) in [(2, 1, None), (70, 1, Some(KEYS_OF_FEW)), (6, 3, None)] {
+            let attention = Attention { n_head, n_query_groups: groups, head_size: hs, scale: 0.1, window, ..BASE };
+            let (q, k, v) = (random(new * n_head * hs, 1), random(t * groups * hs, 2), random(t * groups * hs, 3));
+            let (k, v) = (View::of(&k, t, groups * hs), View::of(&v, t, groups * hs));
             let (got, saved) = attention.forward(View::of(&q, new, n_head * hs), k, v, &Spans::tail(new, t));
             let mut want = vec![0.0; new * n_head * hs];
             for (row, head) in (0..new).flat_map(|row| (0..n_head).map(move |head| (row, head))) {
-                let at = row * n_head * hs + head * hs;
+                let (at, of_head) = (row * n_head * hs + head * hs, head / (n_head / groups) * hs);
                 let last = t - new + row;
                 let seen = window.map_or(0, |w| last + 1 - w)..last + 1;
-                let score = |key: usize| f64::from(0.1 * dot(&q[at..at + hs], k.row(key)));
+                let score = |key: usize| f64::from(0.1 * dot(&q[at..at + hs], &k.row(key)[of_head..of_head + hs]));
                 let total: f64 = seen.clone().map(|key| score(key).exp()).sum();
                 assert!((f64::from(saved.lse[head * new + row]) - total.ln()).abs() < 1e-5);
                 for key in seen {
                     let p = (score(key).exp() / total) as f32;
-                    want[at..at + hs].iter_mut().zip(v.row(key)).for_each(|(o, v)| *o += p * v);
+                    want[at..at + hs].iter_mut().zip(&v.row(key)[of_head..of_head + hs]).for_each(|(o, v)| *o += p * v);
                 }
             }
             assert_close(&got, &want, 1e-5);

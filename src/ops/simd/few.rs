@@ -127,6 +127,7 @@ pub unsafe fn few_by_rows(level: Level, x: View<'_>, w: View<'_>, y: ViewMut<'_>
 }
 
 /// A matrix whose rows are read, in panels of 32 columns.
+#[derive(Clone, Copy)]
 struct Source<E> {
     at: *const E,
     /// Elements from a panel to the next.
@@ -135,24 +136,16 @@ struct Source<E> {
     row: usize,
 }
 
-impl<E> Clone for Source<E> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<E> Copy for Source<E> {}
-
 impl<E> Source<E> {
-    /// The same from a panel and a row on, which need not exist.
-    fn from(self, panel: usize, row: usize) -> Self {
-        Self { at: self.at.wrapping_add(panel * self.panel + row * self.row), ..self }
-    }
-
     /// A panel of a row, which need not exist.
     #[inline(always)]
     fn address(&self, panel: usize, row: usize) -> *const E {
         self.at.wrapping_add(panel * self.panel + row * self.row)
+    }
+
+    /// The same from a panel and a row on.
+    fn from(self, panel: usize, row: usize) -> Self {
+        Self { at: self.address(panel, row), ..self }
     }
 }
 
@@ -325,7 +318,7 @@ struct Place<E> {
 /// Adds the products of `P` panels side by side of `R` rows of x and of some rows of the weight.
 ///
 /// # Safety
-/// As for `block_of_rows`.
+/// As for `rows_of`.
 #[inline(always)]
 unsafe fn add_panels<W: Wide, E: Element, const P: usize, const R: usize>(
     place: &Place<E>,
