@@ -9,6 +9,7 @@ use half::bf16;
 use litgpt::ops::attention::{Attention, Spans};
 use litgpt::ops::glu::{Activation, Units};
 use litgpt::ops::matmul::{Side, Threads, ViewMut, matmul};
+use litgpt::ops::matrix::Parked;
 use litgpt::ops::norm::{Kind, Norm};
 use litgpt::ops::weight::{Data, Weight};
 use litgpt::ops::{Matrix, View, in_pool};
@@ -115,8 +116,10 @@ impl Bench {
         let (silu, bytes) = (Units { activation: Activation::Silu, gated: true }, (T * 1536) as f64);
         self.row("glu forward", 0.0, 12.0 * bytes, || drop(silu.forward(&gate_up)));
         let dh = Matrix::from_slice(T, 1536, &values(T * 1536));
-        let mut d = gate_up.clone();
-        self.row("glu backward", 0.0, 20.0 * bytes, || silu.backward(&dh, &mut d));
+        // It overwrites what it is given.
+        let mut d = Some(gate_up.clone());
+        let backward = || d = d.take().map(|d| silu.backward(&dh, Parked::beside(d, false, |_| ()).1));
+        self.row("glu backward", 0.0, 20.0 * bytes, backward);
         let qkv = Matrix::from_slice(T, 960, &values(T * 960));
         let [q, k, v] = [qkv.columns(0..576), qkv.columns(576..768), qkv.columns(768..960)];
         let spans = Spans::tail(T, T);

@@ -8,6 +8,7 @@ use litgpt::ops::device::{Constant, Device, Dtype};
 use litgpt::ops::glu::{Activation, Units};
 use litgpt::ops::head::{Gradient, Loss, Transform, cross_entropy};
 use litgpt::ops::lora::{Dropout, Pair, Pairs, Update};
+use litgpt::ops::matrix::Parked;
 use litgpt::ops::norm::{Kind, Norm};
 use litgpt::ops::optimizer::{AdamW, Moments};
 use litgpt::ops::quantized::Format;
@@ -207,8 +208,9 @@ impl Bench {
         let (gate_up, dh) = (self.matrix(tokens, 2 * width), self.matrix(tokens, width));
         let silu = Units { activation: Activation::Silu, gated: true };
         self.row(&name("glu forward"), 0.0, 3.0 * size * width as f64, || drop(silu.forward(&gate_up)));
-        let mut d = gate_up.clone();
-        let backward = || silu.backward(&dh, &mut d);
+        // It overwrites what it is given.
+        let mut d = Some(gate_up.clone());
+        let backward = || d = d.take().map(|d| silu.backward(&dh, Parked::beside(d, false, |_| ()).1));
         self.row(&name("glu backward"), 0.0, 5.0 * size * width as f64, backward);
         let tables = Tables::new(10_000.0, model.head_size, &Scaling::None, tokens);
         let (mut qk, positions) = (self.matrix(tokens, 2 * c), (0..tokens as u32).collect::<Constant<u32>>());

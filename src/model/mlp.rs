@@ -149,9 +149,9 @@ impl Dense {
         let mut d = dy.new_like(dy.rows(), self.down.inputs());
         let DenseSaved { up, h_up, h_down } = saved;
         let kind = self.kind();
-        let ((), mut up) = up.restored_beside(|| self.down.backward_frozen(dy, Some((&mut d, false))));
-        self.down.backward_adapters(to, dy, || kind.forward(&up), &h_down, pass.seed, Some(&mut d));
-        kind.backward(&d, &mut up);
-        self.up.backward(to, &up, x, &h_up, pass.seed, dx);
+        let units = || kind.forward(&up.get());
+        self.down.backward(to, dy, units, &h_down, pass.seed, Some((&mut d, false)));
+        let d_up = kind.backward(&d, up);
+        self.up.backward(to, &d_up, x, &h_up, pass.seed, dx);
     }
 }

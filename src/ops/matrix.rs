@@ -435,17 +435,34 @@ impl Parked {
     #[must_use]
     pub fn get(&self) -> Cow<'_, Matrix> {
         let Some(cols) = self.rounded else { return Cow::Borrowed(&self.matrix) };
-        let (rows, width) = (self.matrix.rows(), self.matrix.cols());
-        let (mut matrix, task) = (Matrix::new(rows, cols), rows_per_task(rows));
-        let halves = self.matrix.par_chunks(task * width);
-        matrix.par_chunks_mut(task * cols).zip(halves).for_each(|(to, from)| {
-            for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(width)) {
-                let from: &[bf16] = bytemuck::cast_slice(from);
-                widen(to, from);
-            }
-        });
+        let mut matrix = Matrix::new(self.matrix.rows(), cols);
+        each_row(&mut matrix, |row, to| widen(to, bytemuck::cast_slice(self.matrix.row(row))));
         Cow::Owned(matrix)
     }
+
+    /// The matrix on the host, after `work` was called with each row's number and elements, as they were restored.
+    #[must_use]
+    pub fn restored_with(self, work: impl Fn(usize, &mut [f32]) + Sync) -> Matrix {
+        let Some(cols) = self.rounded else {
+            let mut matrix = self.matrix;
+            each_row(&mut matrix, work);
+            return matrix;
+        };
+        let mut matrix = Matrix::new(self.matrix.rows(), cols);
+        each_row(&mut matrix, |row, to| {
+            widen(to, bytemuck::cast_slice(self.matrix.row(row)));
+            work(row, to);
+        });
+        matrix
+    }
+}
+
+/// Calls `f` with each row's number and elements, in parallel.
+fn each_row(matrix: &mut Matrix, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let (task, cols) = (rows_per_task(matrix.rows()), matrix.cols().max(1));
+    matrix.par_chunks_mut(task * cols).enumerate().for_each(|(i, rows)| {
+        rows.chunks_exact_mut(cols).enumerate().for_each(|(row, to)| f(i * task + row, to));
+    });
 }
 
 /// Elements rounded to bf16, two in each of the result's.
